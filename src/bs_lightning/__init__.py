@@ -1,0 +1,34 @@
+"""Mini-batch sampling for contrastive learning, as a PyTorch Lightning plugin."""
+
+import logging
+
+from bs_lightning.callback import BatchSamplerCallback
+from bs_lightning.compose import RWRComposer
+from bs_lightning.datamodule import BatchSamplerDataModule
+from bs_lightning.encode import encode
+from bs_lightning.graphs import ExactGraph, NNDescentGraph
+from bs_lightning.loader import PoolLoader, batch_loader
+from bs_lightning.sampler import PoolBatchSampler
+from bs_lightning.walk import rwr_batches
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchSamplerCallback",
+    "BatchSamplerDataModule",
+    "ExactGraph",
+    "NNDescentGraph",
+    "PoolBatchSampler",
+    "PoolLoader",
+    "RWRComposer",
+    "batch_loader",
+    "encode",
+    "rwr_batches",
+]
+
+# As Lightning does: one-line messages reach a user who has not set up logging.
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.INFO)
+if not logging.root.hasHandlers():
+    _log.addHandler(logging.StreamHandler())
+    _log.propagate = False

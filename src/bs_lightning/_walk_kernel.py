@@ -1,0 +1,50 @@
+"""The numba kernel behind :func:`bs_lightning.rwr_batches`: plain arrays in and out, nothing checked."""
+
+import numba
+import numpy as np
+
+# Steps in a row that may meet nothing new before a walk goes on from another root. The walk's work is bounded by this
+# many steps per node. `benchmarks/pools.py --patience` shows what other values do.
+PATIENCE = 200
+
+
+@numba.njit(cache=True, nogil=True)
+def walk_batches(neighbors, batch_size, restart_probability, replacement, rng):  # type: ignore[no-untyped-def]
+    n_nodes, n_neighbors = neighbors.shape
+    n_batches = n_nodes // batch_size
+    batches = np.empty((n_batches, batch_size), dtype=np.int64)
+    taken_by = np.full(n_nodes, -1, dtype=np.int64)  # the last batch that took a node
+    lowest_unused = 0
+
+    for batch in range(n_batches):
+        # A node is free if no batch has taken it; with replacement, if this batch has not.
+        last_free = batch - 1 if replacement else -1
+        size = 0
+        root = node = 0
+        idle = PATIENCE  # so that the first step picks a root
+        while size < batch_size:
+            if idle == PATIENCE:
+                if replacement:
+                    root = int(rng.random() * n_nodes)
+                    while taken_by[root] > last_free:
+                        root = (root + 1) % n_nodes
+                else:
+                    while taken_by[lowest_unused] > last_free:
+                        lowest_unused += 1
+                    root = lowest_unused
+                node = root
+            else:
+                draw = rng.random()
+                if draw < restart_probability:
+                    node = root
+                else:
+                    column = int((draw - restart_probability) / (1 - restart_probability) * n_neighbors)
+                    node = neighbors[node, min(column, n_neighbors - 1)]
+            if taken_by[node] > last_free:
+                idle += 1
+            else:
+                taken_by[node] = batch
+                batches[batch, size] = node
+                size += 1
+                idle = 0
+    return batches

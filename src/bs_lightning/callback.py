@@ -1,0 +1,362 @@
+"""The callback: Lightning's side of the model, which plans pools."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bs_lightning.compose import Composer, RWRComposer, check_batches
+from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
+from bs_lightning.encode import encode, isolated_rng, no_trace
+from bs_lightning.loader import Load, batch_loader, check_map_style
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.plan import BatchLayout, Indices, check_pool_size
+
+# A pool's batches as positions in it, what to log of them, and the seconds that each step took.
+_Composed = tuple[Indices, dict[str, float], dict[str, float]]
+
+
+class BatchSamplerCallback(Callback):
+    """Composes hard batches for in-batch contrastive learning with the model as it is being trained.
+
+    Add it to the Trainer, and give ``fit`` a :class:`~bs_lightning.BatchSamplerDataModule`; nothing else changes. The
+    first epochs have uniform batches. Then each epoch's random permutation is cut into pools; when a pool's first
+    batch is about to be trained, the pool is embedded with the current weights, and the composer arranges it into
+    batches: by default a neighbour graph walked by random walk with restart. Every instance is still seen once an
+    epoch.
+
+    A pool batch is loaded from ``pool_dataset()``, passed through ``on_before_batch_transfer`` and
+    ``transfer_batch_to_device`` and embedded by ``embed``, else ``pl_module.embed(batch)``, else
+    ``pl_module(batch)``, under the Trainer's precision, in eval mode and without gradients. Not run is
+    ``on_after_batch_transfer``, where augmentations on the GPU live. Encoding leaves no trace in training.
+
+    Logged by the module at each epoch's end: ``batch_sampler/hardness`` (mean cosine similarity of the negatives in
+    a batch, in the embeddings the batches were made from), ``batch_sampler/false_negative_rate`` (where labels are
+    known), ``batch_sampler/encode_seconds`` and the composer's own, as ``batch_sampler/graph_seconds`` and
+    ``batch_sampler/walk_seconds``, and ``batch_sampler/time_share``, the part of the epoch that all these took.
+
+    Args:
+        pool_size: Instances planned together, about: the main knob. Larger pools make harder batches with more false
+            negatives. At least one global batch; ``None`` is ten.
+        composer: Arranges a pool into batches; :class:`~bs_lightning.RWRComposer` by default. See
+            :mod:`bs_lightning.compose` for what a composer is.
+        warmup_epochs: Epochs of uniform batches first.
+        per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
+            lets every process compose batches of its own from its share of the pool, for losses that do not.
+        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.
+        encode_batch_size: Instances embedded at a time; ``None`` is four times the DataModule's ``batch_size``, which
+            fits where training fits.
+
+    Raises:
+        ValueError: If ``pool_size``, ``warmup_epochs`` or ``encode_batch_size`` is out of range.
+        TypeError: If ``composer`` or ``embed`` is not callable.
+
+    Example::
+
+        from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule
+        from lightning import Trainer
+
+        class Data(BatchSamplerDataModule):
+            def train_dataset(self):
+                return TwoViews(self.images)    # item i: two augmentations of image i
+
+            def pool_dataset(self):
+                return Plain(self.images)       # item i: image i as it is
+
+        trainer = Trainer(callbacks=[BatchSamplerCallback()], max_epochs=100)
+        trainer.fit(SimCLR(), datamodule=Data(batch_size=256, num_workers=8))
+
+    Source: "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and Graphs", KDD 2023,
+    arXiv 2306.03355; pools are this library's.
+    """
+
+    def __init__(
+        self,
+        pool_size: int | None = None,
+        composer: Composer | None = None,
+        warmup_epochs: int = 1,
+        *,
+        per_rank: bool = False,
+        embed: Callable[[LightningModule, Any], Tensor] | None = None,
+        encode_batch_size: int | None = None,
+    ) -> None:
+        if pool_size is not None and pool_size < 2:
+            raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
+        if composer is not None and not callable(composer):
+            raise TypeError(f"composer must be callable, such as RWRComposer(), got {composer!r}.")
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. 0 walks from the start.")
+        if embed is not None and not callable(embed):
+            raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
+        if encode_batch_size is not None and encode_batch_size < 1:
+            raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
+        self.pool_size = pool_size
+        self.composer = RWRComposer() if composer is None else composer
+        self.warmup_epochs = warmup_epochs
+        self.per_rank = per_rank
+        self.embed = embed
+        self.encode_batch_size = encode_batch_size
+        self._pool_dataset: Dataset[Any] | None = None
+        self._labels: Tensor | None = None
+        self._load: Load | None = None
+        self._n_batches = 0
+        self._pool_log: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._epoch_start = 0.0
+
+    # What the DataModule asks
+
+    def should_plan(self, trainer: Trainer) -> bool:
+        """Whether the current epoch's batches are composed: after warm-up, and not with ``overfit_batches``."""
+        return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
+
+    def resolve_pool_size(self, layout: BatchLayout) -> int:
+        """The pool size, ten global batches by default.
+
+        Raises:
+            ValueError: If it is smaller than a global batch.
+        """
+        if self.pool_size is None:
+            return 10 * layout.global_batch_size
+        check_pool_size(self.pool_size, layout)
+        return self.pool_size
+
+    def plan_pool(self, trainer: Trainer, indices: Indices, *, seed: int, epoch: int) -> Indices:
+        """Embed a pool with the current weights and compose its batches.
+
+        Args:
+            trainer: In training.
+            indices: Dataset indices of the pool, int64 ``[P]``.
+            seed: The pool's seed.
+            epoch: The epoch's number.
+
+        Returns:
+            int64 ``[P // global batch, global batch]``, positions in the pool.
+        """
+        start = time.perf_counter()
+        with _failing_together(trainer):
+            embeddings = self._encode(trainer, np.split(indices, trainer.world_size)[trainer.global_rank])
+        if not self.per_rank:
+            embeddings = trainer.strategy.all_gather(embeddings).flatten(0, -2)
+        if embeddings.is_cuda:
+            torch.cuda.synchronize(embeddings.device)
+        seconds = {"encode": time.perf_counter() - start}
+
+        compose = self._compose_per_rank if self.per_rank else self._compose_once
+        batches, self._pool_log, spent = compose(trainer, embeddings, indices, seed, epoch)
+        self._n_batches = len(batches)
+        for step, value in (seconds | spent).items():
+            self._seconds[step] = self._seconds.get(step, 0.0) + value
+        return batches
+
+    def check_data(self, datamodule: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        """Look at the data before training starts, and take what encoding needs of it.
+
+        Raises:
+            TypeError: If ``pool_dataset()`` is iterable-style.
+            ValueError: If ``pool_size`` is smaller than a global batch, or ``pool_dataset()`` or ``train_labels()``
+                differs in length from ``train_dataset()``.
+        """
+        self.resolve_pool_size(layout)
+        dataset = datamodule.pool_dataset()
+        check_map_style(dataset, "pool_dataset()")
+        labels = datamodule.train_labels()
+        for name, values in (("pool_dataset()", dataset), ("train_labels()", labels)):
+            if values is not None and len(values) != layout.n_instances:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"{name} must have the length and order of train_dataset(), {layout.n_instances}, "
+                    f"got length {len(values)}."  # type: ignore[arg-type]
+                )
+        self._pool_dataset = dataset
+        self._load = None
+        self._labels = None if labels is None else _as_labels(labels)
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_trainer(trainer)
+        if sum(isinstance(callback, BatchSamplerCallback) for callback in trainer.callbacks) > 1:
+            raise ValueError("The Trainer has more than one BatchSamplerCallback. Give it one.")
+        if not isinstance(trainer.datamodule, BatchSamplerDataModule):
+            got = "none" if trainer.datamodule is None else type(trainer.datamodule).__name__
+            raise TypeError(
+                f"BatchSamplerCallback needs a BatchSamplerDataModule, got {got}. Subclass it and pass it as "
+                "trainer.fit(model, datamodule=...)."
+            )
+        if self.embed is None and not hasattr(pl_module, "embed") and not is_overridden("forward", pl_module):
+            raise TypeError(
+                f"{type(pl_module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
+                "embeddings [b, d], or give BatchSamplerCallback(embed=...)."
+            )
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        if replicas != trainer.world_size:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} trains {replicas} replicas on {trainer.world_size} processes. "
+                "BatchSamplerCallback needs a whole replica in each process (no tensor parallelism)."
+            )
+        if trainer.overfit_batches:
+            rank_zero_info("BatchSamplerCallback: with overfit_batches the same uniform batches come every epoch.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_epoch()  # resumed in mid-epoch, there is no `on_train_epoch_start`
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_epoch()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # A pool is planned between two batches, where Lightning allows no logging.
+        if self._pool_log:
+            pl_module.log_dict(self._pool_log, on_step=False, on_epoch=True, batch_size=self._n_batches, sync_dist=True)
+            self._pool_log = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._seconds:
+            share = sum(self._seconds.values()) / (time.perf_counter() - self._epoch_start)
+            pl_module.log_dict({f"batch_sampler/{step}_seconds": spent for step, spent in self._seconds.items()})
+            pl_module.log("batch_sampler/time_share", share)
+        if not trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
+            self._load = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._load = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._load = None
+
+    # How a pool is planned
+
+    def _start_epoch(self) -> None:
+        self._epoch_start = time.perf_counter()
+        self._seconds = {}
+        self._pool_log = {}
+
+    def _encode(self, trainer: Trainer, indices: Indices) -> Tensor:
+        module, datamodule = trainer.lightning_module, trainer.datamodule
+        if self._load is None:
+            assert self._pool_dataset is not None
+            kwargs = {"pin_memory": module.device.type == "cuda"} | datamodule.dataloader_kwargs
+            kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global one
+            self._load = batch_loader(self._pool_dataset, **kwargs)
+        size = min(self.encode_batch_size or 4 * datamodule.batch_size, len(indices))
+        forward = self._forward(module)
+        before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
+        transfer = _batch_hook(trainer, "transfer_batch_to_device")
+
+        def embed(batch: Any) -> Tensor:
+            batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            batch = transfer(batch, module.device, 0)
+            with trainer.precision_plugin.forward_context():
+                return forward(batch)
+
+        with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
+            if trainer.world_size > 1:
+                # Batch norm's statistics differ between ranks until DDP's next forward pass, and only rank 0's are in
+                # a checkpoint: one pool is embedded by one model.
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            return encode(indices.tolist(), self._load, embed, batch_size=size, advance=advance)
+
+    def _forward(self, module: LightningModule) -> Callable[[Any], Tensor]:
+        if self.embed is not None:
+            return partial(self.embed, module)
+        return getattr(module, "embed", module)
+
+    def _compose_once(self, trainer: Trainer, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+        """One process composes global batches of the whole pool and tells the others their positions."""
+        composed: _Composed | None = None
+        with _failing_together(trainer):
+            if trainer.is_global_zero:
+                composed = self._compose(trainer, embeddings, indices, seed, epoch)
+        return trainer.strategy.broadcast(composed)  # type: ignore[return-value]
+
+    def _compose_per_rank(
+        self, trainer: Trainer, embeddings: Tensor, indices: Indices, seed: int, epoch: int
+    ) -> _Composed:
+        """Each process composes batches of its share; side by side they are the global batches."""
+        rank, size = trainer.global_rank, len(embeddings)
+        with _failing_together(trainer):
+            share = indices[rank * size : (rank + 1) * size]
+            batches, log, seconds = self._compose(trainer, embeddings, share, seed + rank, epoch)
+        positions = torch.from_numpy(batches + rank * size).to(embeddings.device)
+        gathered = trainer.strategy.all_gather(positions).reshape(-1, *batches.shape)
+        return gathered.transpose(0, 1).flatten(1).cpu().numpy(), log, seconds
+
+    def _compose(self, trainer: Trainer, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+        batch_size = trainer.datamodule.batch_size * (1 if self.per_rank else trainer.world_size)
+        start = time.perf_counter()
+        with isolated_rng():
+            returned = self.composer(embeddings, batch_size, seed=seed, epoch=epoch)
+        seconds = getattr(self.composer, "seconds", None) or {"compose": time.perf_counter() - start}
+        replacement = getattr(self.composer, "replacement", False)
+        batches = check_batches(returned, len(indices), batch_size, replacement=replacement)
+
+        positions = torch.from_numpy(batches)
+        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
+        similarity = InBatchSimilarity(sync_on_compute=False).to(embeddings.device)
+        similarity.update(embeddings[positions.to(embeddings.device)], labels)
+        log = {"batch_sampler/hardness": float(similarity.compute())}
+        if labels is not None:
+            false_negatives = InBatchFalseNegativeRate(sync_on_compute=False)
+            false_negatives.update(labels)
+            log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
+        return batches, log, dict(seconds)
+
+
+def _as_labels(labels: Any) -> Tensor:
+    array = np.asarray(labels)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise ValueError(
+            f"train_labels() must be integers of shape [N], got {array.dtype} of shape {list(array.shape)}. Override "
+            "it to return class numbers, or None: they only serve the false-negative metric."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+@contextmanager
+def _failing_together(trainer: Trainer) -> Iterator[None]:
+    """Let all processes stop where one fails, so that none waits for it forever."""
+    error = None
+    try:
+        yield
+    except Exception as exception:
+        error = exception
+    if not trainer.strategy.reduce_boolean_decision(error is None):
+        raise error or RuntimeError("Another process failed to plan a pool; its own error says why.")
+
+
+def _batch_hook(trainer: Trainer, name: str) -> Callable[..., Any]:
+    """The DataModule's hook if it overrides it, else the module's: Lightning's rule."""
+    owner = trainer.datamodule if is_overridden(name, trainer.datamodule) else trainer.lightning_module
+    return getattr(owner, name)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _progress(trainer: Trainer, total: int) -> Iterator[Callable[[], None]]:
+    """A bar for encoding below the Trainer's, where it has one."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.progress is not None:
+        progress = bar.progress
+        task = progress.add_task("Encoding", total=total)
+        try:
+            yield lambda: progress.advance(task)
+        finally:
+            progress.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar):
+        with bar.init_validation_tqdm() as tqdm:
+            tqdm.set_description("Encoding")
+            tqdm.reset(total)
+            yield lambda: tqdm.update() and None
+    else:
+        yield lambda: None

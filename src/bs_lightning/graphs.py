@@ -1,0 +1,167 @@
+"""Graphs: embeddings -> each instance's nearest neighbours.
+
+A graph is any callable ``(embeddings, *, seed=0) -> int32 [P, K]`` that returns real neighbours: never the instance
+itself, never a placeholder.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Neighbors = NDArray[np.int32]
+
+_log = logging.getLogger(__name__)
+_BLOCK_ENTRIES = 2**24  # similarities that `ExactGraph` holds at a time: 64 MB of float32
+_pynndescent_compiled = False
+
+
+@dataclass(frozen=True)
+class NNDescentGraph:
+    """Approximate nearest neighbours by cosine similarity, found by nearest neighbour descent.
+
+    The first graph built in a process makes pynndescent compile its kernels, which takes about half a minute; one
+    line says so when it happens. For pools up to some thousands :class:`ExactGraph` is as fast and needs no compile.
+
+    The same seed gives the same graph on the same number of threads.
+
+    Args:
+        n_neighbors: Neighbours kept per instance (the paper's K); clipped to ``P - 1``.
+
+    Raises:
+        ValueError: If ``n_neighbors`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning import NNDescentGraph
+        >>> neighbors = NNDescentGraph(n_neighbors=5)(torch.randn(100, 16))  # doctest: +SKIP
+        >>> neighbors.shape  # doctest: +SKIP
+        (100, 5)
+
+    Source: Dong et al., "Efficient k-nearest neighbor graph construction for generic similarity measures", WWW 2011,
+    as implemented by pynndescent.
+    """
+
+    n_neighbors: int = 15
+
+    def __post_init__(self) -> None:
+        _check_n_neighbors(self.n_neighbors)
+
+    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Build the graph.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, ``P >= 2``, on any device.
+            seed: Seed of the random initialisation.
+
+        Returns:
+            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+        """
+        _check_embeddings(embeddings)
+        data = embeddings.detach().float().cpu().numpy()
+        k = min(self.n_neighbors, len(data) - 1)
+        found = self._descend(np.ascontiguousarray(data), k + 1, seed)  # each instance is its own nearest neighbour
+        return _real_neighbors(found, k, np.linalg.norm(data, axis=1) == 0, seed)
+
+    @staticmethod
+    def _descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
+        global _pynndescent_compiled
+        if not _pynndescent_compiled:
+            _log.info("NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process.")
+        from pynndescent import NNDescent
+
+        with warnings.catch_warnings():
+            # "Failed to correctly find n_neighbors for some samples": those rows are filled up below.
+            warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
+            index = NNDescent(data, metric="cosine", n_neighbors=n_neighbors, random_state=seed % 2**32)
+        _pynndescent_compiled = True
+        return index.neighbor_graph[0]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ExactGraph:
+    """Exact nearest neighbours by cosine similarity: a blocked matrix product with top-k.
+
+    Runs on the embeddings' device and holds at most 64 MB of similarities at a time, never all ``P x P``. The work
+    grows with ``P^2``: on a CPU it suits pools up to some thousands, on a GPU far larger ones.
+
+    Args:
+        n_neighbors: Neighbours kept per instance (the paper's K); clipped to ``P - 1``.
+
+    Raises:
+        ValueError: If ``n_neighbors`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning import ExactGraph
+        >>> ExactGraph(n_neighbors=1)(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])).tolist()
+        [[2], [2], [1]]
+
+    Source: the paper's "kNN sampler" graph (arXiv 2306.03355, section 4.4).
+    """
+
+    n_neighbors: int = 15
+
+    def __post_init__(self) -> None:
+        _check_n_neighbors(self.n_neighbors)
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Build the graph.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, ``P >= 2``, on any device.
+            seed: Seed for the neighbours of all-zero rows, which are random.
+
+        Returns:
+            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+        """
+        _check_embeddings(embeddings)
+        unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+        size = len(unit)
+        k = min(self.n_neighbors, size - 1)
+        isolated = ~unit.any(dim=1)
+        rows_per_block = max(1, _BLOCK_ENTRIES // size)
+        found = torch.empty((size, k), dtype=torch.int32, device=unit.device)
+        for start in range(0, size, rows_per_block):
+            block = unit[start : start + rows_per_block]
+            similarity = block @ unit.T
+            rows = torch.arange(len(block), device=unit.device)
+            similarity[rows, start + rows] = -torch.inf
+            similarity[:, isolated] = -2.0  # below any cosine: chosen only where there is nobody else
+            found[start : start + len(block)] = similarity.topk(k, dim=1).indices.int()
+        return _real_neighbors(found.cpu().numpy(), k, isolated.cpu().numpy(), seed)
+
+
+def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed: int) -> Neighbors:
+    """Keep each row's first ``k`` real neighbours and fill what lacks with random other instances.
+
+    Not real are the instance itself, -1, all-zero (``isolated``) instances, and every entry of an isolated row.
+    """
+    own = np.arange(len(found), dtype=np.int32)[:, None]
+    real = (found >= 0) & (found != own) & ~isolated[found] & ~isolated[:, None]
+    nearest_first = np.argsort(~real, axis=1, kind="stable")[:, :k]
+    neighbors = np.take_along_axis(found, nearest_first, axis=1)
+    lacking = ~np.take_along_axis(real, nearest_first, axis=1)
+    if lacking.any():
+        others = np.random.default_rng(seed).integers(0, len(found) - 1, size=neighbors.shape, dtype=np.int32)
+        others += others >= own
+        neighbors = np.where(lacking, others, neighbors)
+    return np.ascontiguousarray(neighbors, dtype=np.int32)
+
+
+def _check_n_neighbors(n_neighbors: int) -> None:
+    if n_neighbors < 1:
+        raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}. 15 suits a pool.")
+
+
+def _check_embeddings(embeddings: Tensor) -> None:
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise ValueError(f"embeddings must have shape [P, d] with P >= 2, got {list(embeddings.shape)}.")
+    finite = torch.isfinite(embeddings).all(dim=1)
+    if not finite.all():
+        raise ValueError(f"embeddings must be finite, but row {int((~finite).nonzero()[0])} is not.")

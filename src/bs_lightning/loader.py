@@ -1,0 +1,150 @@
+"""Loader: a plan's batches -> collated batches of data, without prefetching across a pool's end."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+if TYPE_CHECKING:
+    from bs_lightning.sampler import PoolBatchSampler
+
+Load = Callable[[Iterable[list[int]]], Iterator[Any]]
+
+
+def batch_loader(dataset: Dataset[Any], **dataloader_kwargs: Any) -> Load:
+    """A function from batches of dataset indices to collated batches, which keeps its worker processes between calls.
+
+    Args:
+        dataset: A map-style data set.
+        **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices.
+
+    Returns:
+        ``load(batches)``, an iterator over the collated batches. One call at a time: a new one ends the last.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.loader import batch_loader
+        >>> load = batch_loader(torch.arange(10) * 10)
+        >>> [batch.tolist() for batch in load([[1, 2], [5]])]
+        [[10, 20], [50]]
+    """
+    batches = _Batches()
+    if dataloader_kwargs.get("num_workers", 0) > 0:
+        dataloader_kwargs["persistent_workers"] = True
+    loader = DataLoader(dataset, batch_sampler=batches, **dataloader_kwargs)
+
+    def load(new: Iterable[list[int]]) -> Iterator[Any]:
+        batches.current = new
+        return iter(loader)
+
+    return load
+
+
+class _Batches:
+    """What a ``DataLoader`` takes for its batch sampler: whatever is current."""
+
+    current: Iterable[list[int]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.current)
+
+
+class PoolLoader:
+    """A data loader that asks for each pool's plan only when its first batch is about to be trained.
+
+    A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training, so that a pool would be
+    planned with older weights the more workers there are. This one loads pool by pool with one set of workers, and
+    prefetches within a pool only. Iterate it like a ``DataLoader``.
+
+    Workers live for one iteration, or for good with ``persistent_workers=True``. Nothing is drawn from the global
+    random state: the workers' seeds come from the sampler's seed, or, one draw an iteration, from ``generator``.
+
+    Args:
+        dataset: A map-style data set.
+        batch_sampler: Serves the plan.
+        **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices:
+            ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers``, ``worker_init_fn`` and so on.
+
+    Raises:
+        ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, or ``in_order=False``.
+        TypeError: If the data set is iterable-style.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning import PoolBatchSampler, PoolLoader
+        >>> loader = PoolLoader(torch.arange(8), PoolBatchSampler(8, batch_size=4))
+        >>> [len(batch) for batch in loader]
+        [4, 4]
+    """
+
+    def __init__(self, dataset: Dataset[Any], batch_sampler: "PoolBatchSampler", **dataloader_kwargs: Any) -> None:
+        check_dataloader_kwargs(dataloader_kwargs)
+        check_map_style(dataset, "dataset")
+        self.dataset = dataset
+        self.batch_sampler = batch_sampler
+        # Lightning sets this attribute where the user left it None, to seed workers differently on every rank.
+        self.worker_init_fn = dataloader_kwargs.pop("worker_init_fn", None)
+        self._kwargs = dataloader_kwargs
+        self._load: Load | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
+        sampler = self.batch_sampler
+        load = self._load
+        for batches in sampler.pools():
+            if load is None:
+                load = batch_loader(
+                    self.dataset, worker_init_fn=self.worker_init_fn, **self._kwargs | {"generator": self._generator()}
+                )
+                self._load = load if self._kwargs.get("persistent_workers") else None
+            for batch in load(batches):
+                sampler.served += 1
+                yield batch
+
+    def _generator(self) -> torch.Generator:
+        """The source of the workers' seeds."""
+        theirs = self._kwargs.get("generator")
+        if theirs is None:
+            seed = self.batch_sampler.worker_seed()
+        else:
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=theirs))
+        return torch.Generator().manual_seed(seed)
+
+
+def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuse ``DataLoader`` arguments that choose or reorder indices.
+
+    Raises:
+        ValueError: Naming the argument and what to do instead.
+    """
+    ours = {
+        "dataset": "override train_dataset()",
+        "batch_size": "give batch_size by itself",
+        "shuffle": "leave it out: every epoch is a new random permutation",
+        "sampler": "leave it out: the plan chooses the indices",
+        "batch_sampler": "leave it out: the plan chooses the batches",
+        "drop_last": "give drop_last by itself",
+    }
+    for name in ours.keys() & kwargs.keys():
+        raise ValueError(f"{name}={kwargs[name]!r} is no argument for the data loader here: {ours[name]}.")
+    if kwargs.get("in_order") is False:
+        raise ValueError("in_order=False would train batches in another order than planned. Leave it True.")
+
+
+def check_map_style(dataset: object, name: str) -> None:
+    """Refuse data sets that cannot be indexed.
+
+    Raises:
+        TypeError: Naming where the data set came from.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not (
+        hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))
+    ):
+        raise TypeError(
+            f"{name} must be a map-style data set with __len__ and __getitem__, got {type(dataset).__name__}. "
+            "Batches are chosen by index, which an iterable data set does not have."
+        )

@@ -1,0 +1,99 @@
+"""What the tests of training share: data that knows its indices, a model that notes them, and a Trainer."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import Dataset
+
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
+
+
+class Points(Dataset):
+    """Item ``i`` is ``(i, point i)``; the points lie in ten clusters, ``i % 10``."""
+
+    def __init__(self, n: int = 100, dim: int = 8) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.targets = torch.arange(n) % 10
+        self.points = torch.randn(10, dim, generator=generator)[self.targets]
+        self.points += 0.3 * torch.randn(n, dim, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        return index, self.points[index]
+
+
+class Data(BatchSamplerDataModule):
+    def __init__(self, batch_size: int = 8, n: int = 100, **kwargs: Any) -> None:
+        super().__init__(batch_size, **kwargs)
+        self.n = n
+
+    def train_dataset(self) -> Dataset:
+        return Points(self.n)
+
+
+class Model(LightningModule):
+    """An encoder with batch norm and dropout, and the InfoNCE loss; notes the indices of every batch by epoch."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Linear(8, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(dropout),
+            torch.nn.Linear(16, 4),
+        )
+        self.epochs: dict[int, list[list[int]]] = {}
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.encoder(batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+        view = batch[1] + 0.1 * torch.randn_like(batch[1])
+        a, b = (torch.nn.functional.normalize(self.encoder(x).float(), dim=1) for x in (batch[1], view))
+        return torch.nn.functional.cross_entropy(a @ b.T / 0.5, torch.arange(len(a), device=a.device))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    @property
+    def batches(self) -> list[list[int]]:
+        return [batch for epoch in sorted(self.epochs) for batch in self.epochs[epoch]]
+
+
+def walker(pool_size: int = 32, **kwargs: Any) -> BatchSamplerCallback:
+    """A callback without pynndescent's compile."""
+    kwargs = {"composer": RWRComposer(ExactGraph(n_neighbors=5)), "warmup_epochs": 0} | kwargs
+    return BatchSamplerCallback(pool_size, **kwargs)
+
+
+def trainer(*callbacks: Any, max_epochs: int = 2, **kwargs: Any) -> Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(callbacks=list(callbacks), max_epochs=max_epochs, **quiet | kwargs)
+
+
+def fit(model: Model, data: Data, *callbacks: Any, ckpt_path: str | None = None, **kwargs: Any) -> Trainer:
+    made = trainer(*callbacks, **kwargs)
+    made.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return made
+
+
+def pool_order(embeddings: torch.Tensor, batch_size: int, *, seed: int, epoch: int) -> Any:
+    """A composer that changes nothing."""
+    return torch.arange(len(embeddings)).reshape(-1, batch_size).numpy()
+
+
+def same_cluster_share(batches: list[list[int]]) -> float:
+    """Share of pairs in a batch of the same cluster: 0.1 if uniform."""
+    same = [(a % 10 == b % 10) for batch in batches for a in batch for b in batch if a != b]
+    return sum(same) / len(same)

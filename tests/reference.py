@@ -1,0 +1,40 @@
+"""The walk in plain Python, slow and literal: what the numba kernel must do, draw by draw."""
+
+from itertools import chain
+
+import numpy as np
+
+from bs_lightning._walk_kernel import PATIENCE
+
+
+def rwr_batches(neighbors, batch_size, *, restart_probability=0.2, seed=0, replacement=False, patience=PATIENCE):
+    """As :func:`bs_lightning.rwr_batches`, over lists."""
+    rng = np.random.default_rng(seed)
+    n_nodes, n_neighbors = len(neighbors), len(neighbors[0])
+    free = set(range(n_nodes))
+    batches = []
+    for _ in range(n_nodes // batch_size):
+        if replacement:
+            free = set(range(n_nodes))
+        batch = []
+        idle = patience
+        while len(batch) < batch_size:
+            if idle == patience:
+                first = int(rng.random() * n_nodes) if replacement else 0
+                root = next(node for node in chain(range(first, n_nodes), range(first)) if node in free)
+                node = root
+            else:
+                draw = rng.random()
+                if draw < restart_probability:
+                    node = root
+                else:
+                    column = int((draw - restart_probability) / (1 - restart_probability) * n_neighbors)
+                    node = neighbors[node][min(column, n_neighbors - 1)]
+            if node in free:
+                free.remove(node)
+                batch.append(node)
+                idle = 0
+            else:
+                idle += 1
+        batches.append(batch)
+    return batches

@@ -1,0 +1,98 @@
+"""A training run in processes of its own, as a user starts it: ``python run.py FOLDER '{"strategy": "ddp", ...}'``.
+
+It goes on from ``FOLDER/last.ckpt`` if that is there. Each rank notes its batches in ``FOLDER/rank0.txt`` and so on, a
+line ``step:[indices]`` each, and what it saw in ``FOLDER/rank0.json`` when training is done.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from parts import Data, Model, fit, walker
+
+from bs_lightning import ExactGraph, RWRComposer
+
+
+class Writes(Callback):
+    """Writes what a rank has seen, in the process that has seen it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_fit_end(self, trainer, module):
+        weights = [p.full_tensor() if module.sharded else p for p in module.parameters()]
+        seen = {
+            "epochs": module.epochs,
+            "encoded": module.encoded,
+            "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
+            "weights": float(sum(p.sum() for p in weights)),
+        }
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+def no_graph(embeddings, batch_size, *, seed, epoch):
+    raise ValueError("no graph")
+
+
+class Run(Model):
+    """Without randomness of its own; may be slow on one rank, fail, or kill its process in mid-training."""
+
+    def __init__(self, folder, slow_rank, kill_at, sharded, fail):
+        super().__init__()
+        self.folder, self.fail, self.encoded = folder, fail, []
+        self.slow_rank, self.kill_at, self.sharded = slow_rank, kill_at, sharded
+
+    def embed(self, batch):
+        if self.fail == "encode" and self.global_rank == 1:
+            raise ValueError("no embedding on rank 1")
+        self.encoded.append(len(batch[0]))
+        return self.encoder(batch[1])
+
+    def configure_model(self):
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.encoder, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.global_rank == self.slow_rank:
+            time.sleep(0.05)
+        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+        with (self.folder / f"rank{self.global_rank}.txt").open("a") as file:
+            file.write(f"{self.global_step}:{batch[0].tolist()}\n")
+        z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
+        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+
+
+def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, kill_at=None, slow_rank=None,
+         fail=None, loader=None, save_every=None, drop_last=True, sharded=False, **trainer):  # fmt: skip
+    seed_everything(0)
+    composer = no_graph if fail == "graph" else RWRComposer(ExactGraph(5))
+    callbacks = [Writes(folder), walker(pool_size, composer=composer, warmup_epochs=warmup_epochs, per_rank=per_rank)]
+    last = folder / "last.ckpt"
+    if save_every:
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=save_every, save_last=True))
+    if sharded:
+        trainer["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    fit(
+        Run(folder, slow_rank, kill_at, sharded, fail),
+        Data(batch_size, n, drop_last=drop_last, **loader or {}),
+        *callbacks,
+        ckpt_path=last if last.exists() else None,
+        enable_checkpointing=bool(save_every),
+        default_root_dir=folder,
+        **trainer,
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -1,0 +1,128 @@
+"""Several processes, started as users start them."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from parts import same_cluster_share
+from processes import SCRIPT, batches_by_step, finish, run, seen
+
+
+def global_batches(ranks, epoch):
+    return [sum(parts, []) for parts in zip(*(rank["epochs"][str(epoch)] for rank in ranks), strict=True)]
+
+
+def assert_covered(ranks, epochs=2, n=203, batch_size=4):
+    size = batch_size * len(ranks)
+    for epoch in range(epochs):
+        batches = global_batches(ranks, epoch)
+        indices = sum(batches, [])
+        assert len(batches) == n // size
+        assert len(set(indices)) == len(indices) == n // size * size
+
+
+def test_ddp_with_default_flags(tmp_path):
+    ranks = run(tmp_path, num_sanity_val_steps=0)
+    assert_covered(ranks)
+    assert ranks[0]["encoded"] == ranks[1]["encoded"]  # equal parts, the same number of calls
+    assert sum(ranks[0]["encoded"]) * 2 == 200 * 2  # 25 global batches of 8 in each of two epochs
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    for epoch in (0, 1):
+        walked = global_batches(ranks, epoch)
+        assert same_cluster_share(walked) > 0.25
+        # One walk made the global batch: a rank's part is as close to the other's part as to itself.
+        across = [a % 10 == b % 10 for batch in walked for a in batch[:4] for b in batch[4:]]
+        assert sum(across) / len(across) > 0.2
+    logged = [rank["logged"] for rank in ranks]
+    assert logged[0]["batch_sampler/false_negative_rate"] == logged[1]["batch_sampler/false_negative_rate"]
+    share = same_cluster_share(global_batches(ranks, 1))
+    assert logged[0]["batch_sampler/false_negative_rate"] == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "ddp_spawn"},
+        {"strategy": "ddp_find_unused_parameters_true"},
+        {"strategy": "ddp", "slow_rank": 1},
+        {"strategy": "ddp", "slow_rank": 0, "loader": {"num_workers": 2, "prefetch_factor": 8}},
+        {"strategy": "ddp", "loader": {"num_workers": 1, "persistent_workers": True}, "warmup_epochs": 1},
+        {"strategy": "ddp", "use_distributed_sampler": False},
+        {"strategy": "ddp", "pool_size": 45, "n": 211},
+        {"sharded": True},
+    ],
+    ids=str,
+)
+def test_strategies_speeds_and_loaders(settings, tmp_path):
+    ranks = run(tmp_path, **settings)
+    assert_covered(ranks, n=settings.get("n", 203))
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert same_cluster_share(global_batches(ranks, 1)) > 0.2
+
+
+@pytest.mark.slow
+def test_a_last_batch_is_shared_out(tmp_path):
+    ranks = run(tmp_path, drop_last=False, n=205)
+    for epoch in (0, 1):
+        batches = global_batches(ranks, epoch)
+        assert sorted(sum(batches, [])) == list(range(205))
+    assert [len(rank["epochs"]["0"][-1]) for rank in ranks] == [3, 2]
+
+
+def test_two_nodes_of_two_processes_under_torchrun(tmp_path):
+    """Two launchers on one machine, as on two."""
+    settings = json.dumps({"strategy": "ddp", "devices": 2, "num_nodes": 2, "batch_size": 2, "pool_size": 44})
+    nodes = []
+    for node in (0, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+        command += [f"--node-rank={node}", "--master-addr=localhost", "--master-port=29517"]
+        nodes.append([*command, SCRIPT, tmp_path, settings])
+    with ThreadPoolExecutor() as launchers:
+        for done in launchers.map(lambda command: finish(command, timeout=240), nodes):
+            assert done.returncode == 0, done.error[-4000:]
+    ranks = seen(tmp_path, 4)
+    assert_covered(ranks, batch_size=2)
+    assert len({rank["weights"] for rank in ranks}) == 1
+    assert same_cluster_share(global_batches(ranks, 1)) > 0.25
+
+
+def test_walks_of_each_rank(tmp_path):
+    ranks = run(tmp_path, per_rank=True, pool_size=240, n=1003)
+    assert_covered(ranks, n=1003)
+    for rank in ranks:
+        assert same_cluster_share(rank["epochs"]["1"]) > 0.3
+    across = [a % 10 == b % 10 for batch in global_batches(ranks, 1) for a in batch[:4] for b in batch[4:]]
+    assert sum(across) / len(across) < 0.16
+
+
+@pytest.mark.parametrize("fail", ["encode", "graph"])
+def test_all_ranks_stop_where_one_fails(fail, tmp_path):
+    stderr = run(tmp_path, fail=fail, fails=True, timeout=120)
+    assert {"encode": "no embedding on rank 1", "graph": "no graph"}[fail] in stderr
+    assert "Another process failed to plan a pool" in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loader",
+    [{"num_workers": 0}, {"num_workers": 2, "prefetch_factor": 8}, {"num_workers": 2, "persistent_workers": True}],
+    ids=str,
+)
+def test_killed_and_resumed(loader, tmp_path):
+    """Pools of 5 batches of 25 an epoch; killed in mid-pool, at a pool's first batch and in the second epoch."""
+    settings = {"loader": loader, "save_every": 3, "warmup_epochs": 0}
+    whole = run(tmp_path / "whole", **settings)
+    for kill_at in (8, 16, 33):
+        run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
+    killed = run(tmp_path / "killed", **settings)
+    assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
+    assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
+
+
+@pytest.mark.slow
+def test_the_stress_script_in_short():
+    done = finish([sys.executable, Path(__file__).parents[1] / "benchmarks" / "stress.py", "--cycles", "6"])
+    assert done.returncode == 0, done.error

@@ -1,0 +1,63 @@
+"""The code in README and docs, run as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from parts import Model
+from torch.utils.data import Dataset
+
+ROOT = Path(__file__).parents[1]
+
+
+class TwoViews(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return [self.images[index] + 0.1 * torch.randn(8) for _ in range(2)]
+
+
+class SimCLR(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Model().encoder
+
+    def forward(self, batch):
+        return self.encoder(batch)
+
+    def training_step(self, batch, batch_idx):
+        a, b = (torch.nn.functional.normalize(self(view), dim=1) for view in batch)
+        return torch.nn.functional.cross_entropy(a @ b.T / 0.5, torch.arange(len(a)))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def printed(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readmes_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
+    (code,) = printed("README.md")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    names = {"images": torch.randn(300, 8), "TwoViews": TwoViews, "SimCLR": SimCLR}
+    exec(code, names)
+    logged = names["trainer"].callback_metrics
+    assert names["trainer"].current_epoch == 5
+    assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
+
+
+def test_the_hand_written_loop():
+    names = {}
+    for code in printed("docs/plain_pytorch.md"):
+        exec(code, names)
+    assert names["epoch"] == 2
+    assert torch.isfinite(names["loss"])

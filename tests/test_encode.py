@@ -1,0 +1,189 @@
+import random
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bs_lightning import batch_loader, encode
+from bs_lightning.encode import isolated_rng, no_trace
+
+DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def run(embed=lambda batch: batch, indices=(7, 0, 19, 3, 11), data=DATA, batch_size=2, **kwargs):
+    return encode(indices, batch_loader(data), embed, batch_size=batch_size, **kwargs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+@pytest.mark.parametrize("container", [list, np.array, torch.tensor])
+def test_embeds_in_the_order_of_the_indices(container, batch_size):
+    indices = [7, 0, 19, 3, 11]
+    expected = nn.functional.normalize(DATA[indices], dim=1)
+    assert torch.allclose(run(indices=container(indices), batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_returns_float32_rows_of_length_one(dtype):
+    embeddings = run(lambda batch: batch.to(dtype))
+    assert embeddings.dtype == torch.float32
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(5))
+    assert torch.allclose(embeddings, run(), atol=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_returns_rows_of_length_one_whatever_they_were(scale):
+    assert torch.allclose(run(lambda batch: batch * scale).norm(dim=1), torch.ones(5))
+
+
+def test_an_embed_may_write_all_its_results_to_one_place():
+    """As compiled models do with CUDA graphs."""
+    place = torch.empty(2, 4)
+    assert torch.equal(run(lambda batch: place.copy_(batch), indices=range(6)), run(indices=range(6)))
+
+
+def test_keeps_no_gradients_and_loads_in_batches():
+    layer, sizes, advanced = nn.Linear(4, 3), [], []
+
+    def embed(batch):
+        z = layer(batch)
+        assert not z.requires_grad
+        sizes.append(len(z))
+        return z
+
+    assert not run(embed, advance=lambda: advanced.append(len(sizes))).requires_grad
+    assert sizes == [2, 2, 1]
+    assert advanced == [1, 2, 3]
+    assert torch.is_grad_enabled()
+
+
+def with_rows(value, *rows):
+    data = DATA.clone()
+    data[list(rows)] = value
+    return data
+
+
+def test_zero_rows_stay_zero_and_are_warned_of():
+    with pytest.warns(UserWarning, match="embeddings of a pool are all zero.*similar to nothing"):
+        embeddings = run(data=with_rows(0, 19))
+    assert embeddings.norm(dim=1).tolist() == pytest.approx([1, 1, 0, 1, 1])
+
+
+def test_a_collapsed_model_is_warned_of():
+    with pytest.warns(UserWarning, match="all equal: the model has collapsed"):
+        run(data=torch.ones(20, 4) * torch.arange(1, 21)[:, None])
+
+
+def test_warns_of_nothing_else():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+        run(indices=[3])  # one instance is equal to itself
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_names_the_dataset_index_that_is_not_finite(bad):
+    with pytest.raises(ValueError, match="embedding of dataset index 19 is not finite"):
+        run(data=with_rows(bad, 19, 3))
+
+
+def test_float64_beyond_float32_is_not_finite():
+    with pytest.raises(ValueError, match="embedding of dataset index 19 is not finite"):
+        run(data=DATA.double().index_fill(0, torch.tensor([19]), 1e300))
+
+
+@pytest.mark.parametrize(
+    ("embed", "error", "words"),
+    [
+        (lambda batch: None, TypeError, "must return a float tensor of shape [b, d], got NoneType"),
+        (lambda batch: (batch, batch), TypeError, "got tuple"),
+        (lambda batch: batch.numpy(), TypeError, "got ndarray"),
+        (lambda batch: batch.long(), TypeError, "got a tensor of torch.int64"),
+        (lambda batch: batch.to(torch.complex64), TypeError, "got a tensor of torch.complex64"),
+        (lambda batch: batch.sum(1), ValueError, "must return shape [b, d], got [2]. Pool or flatten first."),
+        (lambda batch: batch[:, :, None], ValueError, "must return shape [b, d], got [2, 4, 1]"),
+        (lambda batch: batch[:1], ValueError, "embed returned 1 rows for 2 instances. One embedding per instance"),
+        (lambda batch: torch.cat([batch, batch]), ValueError, "embed returned 4 rows for 2 instances"),
+    ],
+)
+def test_refuses_what_is_no_embedding(embed, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        run(embed)
+
+
+# No trace
+
+
+class Encoder(nn.Module):
+    """Everything that an encoder's forward pass may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(4)).eval()
+        self.register_buffer("queue", torch.zeros(3))
+        self.register_buffer("assigned", torch.zeros(3))
+        self.register_buffer("shared", self.queue)
+
+    def forward(self, x):
+        random.random(), np.random.rand(), torch.rand(1)
+        self.queue += 1
+        self.assigned = self.assigned + 1
+        self.norm.train()
+        return self.frozen(self.norm(x))
+
+
+def everything(module):
+    """Modes, buffers by value and by identity, and random states."""
+    modes = [part.training for part in module.modules()]
+    values = {name: value.tolist() for name, value in module.state_dict().items()}
+    identities = [id(buffer) for buffer in module.buffers()]
+    numpy_state = np.random.get_state()
+    states = random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
+    return modes, values, identities, states
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit])
+def test_leaves_everything_as_it_was(error):
+    module = Encoder()
+    before = everything(module)
+
+    def inside():
+        with no_trace(module):
+            assert not any(part.training for part in module.modules())
+            module(DATA)
+            assert module.queue.sum() > 0
+            assert module.norm.running_mean.any()
+            if error is not None:
+                raise error
+
+    if error is None:
+        inside()
+    else:
+        with pytest.raises(error):
+            inside()
+    assert everything(module) == before
+    assert module.shared is module.queue
+
+
+def test_buffers_filled_within_are_empty_again():
+    module = nn.Module()
+    module.register_buffer("mask", None)
+    with no_trace(module):
+        module.mask = torch.ones(2)
+    assert module.mask is None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_isolated_rng_restores_random_states(error):
+    @isolated_rng()
+    def inside():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        raise error
+
+    before = everything(nn.Module())
+    with pytest.raises(error):
+        inside()
+    assert everything(nn.Module()) == before

@@ -1,0 +1,250 @@
+"""Bad input is refused at once, in words that name the argument, the value and the fix."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from parts import Data, Model, Points, fit, pool_order, trainer, walker
+
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"pool_size": 1}, ValueError, "pool_size must be at least one global batch, got 1"),
+        ({"warmup_epochs": -1}, ValueError, "warmup_epochs must not be negative, got -1"),
+        ({"composer": 3}, TypeError, "composer must be callable, such as RWRComposer.., got 3"),
+        ({"embed": 3}, TypeError, "embed must be a function of .pl_module, batch., got 3"),
+        ({"encode_batch_size": 0}, ValueError, "encode_batch_size must be at least 1, got 0"),
+    ],
+)
+def test_callback_arguments(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        BatchSamplerCallback(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"shuffle": True}, ValueError, "shuffle=True is no argument .* every epoch is a new random permutation"),
+        ({"sampler": []}, ValueError, "sampler=.* the plan chooses the indices"),
+        ({"batch_sampler": []}, ValueError, "batch_sampler=.* the plan chooses the batches"),
+        ({"in_order": False}, ValueError, "in_order=False would train batches in another order"),
+    ],
+)
+def test_datamodule_arguments(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        Data(8, **kwargs)
+
+
+def test_an_overridden_train_dataloader_is_refused_where_it_is_written():
+    with pytest.raises(
+        TypeError, match=r"Mine must not override train_dataloader.*Return the data set from train_data"
+    ):
+
+        class Mine(BatchSamplerDataModule):
+            def train_dataloader(self):
+                return None
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "n", "pool_size", "words"),
+    [
+        (1, 100, 32, "batch_size must be at least 2, got 1"),
+        (0, 100, 32, "batch_size must be at least 2, got 0"),
+        (8, 100, 7, "pool_size must be at least one global batch, 8 = batch_size 8 x 1 processes, got 7"),
+        (101, 100, 200, "data set has 100 instances, fewer than one global batch of batch_size 101 x 1"),
+    ],
+)
+def test_sizes_before_training_starts(batch_size, n, pool_size, words):
+    model = Model()
+    with pytest.raises(ValueError, match=words):
+        fit(model, Data(batch_size, n), walker(pool_size, warmup_epochs=1))
+    assert not model.epochs
+
+
+def test_batch_size_must_be_an_integer():
+    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 8\.0"):
+        fit(Model(), Data(8.0), walker())
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(Points())
+
+
+class Streams(Data):
+    def train_dataset(self):
+        return Stream()
+
+
+class PoolStreams(Data):
+    def pool_dataset(self):
+        return Stream()
+
+
+class ShortPool(Data):
+    def pool_dataset(self):
+        return Points(self.n - 1)
+
+
+class ShortLabels(Data):
+    def train_labels(self):
+        return [0] * 7
+
+
+class NoData(BatchSamplerDataModule):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (Streams(), TypeError, r"train_dataset\(\) must be a map-style data set .*, got Stream"),
+        (PoolStreams(), TypeError, r"pool_dataset\(\) must be a map-style data set .*, got Stream"),
+        (ShortPool(), ValueError, r"pool_dataset\(\) must have the length and order of .* 100, got length 99"),
+        (ShortLabels(), ValueError, r"train_labels\(\) must have the length and order of .* 100, got length 7"),
+        (NoData(8), NotImplementedError, r"NoData must override train_dataset\(\)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_data_before_training_starts(data, error, words):
+    model = Model()
+    with pytest.raises(error, match=words):
+        fit(model, data, walker(warmup_epochs=1))
+    assert not model.epochs
+
+
+class OtherData(LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Points(), batch_size=8)
+
+
+def test_another_datamodule_or_none():
+    with pytest.raises(TypeError, match="needs a BatchSamplerDataModule, got OtherData"):
+        fit(Model(), OtherData(), walker())
+    with pytest.raises(TypeError, match="needs a BatchSamplerDataModule, got none"):
+        trainer(walker()).fit(Model(), torch.utils.data.DataLoader(Points(), batch_size=8))
+
+
+def test_two_callbacks():
+    with pytest.raises(ValueError, match="more than one BatchSamplerCallback"):
+        fit(Model(), Data(), walker(), walker())
+
+
+def test_a_module_that_cannot_embed():
+    class Mute(LightningModule):
+        training_step = Model.training_step
+        configure_optimizers = Model.configure_optimizers
+
+    with pytest.raises(TypeError, match=r"Mute has neither embed\(batch\) nor forward\(batch\)"):
+        fit(Mute(), Data(), walker())
+
+
+def test_a_trainer_of_pytorch_lightning():
+    class Theirs(pytorch_lightning.LightningModule):
+        forward = Model.forward
+        training_step = Model.training_step
+        configure_optimizers = Model.configure_optimizers
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    for data in ({"datamodule": Data()}, {"train_dataloaders": torch.utils.data.DataLoader(Points(), batch_size=8)}):
+        theirs = pytorch_lightning.Trainer(callbacks=[walker()], max_epochs=1, **quiet)
+        with pytest.raises(TypeError, match="bs_lightning uses the package lightning: write `from lightning import"):
+            theirs.fit(Theirs(), **data)
+
+
+# What a module or composer returns
+
+
+def returning(make):
+    return walker(embed=lambda module, batch: make(module(batch), batch))
+
+
+def one_not_finite(z, batch):
+    return torch.where((batch[0] == 42)[:, None], torch.nan, z)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda z, batch: z[:, None], ValueError, r"embed must return shape \[b, d\], got \[32, 1, 4\]"),
+        (lambda z, batch: z[:, 0], ValueError, r"embed must return shape \[b, d\], got \[32\]"),
+        (lambda z, batch: z[1:], ValueError, "embed returned 31 rows for 32 instances"),
+        (lambda z, batch: torch.cat([z, z]), ValueError, "embed returned 64 rows for 32 instances"),
+        (lambda z, batch: z.long(), TypeError, r"embed must return a float tensor .*, got a tensor of torch.int64"),
+        (lambda z, batch: None, TypeError, "embed must return a float tensor .*, got NoneType"),
+        (one_not_finite, ValueError, "embedding of dataset index 42 is not finite"),
+    ],
+)
+def test_embeddings(make, error, words):
+    with pytest.raises(error, match=words):
+        fit(Model(), Data(8, 96), returning(make))
+
+
+def test_a_collate_fn_that_drops_rows():
+    def drop(items):
+        return torch.utils.data.default_collate(items[1:])
+
+    with pytest.raises(ValueError, match=r"31 rows for 32 instances.*collate_fn must not drop any"):
+        fit(Model(), Data(8, 96, collate_fn=drop), walker())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda b: b[1:], ValueError, r"batches of shape \[4, 8\] for a pool of 32 .*, got \[3, 8\]"),
+        (lambda b: b.ravel(), ValueError, r"batches of shape \[4, 8\] for a pool of 32 .*, got \[32\]"),
+        (lambda b: b * 1.0, TypeError, "must return integer positions in the pool, got dtype float64"),
+        (lambda b: b + 1, ValueError, r"must return positions in \[0, 32\), got 32"),
+        (lambda b: b - 1, ValueError, r"must return positions in \[0, 32\), got -1"),
+        (lambda b: np.where(b == 3, 9, b), ValueError, "returned position 9 twice. If batches may share"),
+        (lambda b: None, TypeError, "must return integer positions in the pool, got dtype object"),
+    ],
+)
+def test_composers(make, error, words):
+    def composer(embeddings, batch_size, *, seed, epoch):
+        return make(pool_order(embeddings, batch_size, seed=seed, epoch=epoch))
+
+    with pytest.raises(error, match=words):
+        fit(Model(), Data(8, 96), walker(composer=composer))
+
+
+def test_composers_with_replacement_may_repeat_but_not_within_a_batch():
+    class Composer:
+        replacement = True
+
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            return np.tile(self.batches, (len(embeddings) // batch_size, 1))
+
+    model = Model()
+    fit(model, Data(8, 96), walker(composer=Composer(np.arange(8))), max_epochs=1)
+    assert [len(set(batch)) for batch in model.batches] == [8] * 12
+    with pytest.raises(ValueError, match="returned position 0 twice within one batch"):
+        fit(Model(), Data(8, 96), walker(composer=Composer(np.zeros(8, dtype=int))))
+
+
+def test_importing_loads_neither_numba_nor_pynndescent():
+    code = "import sys, bs_lightning; print([m for m in ('numba', 'pynndescent') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(100, 3, dtype=torch.long), [0.5] * 100, ["cat"] * 100])
+def test_labels_that_are_no_class_numbers(labels):
+    class Odd(Data):
+        def train_labels(self):
+            return labels
+
+    with pytest.raises(ValueError, match=r"train_labels\(\) must be integers of shape \[N\], got .*or None"):
+        fit(Model(), Odd(), walker())

@@ -1,0 +1,303 @@
+"""Every flag of the Trainer: each index at most once an epoch, the right number of steps, no pool encoded in vain."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.tuner import Tuner
+from parts import Data, Model, fit, pool_order, trainer, walker
+from torch.utils.data import DataLoader
+
+
+class Counts(Callback):
+    """Counts the instances that are encoded."""
+
+    def __init__(self):
+        self.encoded = 0
+
+    def embed(self, module, batch):
+        self.encoded += len(batch[0])
+        return module(batch)
+
+
+class Validated(Model):
+    """Has the other loops too."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch).pow(2).mean())
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+
+
+class Manual(Model):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class Estimates(Model):
+    """Asks for the number of steps before training, as one-cycle schedules do."""
+
+    def configure_optimizers(self):
+        self.estimated = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+class ValidatedData(Data):
+    def val_dataloader(self):
+        return DataLoader(self.train_dataset(), batch_size=10)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def assert_each_index_at_most_once(model):
+    for batches in model.epochs.values():
+        indices = sum(batches, [])
+        assert len(set(indices)) == len(indices)
+
+
+# 12 batches of 8 an epoch, pools of 4 batches.
+FLAGS = [
+    # flags, batches per epoch, optimizer steps in two epochs
+    ({}, 12, 24),
+    ({"limit_train_batches": 5}, 5, 10),
+    ({"limit_train_batches": 0.5}, 6, 12),
+    ({"limit_train_batches": 1}, 1, 2),
+    ({"accumulate_grad_batches": 5}, 12, 6),
+    ({"val_check_interval": 5}, 12, 24),
+    ({"val_check_interval": 0.25}, 12, 24),
+    ({"check_val_every_n_epoch": 2}, 12, 24),
+    ({"reload_dataloaders_every_n_epochs": 1}, 12, 24),
+    ({"num_sanity_val_steps": 2}, 12, 24),
+    ({"num_sanity_val_steps": 0}, 12, 24),
+    ({"precision": "bf16-mixed"}, 12, 24),
+    ({"precision": "bf16-true"}, 12, 24),
+    ({"precision": "64-true"}, 12, 24),
+    ({"gradient_clip_val": 0.1}, 12, 24),
+    ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, 12, 24),
+    ({"inference_mode": False}, 12, 24),
+    ({"use_distributed_sampler": False}, 12, 24),
+    ({"deterministic": True}, 12, 24),
+    ({"detect_anomaly": True}, 12, 24),
+    ({"profiler": "simple"}, 12, 24),
+]
+
+
+@pytest.mark.parametrize("loader", [{"num_workers": 0}, {"num_workers": 2}], ids=["0", "2"])
+@pytest.mark.parametrize(("flags", "per_epoch", "steps"), FLAGS, ids=lambda value: str(value))
+def test_flag(flags, per_epoch, steps, loader, tmp_path):
+    if loader["num_workers"] and not flags.keys() & {"limit_train_batches", "reload_dataloaders_every_n_epochs"}:
+        pytest.skip("has nothing to do with workers")
+
+    class Module(Validated, Estimates):
+        pass
+
+    model, counts = Module(), Counts()
+    made = fit(model, ValidatedData(**loader), walker(embed=counts.embed), default_root_dir=tmp_path, **flags)
+    assert [len(batches) for batches in model.epochs.values()] == [per_epoch] * 2
+    assert_each_index_at_most_once(model)
+    assert made.global_step == model.estimated == steps
+    assert counts.encoded == per_epoch * 8 * 2
+    assert model.epochs[0] != model.epochs[1]
+
+
+def test_fast_dev_run():
+    model = Model()
+    fit(model, Data(), walker(), fast_dev_run=True)
+    assert [len(batch) for batch in model.batches] == [8]
+
+
+@pytest.mark.parametrize("overfit", [3, 0.25])
+def test_overfit_batches_serves_the_same_batches_each_epoch(overfit, caplog):
+    model, counts = Model(), Counts()
+    fit(model, Data(num_workers=2), walker(embed=counts.embed), overfit_batches=overfit, max_epochs=3)
+    assert len(model.epochs[0]) == 3
+    assert model.epochs[0] == model.epochs[1] == model.epochs[2]
+    assert counts.encoded == 0
+    assert "the same uniform batches come every epoch" in caplog.text
+
+
+@pytest.mark.parametrize("max_steps", [7, 12, 16, 30])
+def test_max_steps(max_steps):
+    model = Model()
+    made = fit(model, Data(), walker(), max_epochs=-1, max_steps=max_steps)
+    assert made.global_step == len(model.batches) == max_steps
+    assert_each_index_at_most_once(model)
+
+
+def test_max_time_and_min_epochs_do_not_matter():
+    model = Model()
+    fit(model, Data(), walker(), max_epochs=2, min_epochs=2, max_time="00:00:05:00")
+    assert [len(batches) for batches in model.epochs.values()] == [12, 12]
+
+
+def test_manual_optimization():
+    model = Manual()
+    made = fit(model, Data(), walker())
+    assert made.global_step == 24
+    assert_each_index_at_most_once(model)
+
+
+@pytest.mark.slow
+def test_a_compiled_module():
+    model = Model()
+    fit(torch.compile(model), Data(), walker())
+    assert len(model.batches) == 24
+    assert_each_index_at_most_once(model)
+
+
+def test_beside_other_callbacks(tmp_path):
+    from torch.optim.swa_utils import get_ema_avg_fn
+
+    model = Validated()
+    others = [
+        WeightAveraging(avg_fn=get_ema_avg_fn()),
+        ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True),
+        EarlyStopping("val_loss", patience=0, min_delta=1e9),
+    ]
+    fit(model, ValidatedData(), *others, walker(), max_epochs=5, enable_checkpointing=True)
+    assert set(model.epochs) == {0, 1}  # the second epoch was no better
+    assert_each_index_at_most_once(model)
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_averaged_weights_are_not_what_pools_are_encoded_with():
+    from torch.optim.swa_utils import get_ema_avg_fn
+
+    def run(*callbacks):
+        seed_everything(0)
+        model = Validated()
+        fit(model, ValidatedData(), *callbacks, walker(), max_epochs=2, val_check_interval=3)
+        return model.batches
+
+    assert run(WeightAveraging(avg_fn=get_ema_avg_fn(0.5))) == run()
+
+
+def test_two_fits_in_a_row_and_the_other_loops_after():
+    model, data, callback = Validated(), ValidatedData(), walker()
+    made = fit(model, data, callback, max_epochs=1)
+    first = model.epochs.pop(0)
+    made.fit_loop.max_epochs = 2
+    made.fit(model, datamodule=data)
+    assert list(model.epochs) == [1]
+    assert_each_index_at_most_once(model)
+    made.validate(model, datamodule=data, verbose=False)
+    made.test(model, datamodule=data, verbose=False)
+    assert sum(len(z) for z in made.predict(model, datamodule=data)) == 100
+    model.epochs.clear()
+    fit(model, data, callback, max_epochs=1)  # another Trainer: the epochs count from 0, nothing is left over
+    assert sorted(sum(model.epochs[0], [])) == sorted(sum(first, []))
+    assert model.epochs[0] != first  # other weights, other walks
+    model.epochs.clear()
+    fit(model, data, max_epochs=1)  # and without the callback
+    assert sorted(sum(model.epochs[0], [])) == sorted(sum(first, []))
+
+
+def test_lr_find():
+    class Tuned(Model):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    model, data = Tuned(), Data()
+    made = trainer(walker(), max_epochs=2)
+    Tuner(made).lr_find(model, datamodule=data, num_training=20)
+    model.epochs.clear()
+    made.fit(model, datamodule=data)
+    assert [len(batches) for batches in model.epochs.values()] == [12, 12]
+    assert_each_index_at_most_once(model)
+
+
+def test_scale_batch_size_is_read_late():
+    model, data = Model(), Data(4, 1000)
+    made = trainer(walker(pool_size=None), max_epochs=1)
+    found = Tuner(made).scale_batch_size(model, datamodule=data, mode="power", init_val=8, max_trials=3)
+    assert found == data.batch_size == 32
+    model.epochs.clear()
+    made.fit(model, datamodule=data)
+    assert [len(batch) for batch in model.batches] == [32] * 31
+    assert_each_index_at_most_once(model)
+
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  max_epochs: 2
+  callbacks:
+    - class_path: bs_lightning.BatchSamplerCallback
+      init_args:
+        pool_size: 32
+        warmup_epochs: 0
+        composer:
+          class_path: bs_lightning.RWRComposer
+          init_args:
+            restart_probability: 0.1
+            graph:
+              class_path: bs_lightning.ExactGraph
+              init_args:
+                n_neighbors: 7
+model:
+  class_path: parts.Model
+data:
+  class_path: parts.Data
+  init_args:
+    batch_size: 8
+"""
+
+
+def test_lightning_cli(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    cli = LightningCLI(args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None)
+    callback = next(c for c in cli.trainer.callbacks if type(c).__name__ == "BatchSamplerCallback")
+    assert callback.composer.graph.n_neighbors == 7
+    assert callback.composer.restart_probability == 0.1
+    assert [len(batches) for batches in cli.model.epochs.values()] == [12, 12]
+    assert_each_index_at_most_once(cli.model)
+
+
+def test_iterating_the_loader_by_hand_disturbs_nothing():
+    """A user looks at a batch: without a Trainer, before training, and in a validation hook."""
+    plain = Data()
+    assert sum(len(batch[0]) for batch in plain.train_dataloader()) == 96
+
+    class Peeks(Callback):
+        def on_train_start(self, trainer, module):
+            self.first = next(iter(trainer.train_dataloader))[0].tolist()
+
+        def on_validation_end(self, trainer, module):
+            self.seen = sum((batch[0].tolist() for batch in trainer.train_dataloader), [])
+
+    peeks = Peeks()
+    looked, model = Validated(), Validated()
+    fit(model, ValidatedData(seed=1), walker(composer=pool_order), num_sanity_val_steps=0, val_check_interval=5)
+    fit(looked, ValidatedData(seed=1), peeks, walker(composer=pool_order), num_sanity_val_steps=0, val_check_interval=5)
+    assert looked.batches == model.batches
+    assert peeks.first == model.epochs[0][0]
+    assert len(set(peeks.seen)) == 96
+
+
+def test_what_lightning_keeps_its_position_in():
+    """The two attributes of Lightning's loops that the plan is read from."""
+    loop = trainer().fit_loop.epoch_loop
+    assert loop.batch_progress.current.ready == 0, (
+        "Lightning has moved the number of the batch being trained from "
+        "fit_loop.epoch_loop.batch_progress.current.ready: change TrainerBatchSampler.plan in datamodule.py."
+    )
+    assert math.isfinite(trainer().current_epoch)

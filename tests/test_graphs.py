@@ -1,0 +1,201 @@
+import logging
+import random
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bs_lightning import ExactGraph, NNDescentGraph, graphs
+
+# pynndescent compiles once per process: nothing outside of this module may build an NNDescentGraph.
+
+
+def gaussian(size, dim=8, seed=0):
+    return torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def clusters(size, n_clusters=20, dim=32):
+    centers = gaussian(n_clusters, dim)
+    return centers[torch.arange(size) % n_clusters] + 0.5 * gaussian(size, dim, seed=1)
+
+
+def naive(embeddings, k):
+    x = embeddings.double().numpy()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    similarity = x @ x.T
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=1)[:, :k]
+
+
+def assert_real(neighbors, size, k):
+    assert neighbors.dtype == np.int32
+    assert neighbors.shape == (size, k)
+    assert neighbors.flags.c_contiguous
+    assert neighbors.min() >= 0
+    assert neighbors.max() < size
+    assert (neighbors != np.arange(size)[:, None]).all()
+
+
+both = pytest.mark.parametrize("graph", [ExactGraph, NNDescentGraph])
+
+
+# Both graphs
+
+
+@both
+@pytest.mark.parametrize(("size", "k", "expected"), [(2, 15, 1), (5, 15, 4), (16, 15, 15), (17, 15, 15), (200, 1, 1)])
+def test_shape_and_real_neighbors_in_any_pool(graph, size, k, expected):
+    assert_real(graph(k)(gaussian(size)), size, expected)
+
+
+@both
+def test_all_equal_embeddings(graph):
+    assert_real(graph(15)(torch.ones(200, 8)), 200, 15)
+    assert_real(graph(15)(torch.zeros(200, 8)), 200, 15)
+
+
+@both
+def test_zero_rows_have_random_neighbors_and_are_nobodys(graph):
+    embeddings = clusters(300)
+    embeddings[[0, 100, 299]] = 0
+    neighbors = graph(10)(embeddings)
+    assert_real(neighbors, 300, 10)
+    assert not np.isin(np.delete(neighbors, [0, 100, 299], axis=0), [0, 100, 299]).any()
+    assert len(np.unique(neighbors[[0, 100, 299]])) > 20
+    assert not np.array_equal(neighbors[100], graph(10)(embeddings, seed=1)[100])
+
+
+@both
+def test_zero_rows_are_neighbors_where_there_is_nobody_else(graph):
+    embeddings = torch.zeros(30, 8)
+    embeddings[:3] = gaussian(3)
+    neighbors = graph(5)(embeddings)
+    assert_real(neighbors, 30, 5)
+    assert all(set(neighbors[row, :2]) == {0, 1, 2} - {row} for row in range(3))
+
+
+def test_exact_takes_even_the_opposite_before_a_zero_row():
+    embeddings = torch.zeros(30, 2)
+    embeddings[:3] = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [-1.0, -0.1]])
+    neighbors = ExactGraph(2)(embeddings)
+    assert all(set(neighbors[row]) == {0, 1, 2} - {row} for row in range(3))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_any_float_embeddings_with_gradients(graph, dtype):
+    embeddings = clusters(200).to(dtype)
+    assert np.array_equal(graph(5)(embeddings.requires_grad_()), graph(5)(embeddings.detach().float()))
+
+
+@both
+def test_length_does_not_count_and_embeddings_stay_as_they_are(graph):
+    embeddings = clusters(200)
+    before = embeddings.clone()
+    scaled = embeddings * torch.linspace(0.1, 10, 200)[:, None]
+    assert (graph(5)(embeddings) == graph(5)(scaled)).mean() > 0.99
+    assert torch.equal(embeddings, before)
+
+
+@both
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_refuses_what_is_not_finite(graph, bad):
+    embeddings = gaussian(10)
+    embeddings[7, 3] = bad
+    with pytest.raises(ValueError, match=r"embeddings must be finite, but row 7 is not"):
+        graph()(embeddings)
+
+
+@both
+@pytest.mark.parametrize("shape", [(10,), (1, 8), (0, 8), (4, 3, 2)])
+def test_refuses_other_shapes(graph, shape):
+    with pytest.raises(ValueError, match=r"embeddings must have shape \[P, d\] with P >= 2, got"):
+        graph()(torch.ones(shape))
+
+
+@both
+@pytest.mark.parametrize("n_neighbors", [0, -1])
+def test_refuses_less_than_one_neighbor(graph, n_neighbors):
+    with pytest.raises(ValueError, match=f"n_neighbors must be at least 1, got {n_neighbors}"):
+        graph(n_neighbors)
+
+
+# The exact graph
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 7, 60, 1000])
+def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
+    monkeypatch.setattr(graphs, "_BLOCK_ENTRIES", rows_per_block * 60 + 3)
+    embeddings = gaussian(60)
+    assert np.array_equal(ExactGraph(7)(embeddings), naive(embeddings, 7))
+
+
+def test_exact_never_holds_all_pairs(monkeypatch):
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else [result]:
+                self.entries = max(self.entries, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return result
+
+    monkeypatch.setattr(graphs, "_BLOCK_ENTRIES", 5000)
+    with Largest() as largest:
+        ExactGraph(3)(gaussian(500))
+    assert 0 < largest.entries <= 5000
+
+
+# The approximate graph
+
+
+def recall(neighbors, exact):
+    return np.mean([len(set(row) & set(true)) / len(true) for row, true in zip(neighbors, exact, strict=True)])
+
+
+@pytest.mark.parametrize("size", [64, 2560])
+def test_nndescent_finds_most_of_the_nearest(size):
+    embeddings = clusters(size)
+    assert recall(NNDescentGraph(15)(embeddings), ExactGraph(15)(embeddings)) > 0.95
+
+
+def test_nndescent_fills_up_what_was_not_found(monkeypatch):
+    found = np.int32([[0, 1, -1], [-1, -1, -1], [2, 0, 1], [1, 3, -1]])
+    monkeypatch.setattr(NNDescentGraph, "_descend", staticmethod(lambda *_: found))
+    neighbors = NNDescentGraph(2)(gaussian(4))
+    assert_real(neighbors, 4, 2)
+    assert (neighbors[0, 0], neighbors[3, 0], *neighbors[2]) == (1, 1, 0, 1)
+
+
+def test_nndescent_is_determined_by_the_seed():
+    embeddings = gaussian(1500, dim=64)
+    one, same, other = (NNDescentGraph(15)(embeddings, seed=seed) for seed in (1, 1, 2**40))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_nndescent_leaves_random_states_and_threads_alone():
+    def states():
+        numpy_state = np.random.get_state()
+        return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
+
+    numba.set_num_threads(1)
+    before = states()
+    NNDescentGraph()(gaussian(100))
+    assert numba.get_num_threads() == 1
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    NNDescentGraph()(gaussian(100))
+    assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+    assert states() == before
+
+
+def test_nndescent_announces_its_compile_once(monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "_pynndescent_compiled", False)
+    monkeypatch.setattr(logging.getLogger("bs_lightning"), "propagate", True)  # for caplog
+    NNDescentGraph()(gaussian(50))
+    NNDescentGraph()(gaussian(50))
+    assert [record.message for record in caplog.records] == [
+        "NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process."
+    ]

@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from bs_lightning.plan import BatchLayout, EpochPlan, permutation
+
+
+@st.composite
+def layouts(draw):
+    batch_size, world_size, drop_last = draw(st.integers(2, 6)), draw(st.integers(1, 4)), draw(st.booleans())
+    n_instances = draw(st.integers(batch_size * world_size, 200))
+    assume(drop_last or not 0 < n_instances % (batch_size * world_size) < world_size)
+    return BatchLayout(n_instances, batch_size, world_size, drop_last)
+
+
+@st.composite
+def plans(draw):
+    """A layout and arguments for a plan: uniform batches, or pools of any size."""
+    layout = draw(layouts())
+    arguments = {"seed": draw(st.integers(0, 2**64)), "epoch": draw(st.integers(0, 1000))}
+    if draw(st.booleans()):
+        arguments["plan_pool"] = Shuffle(layout)
+        arguments["pool_size"] = draw(st.integers(layout.global_batch_size, 300))
+    return layout, arguments
+
+
+class Shuffle:
+    """A planner that shuffles its pools and notes their lengths."""
+
+    def __init__(self, layout):
+        self.size = layout.global_batch_size
+        self.lengths = []
+
+    def __call__(self, indices, *, seed, epoch):
+        self.lengths.append(len(indices))
+        return np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, self.size)
+
+
+def batches(layout, **arguments):
+    return [batch.tolist() for pool in EpochPlan(layout, **arguments) for batch in pool]
+
+
+def flat(batches):
+    return [index for batch in batches for index in batch]
+
+
+@settings(deadline=None)
+@given(plans())
+def test_nothing_lost_or_doubled(plan):
+    layout, arguments = plan
+    served = batches(layout, **arguments)
+    assert len(served) == layout.n_batches
+    seen = flat(served)
+    assert len(seen) == len(set(seen))
+    assert set(seen) <= set(range(layout.n_instances))
+    dropped = layout.n_instances - len(seen)
+    assert dropped == (layout.n_instances % layout.global_batch_size if layout.drop_last else 0)
+    assert all(len(batch) == layout.global_batch_size for batch in served[: layout.n_full])
+
+
+@settings(deadline=None)
+@given(layouts())
+def test_ranks_share_each_batch(layout):
+    for batch in next(iter(EpochPlan(layout, seed=0, epoch=0))):
+        parts = [layout.slice(batch, rank).tolist() for rank in range(layout.world_size)]
+        assert flat(parts) == batch.tolist()
+        sizes = [len(part) for part in parts]
+        assert sizes == [layout.batch_size] * layout.world_size or (len(batch) == layout.n_last and min(sizes) > 0)
+
+
+@settings(deadline=None)
+@given(plans(), st.data())
+def test_goes_on_anywhere_with_the_same_batches(plan, data):
+    layout, arguments = plan
+    start = data.draw(st.integers(0, layout.n_batches))
+    whole = EpochPlan(layout, **arguments)
+    served, pool = [], None
+    for part in whole:
+        if pool is None and len(served) + len(part) >= start:
+            pool = whole.pool  # as a checkpoint has it that was taken after `start` batches
+        served += [batch.tolist() for batch in part]
+    assert batches(layout, start=start, pool=pool, **arguments) == served[start:]
+
+
+def test_a_pool_of_another_epoch_is_not_served():
+    layout = BatchLayout(90, 10)
+    arguments = {"seed": 0, "pool_size": 30, "plan_pool": Shuffle(layout)}
+    before = EpochPlan(layout, epoch=0, **arguments)
+    next(iter(before))
+    assert batches(layout, epoch=1, pool=before.pool, **arguments) == batches(layout, epoch=1, **arguments)
+
+
+@settings(deadline=None)
+@given(layouts(), st.integers(0, 300))
+def test_pools_are_near_equal_multiples_of_the_batch(layout, extra):
+    planner, size = Shuffle(layout), layout.global_batch_size
+    list(EpochPlan(layout, seed=0, epoch=0, pool_size=size + extra, plan_pool=planner))
+    n_batches = np.divide(planner.lengths, size)
+    assert np.array_equal(n_batches, n_batches.astype(int))
+    assert n_batches.sum() == layout.n_full
+    assert np.ptp(n_batches) <= 1
+    assert max(planner.lengths) < 1.5 * (size + extra) + size
+
+
+@settings(deadline=None)
+@given(plans())
+def test_identity_planner_serves_the_uniform_batches(plan):
+    layout, arguments = plan
+    uniform = {"seed": arguments["seed"], "epoch": arguments["epoch"]}
+
+    def identity(indices, *, seed, epoch):
+        return np.arange(len(indices)).reshape(-1, layout.global_batch_size)
+
+    pooled = batches(layout, **uniform, pool_size=3 * layout.global_batch_size, plan_pool=identity)
+    assert pooled == batches(layout, **uniform)
+    order = permutation(layout.n_instances, **uniform).tolist()
+    assert flat(pooled) == order[: layout.n_full * layout.global_batch_size + layout.n_last]
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(0, 60))
+def test_stop_ends_the_epoch_early(plan, stop):
+    layout, arguments = plan
+    served = batches(layout, stop=stop, **arguments)
+    assert len(served) == min(stop, layout.n_batches)
+    order = permutation(layout.n_instances, arguments["seed"], arguments["epoch"]).tolist()
+    assert sorted(flat(served)) == sorted(order[: len(flat(served))])
+
+
+@pytest.mark.parametrize("pool_size", [None, 40])
+def test_every_epoch_is_another_and_drops_another_remainder(pool_size):
+    layout = BatchLayout(109, 10)
+    epochs = [batches(layout, seed=0, epoch=e, pool_size=pool_size, plan_pool=Shuffle(layout)) for e in range(4)]
+    assert len({str(epoch) for epoch in epochs}) == 4
+    assert len({frozenset(range(109)) - set(flat(epoch)) for epoch in epochs}) == 4
+    assert batches(layout, seed=0, epoch=1) != batches(layout, seed=1, epoch=1)
+    assert batches(layout, seed=0, epoch=1) == batches(layout, seed=0, epoch=1)
+
+
+def test_pools_are_planned_when_asked_for_each_with_its_own_seed():
+    calls = []
+
+    def planner(indices, *, seed, epoch):
+        calls.append((len(indices), seed, epoch))
+        return np.arange(len(indices)).reshape(-1, 10)
+
+    pools = iter(EpochPlan(BatchLayout(90, 10), seed=1, epoch=5, pool_size=30, plan_pool=planner))
+    for n_planned in (1, 2, 3):
+        next(pools)
+        assert len(calls) == n_planned
+    lengths, seeds, epochs = zip(*calls, strict=True)
+    assert lengths == (30, 30, 30)
+    assert len(set(seeds)) == 3
+    assert max(seeds) < 2**32
+    assert epochs == (5, 5, 5)
+
+
+def test_planned_batches_are_checked():
+    def doubling(indices, *, seed, epoch):
+        return np.zeros((len(indices) // 10, 10), int)
+
+    arguments = {"seed": 0, "epoch": 0, "pool_size": 30, "plan_pool": doubling}
+    with pytest.raises(ValueError, match="position 0 twice"):
+        next(iter(EpochPlan(BatchLayout(90, 10), **arguments)))
+    with pytest.raises(ValueError, match="position 0 twice within one batch"):
+        next(iter(EpochPlan(BatchLayout(90, 10), replacement=True, **arguments)))
+
+
+def test_with_replacement_batches_share_instances_of_their_pool():
+    def same_batch(indices, *, seed, epoch):
+        return np.tile(np.arange(10), (len(indices) // 10, 1))
+
+    plan = EpochPlan(BatchLayout(90, 10), seed=0, epoch=0, pool_size=30, plan_pool=same_batch, replacement=True)
+    pools = [[batch.tolist() for batch in pool] for pool in plan]
+    assert all(pool == [pool[0]] * 3 for pool in pools)
+    assert len(set(flat(flat(pools)))) == 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((10, 2.0), TypeError, "batch_size must be an integer, got 2.0"),
+        ((10, True), TypeError, "batch_size must be an integer, got True"),
+        ((10, 1), ValueError, "batch_size must be at least 2, got 1: in a batch of one there are no negatives"),
+        ((7, 4, 2), ValueError, "has 7 instances, fewer than one global batch of batch_size 4 x 2 processes"),
+        ((10, 2, 4, False), ValueError, "last batch of 2 instances for 4 processes. Use drop_last=True"),
+    ],
+)
+def test_layout_refuses(arguments, error, words):
+    with pytest.raises(error, match=words):
+        BatchLayout(*arguments)
+
+
+def test_refuses_a_pool_smaller_than_a_global_batch():
+    with pytest.raises(ValueError, match="at least one global batch, 8 = batch_size 4 x 2 processes, got 7"):
+        EpochPlan(BatchLayout(90, 4, 2), seed=0, epoch=0, pool_size=7)

@@ -1,0 +1,267 @@
+"""Interrupted anywhere and resumed with default arguments, training goes on as if nothing had happened."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from parts import Data, Model, fit, walker
+from processes import batches_by_step, run
+from torch.utils.data import DataLoader
+
+# 12 batches of 8 an epoch in pools of 4; the first epoch is uniform.
+EPOCHS = 3
+
+
+class Exact(Model):
+    """Trains without randomness of its own, which Lightning does not restore."""
+
+    def training_step(self, batch, batch_idx):
+        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+        z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
+        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class Estimates(Exact):
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == EPOCHS * 12
+        return super().configure_optimizers()
+
+
+class ValidatedData(Data):
+    def val_dataloader(self):
+        return DataLoader(self.train_dataset(), batch_size=50)
+
+
+class SavesAtBatchEnd(Callback):
+    """Saves where Lightning has not yet counted the batch as completed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+
+
+class SavesAtBatchStart(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+
+
+def every_step(folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def after_validation(folder):
+    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=False)
+
+
+def each_epoch(folder):
+    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+
+
+def train(model, folder, saves=None, ckpt_path=None, loader=None, data=ValidatedData, seed=11, **kwargs):
+    callbacks = [walker(32, warmup_epochs=1)]
+    if saves is not None:
+        callbacks.insert(0 if saves is SavesAtBatchEnd else 1, saves(folder))
+    settings = {
+        "max_epochs": EPOCHS,
+        "enable_checkpointing": True,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    return fit(model, data(8, 100, seed=seed, **loader or {}), *callbacks, ckpt_path=ckpt_path, **settings | kwargs)
+
+
+# In the quick tests: the epochs' last batches, a pool's middle, last and first.
+STEPS = {11, 12, 14, 16, 24}
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
+@pytest.mark.parametrize("make", [Exact, Estimates])
+@pytest.mark.parametrize(
+    ("saves", "flags"),
+    [
+        (every_step, {}),
+        (SavesAtBatchEnd, {}),
+        (SavesAtBatchStart, {}),
+        (after_validation, {"val_check_interval": 5}),
+        (each_epoch, {}),
+        (every_step, {"limit_train_batches": 7}),
+        (every_step, {"reload_dataloaders_every_n_epochs": 1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_resumed_batches_are_those_of_the_uninterrupted_run(saves, flags, make, every, tmp_path):
+    if every and (make is Estimates or saves not in (every_step, SavesAtBatchEnd)):
+        pytest.skip("some steps are enough")
+    if make is Estimates and "limit_train_batches" in flags:
+        pytest.skip("estimates other steps")
+    torch.manual_seed(0)
+    whole = make()
+    train(whole, tmp_path, saves, **flags)
+    checkpoints = sorted(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]))
+    assert len(checkpoints) >= EPOCHS
+    for path in checkpoints:
+        step = int(path.stem[5:])
+        if len(checkpoints) > 12 and not every and step not in STEPS:
+            continue
+        resumed = make()
+        train(resumed, tmp_path / "resumed", ckpt_path=path, seed=11, **flags)
+        assert resumed.batches == whole.batches[step:], f"from step {step}"
+
+
+LOADERS = [
+    {"num_workers": 2, "prefetch_factor": 2},
+    {"num_workers": 2, "prefetch_factor": 8},
+    {"num_workers": 2, "prefetch_factor": 8, "persistent_workers": True},
+]
+
+
+@pytest.mark.parametrize("loader", LOADERS, ids=str)
+@pytest.mark.parametrize("step", [12, 14, 15, 16, 23, 24])
+def test_workers_do_not_matter(step, loader, tmp_path):
+    """The middle, the last and the first batch of a pool, and the last of an epoch."""
+    torch.manual_seed(0)
+    whole = Exact()
+    train(whole, tmp_path, every_step, loader=loader)
+    resumed = Exact()
+    train(resumed, tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", loader=loader)
+    assert resumed.batches == whole.batches[step:]
+
+
+def test_a_checkpoint_grows_by_the_pool_not_by_the_data(tmp_path):
+    sizes = {}
+    for n in (100, 20_000):
+        path = tmp_path / f"{n}.ckpt"
+        made = fit(Exact(), Data(8, n), walker(32), limit_train_batches=6, max_epochs=1)
+        made.save_checkpoint(path)
+        state = torch.load(path, weights_only=True)["Data"]
+        assert state["pool"]["batches"].numel() <= 48
+        sizes[n] = path.stat().st_size
+    assert abs(sizes[20_000] - sizes[100]) < 200
+
+
+def test_the_seed_is_that_of_the_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    whole = Exact()
+    train(whole, tmp_path, every_step, seed=None)
+    torch.manual_seed(1)
+    resumed = Exact()
+    train(resumed, tmp_path, ckpt_path=tmp_path / "step=14.ckpt", seed=None, reload_dataloaders_every_n_epochs=1)
+    assert resumed.batches == whole.batches[14:]
+
+
+def test_another_pool_size_finishes_the_pool_and_goes_on(tmp_path):
+    whole, resumed = Exact(), Exact()
+    train(whole, tmp_path, every_step)
+    callbacks = [walker(48, warmup_epochs=1)]
+    fit(resumed, ValidatedData(8, 100, seed=11), *callbacks, ckpt_path=tmp_path / "step=14.ckpt", max_epochs=EPOCHS)
+    assert resumed.batches[:2] == whole.batches[14:16]
+    epoch = whole.batches[12:14] + resumed.epochs[1]
+    assert len(epoch) == 12
+    assert len(set(sum(epoch, []))) == 96
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "n", "words"),
+    [(4, 100, "global_batch_size=8, now it is 4"), (8, 120, "n_instances=100, now it is 120")],
+)
+def test_other_sizes_are_refused_in_mid_epoch_and_right_between_epochs(batch_size, n, words, tmp_path):
+    train(Exact(), tmp_path, every_step)
+    train(Exact(), tmp_path / "epochs", each_epoch)
+    with pytest.raises(ValueError, match=f"in the middle of an epoch with {words}.*Resume with"):
+        fit(Exact(), ValidatedData(batch_size, n), walker(), ckpt_path=tmp_path / "step=14.ckpt", max_epochs=EPOCHS)
+    resumed = Exact()
+    fit(
+        resumed,
+        ValidatedData(batch_size, n),
+        walker(),
+        ckpt_path=tmp_path / "epochs" / "step=24.ckpt",
+        max_epochs=EPOCHS,
+    )
+    indices = sum(resumed.epochs[2], [])
+    assert len(set(indices)) == len(indices) == n // batch_size * batch_size
+
+
+class Forgets(ValidatedData):
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_checkpoint_without_our_state_warns(tmp_path):
+    train(Exact(), tmp_path, every_step, data=Forgets)
+    resumed = Exact()
+    with pytest.warns(UserWarning, match="checkpoint without the state of BatchSamplerDataModule"):
+        train(resumed, tmp_path, ckpt_path=tmp_path / "step=14.ckpt", data=Forgets)
+    for batches in resumed.epochs.values():
+        assert len(set(sum(batches, []))) == sum(map(len, batches))
+    assert [len(batches) for batches in resumed.epochs.values()] == [10, 12]
+
+
+def test_resuming_is_not_called_unreliable(tmp_path, recwarn):
+    train(Exact(), tmp_path, every_step)
+    train(Exact(), tmp_path, ckpt_path=tmp_path / "step=14.ckpt")
+    assert not [w for w in recwarn if "not resumable" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [{"num_workers": 2, "prefetch_factor": 8}, pytest.param({"num_workers": 0}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_killed_and_resumed(loader, tmp_path):
+    settings = {"devices": 1, "n": 100, "batch_size": 8, "pool_size": 32, "warmup_epochs": 1, "max_epochs": EPOCHS}
+    settings |= {"loader": loader, "save_every": 3}
+    whole = run(tmp_path / "whole", **settings)
+    for kill_at in (14, 16, 24):
+        run(tmp_path / "killed", fails=True, kill_at=kill_at, **settings)
+    killed = run(tmp_path / "killed", **settings)
+    assert len(batches_by_step(tmp_path / "whole", 1)) == EPOCHS * 12
+    assert batches_by_step(tmp_path / "killed", 1) == batches_by_step(tmp_path / "whole", 1)
+    assert killed[0]["weights"] == whole[0]["weights"]
+
+
+def test_sigterm_while_encoding_leaves_the_model_as_it_was(tmp_path):
+    model = Exact()
+    modes = [part.training for part in model.modules()]
+    sent = []
+
+    def embed(module, batch):
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return module(batch)
+
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    with pytest.raises(SIGTERMException):
+        fit(model, Data(), walker(embed=embed))
+    assert [part.training for part in model.modules()] == modes
+    assert len(model.batches) == 1  # Lightning finishes the step it is about to train
+    model.epochs.clear()
+    fit(model, Data(), walker(embed=embed), max_epochs=1)
+    assert len(model.batches) == 12
+
+
+def test_another_checkpoints_state_is_not_taken(tmp_path):
+    """A DataModule that was resumed once, and then validates or fits from other checkpoints."""
+    whole, data = Exact(), ValidatedData(8, 100, seed=11)
+    train(whole, tmp_path, every_step)
+    train(Exact(), tmp_path / "other", every_step, seed=12)
+    made = fit(Exact(), data, walker(32, warmup_epochs=1), ckpt_path=tmp_path / "step=35.ckpt", max_epochs=EPOCHS)
+    made.validate(Exact(), datamodule=data, ckpt_path=tmp_path / "other" / "step=14.ckpt", verbose=False)
+    again = Exact()
+    fit(again, data, walker(32, warmup_epochs=1), max_epochs=1)
+    assert again.epochs[0] == whole.epochs[0]

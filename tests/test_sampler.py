@@ -1,0 +1,206 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from bs_lightning import PoolBatchSampler
+
+
+def planner(batch_size):
+    """Shuffles pools into batches of ``batch_size``."""
+
+    def plan_pool(indices, *, seed, epoch):
+        return np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, batch_size)
+
+    return plan_pool
+
+
+def sampler(n_instances=100, batch_size=4, pool_size=16, world_size=1, **kwargs):
+    plan_pool = planner(batch_size * world_size)
+    return PoolBatchSampler(
+        n_instances, batch_size, pool_size=pool_size, plan_pool=plan_pool, world_size=world_size, **kwargs
+    )
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(made, state):
+    made.load_state_dict(through_a_file(state))
+    return made
+
+
+@settings(deadline=None)
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(0, 150), st.booleans(), st.booleans())
+def test_ranks_serve_slices_of_the_same_batches(batch_size, world_size, extra, drop_last, uniform):
+    size = batch_size * world_size
+    n_instances = size + extra
+    assume(drop_last or not 0 < n_instances % size < world_size)
+
+    def make(batch_size, **ranks):
+        pools = {} if uniform else {"pool_size": 3 * size, "plan_pool": planner(size)}
+        return PoolBatchSampler(n_instances, batch_size, drop_last=drop_last, seed=3, **pools, **ranks)
+
+    whole = make(size)
+    ranks = [make(batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    seen = []
+    for epoch in range(2):
+        for each in [whole, *ranks]:
+            each.set_epoch(epoch)
+        served = list(whole)
+        parts = [list(each) for each in ranks]
+        assert len(served) == len(whole) == n_instances // size + (not drop_last and n_instances % size > 0)
+        assert {len(part) for part in parts} == {len(each) for each in ranks} == {len(served)}
+        assert [sum(slices, []) for slices in zip(*parts, strict=True)] == served
+        seen.append(sum(served, []))
+        assert len(seen[-1]) == len(set(seen[-1])) == (n_instances - n_instances % size if drop_last else n_instances)
+    assert seen[0] != seen[1] or n_instances < 8  # a small permutation may come again
+
+
+def test_set_epoch_chooses_the_epoch():
+    made = sampler()
+    first = list(made)
+    assert list(made) == first
+    made.set_epoch(1)
+    assert list(made) != first
+    made.set_epoch(0)
+    assert list(made) == first
+    assert all(isinstance(index, int) for index in first[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_serves_a_plain_data_loader(num_workers):
+    loader = DataLoader(torch.arange(100), batch_sampler=sampler(), num_workers=num_workers)
+    assert [batch.tolist() for batch in loader] == list(sampler())
+
+
+@pytest.mark.parametrize("pool_size", [16, None])
+@pytest.mark.parametrize("served", [0, 1, 4, 6, 24, 25])  # 4: a pool's end, 25: the epoch's
+def test_resumes_where_the_state_was_taken(served, pool_size):
+    def make():
+        return sampler(103) if pool_size else PoolBatchSampler(103, 4)
+
+    made = make()
+    made.set_epoch(2)
+    batches = iter(made)
+    first = [next(batches) for _ in range(served)]
+    restored = resumed(make(), made.state_dict())
+    assert first + list(restored) == [*first, *batches]
+    assert restored.epoch == 2
+    assert len(restored) == 25
+    # What follows is whole epochs, in the resumed process as in the one before.
+    for epoch in (2, 3):
+        for each in (made, restored):
+            each.set_epoch(epoch)
+        assert list(restored) == list(made)
+        assert len(list(restored)) == 25
+
+
+def test_a_restored_pool_is_not_planned_again():
+    calls = []
+
+    def plan_pool(indices, *, seed, epoch):
+        calls.append(len(indices))
+        return planner(4)(indices, seed=seed, epoch=epoch)
+
+    made = PoolBatchSampler(96, 4, pool_size=32, plan_pool=plan_pool)
+    batches = iter(made)
+    for _ in range(11):
+        next(batches)
+    state = made.state_dict()
+    calls.clear()
+    restored = resumed(PoolBatchSampler(96, 4, pool_size=32, plan_pool=plan_pool), state)
+    assert next(iter(restored)) == next(batches)
+    assert calls == []
+
+
+def test_state_grows_with_the_pool_not_with_the_data():
+    made = sampler(1_000_000, pool_size=16)
+    next(iter(made))
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    assert file.tell() < 3000
+
+
+def test_the_states_seed_goes_before_ones_own():
+    made = sampler(seed=5)
+    batches = iter(made)
+    next(batches)
+    assert list(resumed(sampler(seed=6), made.state_dict())) == list(batches)
+
+
+def test_resumes_with_other_processes_of_the_same_global_batch():
+    made = sampler(batch_size=4)
+    batches = iter(made)
+    next(batches)
+    state, rest = made.state_dict(), list(batches)
+    halves = [list(resumed(sampler(batch_size=2, world_size=2, rank=rank), state)) for rank in (0, 1)]
+    assert [one + other for one, other in zip(*halves, strict=True)] == rest
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"n_instances": 104}, "n_instances=100, now it is 104"),
+        ({"batch_size": 8}, "global_batch_size=4, now it is 8"),
+        ({"world_size": 2}, "global_batch_size=4, now it is 8"),
+        ({"batch_size": 20}, "global_batch_size=4, now it is 20"),
+    ],
+)
+def test_refuses_to_go_on_in_mid_epoch_over_other_batches(other, words):
+    made = sampler()
+    batches = iter(made)
+    for _ in range(6):
+        next(batches)
+    with pytest.raises(ValueError, match=f"middle of an epoch with {words}.* Resume with"):
+        resumed(sampler(**{"pool_size": 32} | other), made.state_dict())
+
+
+@pytest.mark.parametrize("n_instances", [48, 200])
+def test_goes_on_after_an_epochs_end_with_other_data(n_instances):
+    made = sampler(100)
+    list(made)
+    restored = resumed(sampler(n_instances), made.state_dict())
+    restored.set_epoch(1)
+    assert len(list(restored)) == n_instances // 4
+
+
+def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
+    made = sampler()
+    list(made)
+    made.set_epoch(1)
+    assert list(resumed(sampler(), made.state_dict())) == list(made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"batch_size": 1}, ValueError, "batch_size must be at least 2, got 1"),
+        ({"batch_size": 4.0}, TypeError, "batch_size must be an integer, got 4.0"),
+        ({"n_instances": 3}, ValueError, "has 3 instances, fewer than one global batch of batch_size 4 x 1"),
+        ({"n_instances": 7, "world_size": 2}, ValueError, "fewer than one global batch of batch_size 4 x 2"),
+        ({"pool_size": None}, ValueError, "pool_size must be given with plan_pool"),
+        (
+            {"pool_size": 3},
+            ValueError,
+            "pool_size must be at least one global batch, 4 = batch_size 4 x 1 processes, got 3",
+        ),
+        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": True}, TypeError, "seed must be an integer, got True"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"rank": 1}, ValueError, "rank must"),
+        ({"world_size": 0}, ValueError, "world_size must"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, error, words):
+    plan_pool = planner(4)
+    with pytest.raises(error, match=words):
+        PoolBatchSampler(**{"n_instances": 100, "batch_size": 4, "pool_size": 16, "plan_pool": plan_pool} | arguments)

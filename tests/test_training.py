@@ -1,0 +1,434 @@
+"""The callback and the DataModule in real training, in one process."""
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from parts import Data, Model, Points, fit, pool_order, same_cluster_share, trainer, walker
+
+from bs_lightning import ExactGraph, RWRComposer
+
+# Batches
+
+
+@pytest.mark.parametrize("n", [96, 100, 103])
+@pytest.mark.parametrize("pool_size", [8, 20, 32, 33, 1000])
+def test_each_epoch_serves_each_instance_once(n, pool_size):
+    model = Model()
+    fit(model, Data(8, n), walker(pool_size), max_epochs=2)
+    assert set(model.epochs) == {0, 1}
+    for batches in model.epochs.values():
+        indices = sum(batches, [])
+        assert len(batches) == n // 8
+        assert len(set(indices)) == len(indices) == n // 8 * 8
+        assert all(0 <= index < n for index in indices)
+    assert model.epochs[0] != model.epochs[1]
+
+
+def test_keeps_the_last_batch_if_asked():
+    model = Model()
+    fit(model, Data(8, 103, drop_last=False), walker())
+    for batches in model.epochs.values():
+        assert [len(batch) for batch in batches] == [8] * 12 + [7]
+        assert sorted(sum(batches, [])) == list(range(103))
+
+
+def test_walked_batches_are_hard_and_warmup_is_uniform():
+    model = Model()
+    made = fit(model, Data(8, 1000), walker(200, warmup_epochs=1), max_epochs=3)
+    shares = {epoch: same_cluster_share(batches) for epoch, batches in model.epochs.items()}
+    assert shares[0] < 0.12
+    assert shares[1] > 0.3
+    assert shares[2] > 0.3
+    logged = made.callback_metrics
+    assert logged["batch_sampler/false_negative_rate"] == pytest.approx(shares[2], abs=1e-4)
+    assert {"encode", "graph", "walk"} == {k.split("/")[1][:-8] for k in logged if k.endswith("_seconds")}
+    assert 0 < logged["batch_sampler/time_share"] < 1
+
+
+def test_uniform_batches_are_the_same_with_and_without_the_callback():
+    plain, warm = Model(), Model()
+    fit(plain, Data(seed=3))
+    fit(warm, Data(seed=3), walker(warmup_epochs=1), max_epochs=2)
+    assert plain.epochs[0] == warm.epochs[0]
+    assert plain.epochs[1] != warm.epochs[1]
+    assert sorted(sum(plain.epochs[1], [])) == sorted(sum(warm.epochs[1], []))
+
+
+def test_hardness_is_that_of_the_embeddings_the_batches_were_made_from():
+    seen = []
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        seen.append(embeddings)
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    class NoLabels(Data):
+        def train_labels(self):
+            return None
+
+    made = fit(Model(), NoLabels(8, 64), walker(64, composer=composer), max_epochs=1)
+    batches = seen[0].reshape(8, 8, -1)
+    pairs = (batches @ batches.transpose(1, 2))[:, ~torch.eye(8, dtype=torch.bool)]
+    assert made.callback_metrics["batch_sampler/hardness"] == pytest.approx(pairs.mean().item(), abs=1e-5)
+    assert "batch_sampler/false_negative_rate" not in made.callback_metrics
+
+
+def test_seed_none_takes_the_global_seed():
+    def run(global_seed, **kwargs):
+        seed_everything(global_seed, verbose=False)
+        model = Model()
+        fit(model, Data(**kwargs), walker(), max_epochs=1)
+        return model.batches
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    seed_everything(1, verbose=False)
+    data = Data()
+    orders = []
+    for global_seed in (1, 2):  # a second fit of the same DataModule takes the seed as it is then
+        seed_everything(global_seed, verbose=False)
+        model = Model()
+        fit(model, data, max_epochs=1)
+        orders.append(model.batches)
+    assert orders[0] != orders[1]
+
+
+def test_labels_come_from_targets_or_the_hook():
+    class Labelled(Data):
+        def train_labels(self):
+            return [0] * self.n
+
+    made = fit(Model(), Labelled(), walker(), max_epochs=1)
+    assert made.callback_metrics["batch_sampler/false_negative_rate"] == 1
+
+
+# Freshness
+
+
+class Notes(Callback):
+    """Notes what a composer is called with: how many steps were trained, and the weights."""
+
+    def __init__(self):
+        self.trained = 0
+        self.plans = []
+
+    def on_train_batch_end(self, *_):
+        self.trained += 1
+
+    def watch(self, module, encoded):
+        self.plans.append((self.trained, module.encoder[0].weight.detach().clone(), encoded))
+
+
+LOADERS = [
+    {"num_workers": 0},
+    {"num_workers": 2, "prefetch_factor": 8},
+    {"num_workers": 2, "prefetch_factor": 8, "persistent_workers": True},
+]
+
+
+@pytest.mark.parametrize("loader", LOADERS, ids=str)
+def test_each_pool_is_encoded_once_with_the_weights_of_its_first_step(loader):
+    notes = Notes()
+    weights = {}
+
+    class Watched(Model):
+        def training_step(self, batch, batch_idx):
+            weights[notes.trained] = self.encoder[0].weight.detach().clone()
+            return super().training_step(batch, batch_idx)
+
+    model = Watched()
+    rows = []
+
+    def embed(module, batch):
+        rows.extend(batch[0].tolist())
+        return module(batch)
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        notes.watch(model, list(rows))
+        rows.clear()
+        return RWRComposer(ExactGraph(5))(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    data = Data(8, 100, **loader)
+    fit(model, data, notes, walker(32, composer=composer, embed=embed, warmup_epochs=1), max_epochs=3)
+
+    assert [trained for trained, _, _ in notes.plans] == [12, 16, 20, 24, 28, 32]  # 12 batches an epoch, pools of 4
+    for trained, weight, encoded in notes.plans:
+        assert torch.equal(weight, weights[trained])
+        pool = sum(model.batches[trained : trained + 4], [])
+        assert sorted(encoded) == sorted(pool)
+
+
+def test_the_same_seed_gives_the_same_batches_for_every_loader_setting():
+    def run(**loader):
+        seed_everything(0, verbose=False)
+        model = Model()
+        fit(model, Data(8, 100, seed=5, **loader), walker(warmup_epochs=1), max_epochs=3)
+        return model.epochs
+
+    first, *others = [run(**loader) for loader in LOADERS]
+    for other in others:
+        assert other == first
+
+
+# No trace
+
+
+class Recorder(Callback):
+    """All that encoding must not change, after every step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.states.append(
+            {
+                "weights": copy.deepcopy(module.state_dict()),
+                "optimizer": copy.deepcopy(trainer.optimizers[0].state_dict()),
+                "modes": [part.training for part in module.modules()],
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
+                "torch": torch.get_rng_state(),
+                "grad": torch.is_grad_enabled(),
+                "autocast": torch.is_autocast_enabled("cpu"),
+            }
+        )
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b)
+    else:
+        assert a == b
+
+
+class Caching(Model):
+    """Keeps tensors of its forward pass and a queue, as momentum encoders do, and has a frozen part."""
+
+    def __init__(self):
+        super().__init__(dropout=0.3)
+        self.register_buffer("queue", torch.zeros(4, 4))
+        self.frozen = torch.nn.BatchNorm1d(4).eval()
+
+    def forward(self, batch):
+        z = self.frozen(self.encoder(batch[1]))
+        self.last = z
+        self.queue.copy_(torch.cat([self.queue[1:], z[:1].detach()]))
+        random.random(), np.random.rand(), torch.rand(1)
+        return z
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.queue.sum() + self.frozen(self(batch)).pow(2).mean()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("make", [lambda: Model(dropout=0.3), Caching])
+@pytest.mark.parametrize("loader", LOADERS[:2], ids=str)
+def test_encoding_leaves_no_trace(make, loader, precision):
+    def run(*callbacks):
+        seed_everything(7, verbose=False)
+        recorder = Recorder()
+        fit(make(), Data(8, 100, **loader), recorder, *callbacks, max_epochs=2, precision=precision)
+        return recorder.states
+
+    encoded = []
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        encoded.append(len(embeddings))
+        np.random.rand()
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    assert_equal(run(walker(32, composer=composer, warmup_epochs=1)), run())
+    assert encoded == [32, 32, 32]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_encode_leaves_the_model_as_it_was_and_fits_again(error):
+    model, data = Model(dropout=0.3), Data(8, 100, num_workers=2)
+    model.encoder[3].eval()
+    modes = [part.training for part in model.modules()]
+    before = {}
+    failing = True
+
+    def embed(module, batch):
+        if failing:
+            before["torch"] = torch.get_rng_state()
+            torch.rand(1)
+            raise error("stop")
+        return module(batch)
+
+    callback = walker(embed=embed)
+    made = trainer(callback)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        made.fit(model, datamodule=data)
+    assert [part.training for part in model.modules()] == modes
+    assert torch.equal(before["torch"], torch.get_rng_state())
+    failing = False
+    model.epochs.clear()
+    fit(model, data, callback, max_epochs=1)
+    assert len(model.batches) == 12
+
+
+# How a batch reaches the model
+
+
+def test_the_modules_embed_goes_before_forward_and_the_functions_before_both():
+    called = []
+
+    class Embeds(Model):
+        def forward(self, batch):
+            called.append("forward")
+            return super().forward(batch)
+
+        def embed(self, batch):
+            called.append("embed")
+            return super().forward(batch)
+
+    def function(module, batch):
+        called.append("function")
+        return module.encoder(batch[1])
+
+    fit(Embeds(), Data(), walker(), max_epochs=1)
+    assert set(called) == {"embed"}
+    called.clear()
+    fit(Embeds(), Data(), walker(embed=function), max_epochs=1)
+    assert set(called) == {"function"}
+
+
+def test_the_pool_dataset_is_encoded_and_transfer_hooks_run_but_no_augmentation():
+    called = []
+
+    class Views(Data):
+        def pool_dataset(self):
+            clean = Points(self.n)
+            clean.points = clean.points + 100
+            return clean
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            called.append("after")
+            return batch
+
+    class Hooks(Model):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            called.append("before")
+            return batch
+
+    def embed(module, batch):
+        assert called[-1] == "before"
+        assert batch[1].mean() > 50
+        return module.encoder(batch[1])
+
+    fit(Hooks(), Views(), walker(embed=embed), max_epochs=1)
+    assert called.count("before") == 12 + 3
+    assert called.count("after") == 12
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"),
+    [
+        ("bf16-mixed", torch.bfloat16),
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("64-true", torch.float64),
+    ],
+)
+def test_encodes_in_the_trainers_precision(precision, inside):
+    class Casts(Model):
+        def training_step(self, batch, batch_idx):
+            self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+            return self.encoder(batch[1]).float().pow(2).mean()
+
+    got = []
+
+    def embed(module, batch):
+        z = module.encoder(batch[1])
+        got.append((z.dtype, z.requires_grad, module.training))
+        return z
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        assert embeddings.dtype == torch.float32
+        assert torch.allclose(embeddings.norm(dim=1), torch.ones(len(embeddings)), atol=1e-3)
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(Casts(), Data(), walker(embed=embed, composer=composer), max_epochs=1, precision=precision)
+    assert set(got) == {(inside, False, False)}
+
+
+def test_encodes_in_its_own_batch_size():
+    sizes = []
+
+    def embed(module, batch):
+        sizes.append(len(batch[0]))
+        return module(batch)
+
+    fit(Model(), Data(8, 96), walker(48, embed=embed), max_epochs=1)
+    assert sizes == [32, 16] * 2  # four times the training batch
+    sizes.clear()
+    fit(Model(), Data(8, 96), walker(48, embed=embed, encode_batch_size=20), max_epochs=1)
+    assert sizes == [20, 20, 8] * 2
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar()], ids=["tqdm", "rich"])
+def test_encoding_shows_in_the_progress_bar(bar, monkeypatch, capfd):
+    shown = []
+    if isinstance(bar, TQDMProgressBar):
+        made = bar.init_validation_tqdm
+
+        def init():
+            inner = made()
+            describe = inner.set_description
+            inner.set_description = lambda text: (shown.append(text), describe(text))
+            return inner
+
+        monkeypatch.setattr(bar, "init_validation_tqdm", init)
+    else:
+        from rich.progress import Progress
+
+        add_task = Progress.add_task
+
+        def add(self, text, *args, **kwargs):
+            shown.append(text)
+            return add_task(self, text, *args, **kwargs)
+
+        monkeypatch.setattr(Progress, "add_task", add)
+    fit(Model(), Data(), walker(), bar, max_epochs=1, enable_progress_bar=True)
+    assert [text for text in shown if "Encoding" in text] == ["Encoding"] * 3
+
+
+# Warnings
+
+
+def test_a_collapsed_model_is_served_and_warned_of_once():
+    model = Model()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit(model, Data(), walker(embed=lambda module, batch: torch.ones(len(batch[0]), 4)), max_epochs=2)
+    assert len([w for w in caught if "collapsed" in str(w.message)]) == 1
+    assert all(len(set(sum(batches, []))) == 96 for batches in model.epochs.values())
+
+
+def test_zero_rows_are_served_and_warned_of_once():
+    def embed(module, batch):
+        return module(batch) * (batch[0] % 10 > 0)[:, None]
+
+    model = Model()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit(model, Data(), walker(embed=embed), max_epochs=2)
+    assert len([w for w in caught if "all zero" in str(w.message)]) == 1
+    assert all(len(set(sum(batches, []))) == 96 for batches in model.epochs.values())
