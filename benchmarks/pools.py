@@ -38,9 +38,9 @@ def arguments():
     return parser.parse_args()
 
 
-def timed(function, *args, **kwargs):
+def timed(function):
     start = time.perf_counter()
-    result = function(*args, **kwargs)
+    result = function()
     return result, time.perf_counter() - start
 
 
@@ -52,19 +52,24 @@ def row(name, pool_size, fn, tn, seconds=()):
 
 def epoch(z, y, order, pool_size, graph, args):
     """One epoch's FN, TN, and seconds for the graphs, the walks and the plain Python walks."""
-    fn, tn, seconds = InBatchFalseNegativeRate(), InBatchSimilarity(), np.zeros(3)
-    for number, pool in enumerate(order[: len(order) // pool_size * pool_size].reshape(-1, pool_size)):
-        walk = {"restart_probability": args.restart_probability, "seed": number}
-        neighbors, graph_seconds = timed(graph, z[pool], seed=number)
-        batches, walk_seconds = timed(rwr_batches, neighbors, args.batch_size, **walk)
-        as_lists = neighbors.tolist()
-        slow, python_seconds = timed(reference.rwr_batches, as_lists, args.batch_size, patience=args.patience, **walk)
-        assert batches.tolist() == slow
-        seconds += graph_seconds, walk_seconds, python_seconds
+    pools = order[: len(order) // pool_size * pool_size].reshape(-1, pool_size)
+    graphs, graph_seconds = timed(lambda: [graph(z[pool], seed=number) for number, pool in enumerate(pools)])
+    alpha = {"restart_probability": args.restart_probability}
+    walked, walk_seconds = timed(
+        lambda: [rwr_batches(each, args.batch_size, seed=number, **alpha) for number, each in enumerate(graphs)]
+    )
+    alpha["patience"] = args.patience
+    as_lists = [each.tolist() for each in graphs]
+    slow, python_seconds = timed(
+        lambda: [reference.rwr_batches(each, args.batch_size, seed=i, **alpha) for i, each in enumerate(as_lists)]
+    )
+    assert [batches.tolist() for batches in walked] == slow
+    fn, tn = InBatchFalseNegativeRate(), InBatchSimilarity()
+    for pool, batches in zip(pools, walked, strict=True):
         for batch in pool[batches]:
             fn.update(y[batch])
             tn.update(z[batch], y[batch])
-    return fn.compute().item(), tn.compute().item(), *seconds
+    return fn.compute().item(), tn.compute().item(), graph_seconds, walk_seconds, python_seconds
 
 
 def main():

@@ -28,7 +28,7 @@ def rwr_batches(neighbors, batch_size, *, restart_probability=0.2, seed=0, repla
                 if draw < restart_probability:
                     node = root
                 else:
-                    column = int((draw - restart_probability) / (1 - restart_probability) * n_neighbors)
+                    column = int((draw - restart_probability) * (n_neighbors / (1 - restart_probability)))
                     node = neighbors[node][min(column, n_neighbors - 1)]
             if node in free:
                 free.remove(node)

@@ -4,6 +4,7 @@ It goes on from ``FOLDER/last.ckpt`` if that is there. Each rank notes its batch
 line ``step:[indices]`` each, and what it saw in ``FOLDER/rank0.json`` when training is done.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -35,6 +36,9 @@ class Writes(Callback):
             "weights": float(sum(p.sum() for p in weights)),
         }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
+        if torch.distributed.is_initialized():
+            # Lightning does so for NCCL only; without it gloo's threads may abort the process as Python exits.
+            atexit.register(torch.distributed.destroy_process_group)
 
 
 def no_graph(embeddings, batch_size, *, seed, epoch):

@@ -13,8 +13,9 @@ def walk_batches(neighbors, batch_size, restart_probability, replacement, rng): 
     n_nodes, n_neighbors = neighbors.shape
     n_batches = n_nodes // batch_size
     batches = np.empty((n_batches, batch_size), dtype=np.int64)
-    taken_by = np.full(n_nodes, -1, dtype=np.int64)  # the last batch that took a node
+    taken_by = np.full(n_nodes, -1, dtype=np.int32)  # the last batch that took a node
     lowest_unused = 0
+    columns_per_draw = 0.0 if restart_probability == 1 else n_neighbors / (1 - restart_probability)
 
     for batch in range(n_batches):
         # A node is free if no batch has taken it; with replacement, if this batch has not.
@@ -38,7 +39,7 @@ def walk_batches(neighbors, batch_size, restart_probability, replacement, rng): 
                 if draw < restart_probability:
                     node = root
                 else:
-                    column = int((draw - restart_probability) / (1 - restart_probability) * n_neighbors)
+                    column = int((draw - restart_probability) * columns_per_draw)
                     node = neighbors[node, min(column, n_neighbors - 1)]
             if taken_by[node] > last_free:
                 idle += 1
