@@ -114,6 +114,17 @@ def test_flag(flags, per_epoch, steps, loader, tmp_path):
     assert model.epochs[0] != model.epochs[1]
 
 
+@pytest.mark.parametrize("flags", [flags for flags, *_ in FLAGS] + [{"overfit_batches": 3}, {"max_steps": 16}], ids=str)
+def test_no_flag_leaves_a_trace(flags, tmp_path):
+    def run(*callbacks):
+        seed_everything(7, verbose=False)
+        model = Validated(dropout=0.3)
+        made = fit(model, ValidatedData(), *callbacks, default_root_dir=tmp_path, **flags)
+        return model.state_dict(), made.optimizers[0].state_dict()["state"], torch.get_rng_state(), model.epochs
+
+    torch.testing.assert_close(run(walker(composer=pool_order, warmup_epochs=1)), run(), rtol=0, atol=0)
+
+
 def test_fast_dev_run():
     model = Model()
     fit(model, Data(), walker(), fast_dev_run=True)

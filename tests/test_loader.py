@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from bs_lightning import PoolBatchSampler, PoolLoader, batch_loader
+from bs_lightning import BatchLoader, PoolBatchSampler, PoolLoader
 from bs_lightning.loader import check_dataloader_kwargs
 
 LOADERS = [
@@ -192,7 +192,7 @@ def test_uniform_batches():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batch_loader_serves_call_after_call_with_the_same_workers(num_workers):
-    load = batch_loader(Seeds(), num_workers=num_workers, generator=torch.Generator())
+    load = BatchLoader(Seeds(), num_workers=num_workers, generator=torch.Generator())
     seeds = set()
     for batches in ([[1, 2], [3]], [[5], [4], [6]], []):
         loaded = list(load(batches))

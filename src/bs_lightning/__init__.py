@@ -7,13 +7,14 @@ from bs_lightning.compose import RWRComposer
 from bs_lightning.datamodule import BatchSamplerDataModule
 from bs_lightning.encode import encode
 from bs_lightning.graphs import ExactGraph, NNDescentGraph
-from bs_lightning.loader import PoolLoader, batch_loader
+from bs_lightning.loader import BatchLoader, PoolLoader
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.walk import rwr_batches
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchLoader",
     "BatchSamplerCallback",
     "BatchSamplerDataModule",
     "ExactGraph",
@@ -21,7 +22,6 @@ __all__ = [
     "PoolBatchSampler",
     "PoolLoader",
     "RWRComposer",
-    "batch_loader",
     "encode",
     "rwr_batches",
 ]

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from bs_lightning.compose import Composer, RWRComposer, check_batches
 from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
 from bs_lightning.encode import encode, isolated_rng, no_trace
-from bs_lightning.loader import Load, batch_loader, check_map_style
+from bs_lightning.loader import BatchLoader, check_map_style
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
 from bs_lightning.plan import BatchLayout, Indices, check_pool_size
 
@@ -108,7 +108,7 @@ class BatchSamplerCallback(Callback):
         self.encode_batch_size = encode_batch_size
         self._pool_dataset: Dataset[Any] | None = None
         self._labels: Tensor | None = None
-        self._load: Load | None = None
+        self._load: BatchLoader | None = None
         self._n_batches = 0
         self._pool_log: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
@@ -178,7 +178,7 @@ class BatchSamplerCallback(Callback):
                     f"got length {len(values)}."  # type: ignore[arg-type]
                 )
         self._pool_dataset = dataset
-        self._load = None
+        self._close()
         self._labels = None if labels is None else _as_labels(labels)
 
     # Lightning's hooks
@@ -227,15 +227,20 @@ class BatchSamplerCallback(Callback):
             pl_module.log_dict({f"batch_sampler/{step}_seconds": spent for step, spent in self._seconds.items()})
             pl_module.log("batch_sampler/time_share", share)
         if not trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
-            self._load = None
+            self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._load = None
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._load = None
+        self._close()
 
     # How a pool is planned
+
+    def _close(self) -> None:
+        if self._load is not None:
+            self._load.close()
+            self._load = None
 
     def _start_epoch(self) -> None:
         self._epoch_start = time.perf_counter()
@@ -248,7 +253,7 @@ class BatchSamplerCallback(Callback):
             assert self._pool_dataset is not None
             kwargs = {"pin_memory": module.device.type == "cuda"} | datamodule.dataloader_kwargs
             kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global one
-            self._load = batch_loader(self._pool_dataset, **kwargs)
+            self._load = BatchLoader(self._pool_dataset, **kwargs)
         size = min(self.encode_batch_size or 4 * datamodule.batch_size, len(indices))
         forward = self._forward(module)
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")

@@ -141,14 +141,23 @@ class BatchSamplerDataModule(LightningDataModule):
 
 class _TrainLoader(PoolLoader):
     """Under Lightning the state is in the DataModule's: a module that reads ``trainer.estimated_stepping_batches`` in
-    ``configure_optimizers`` gets its loader before Lightning restores loaders. These two methods only tell Lightning
-    that resuming in mid-epoch is taken care of."""
+    ``configure_optimizers`` gets its loader before Lightning restores loaders. The two methods for it only tell
+    Lightning that resuming in mid-epoch is taken care of. When a fit ends, Lightning sets a loader's ``_iterator`` to
+    ``None`` to end its workers."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+    @property
+    def _iterator(self) -> None:
+        return None
+
+    @_iterator.setter
+    def _iterator(self, _: None) -> None:
+        self.close()
 
 
 class TrainerBatchSampler(PoolBatchSampler):

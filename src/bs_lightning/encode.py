@@ -26,7 +26,7 @@ def encode(
 
     Args:
         indices: Dataset indices, ``P`` of them.
-        load: Loads batches of indices, as :func:`bs_lightning.batch_loader` returns it.
+        load: Loads batches of indices, as :class:`bs_lightning.BatchLoader` does.
         embed: A batch as loaded -> floats of shape ``[b, d]``; it moves the batch to the device itself.
         batch_size: Instances embedded at a time; the last batch may be smaller.
         advance: Called after each batch.
@@ -41,8 +41,8 @@ def encode(
 
     Example:
         >>> import torch
-        >>> from bs_lightning import batch_loader, encode
-        >>> encode([2, 0], batch_loader(torch.eye(3) * 5), lambda batch: batch, batch_size=2).tolist()
+        >>> from bs_lightning import BatchLoader, encode
+        >>> encode([2, 0], BatchLoader(torch.eye(3) * 5), lambda batch: batch, batch_size=2).tolist()
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]

@@ -12,33 +12,39 @@ if TYPE_CHECKING:
 Load = Callable[[Iterable[list[int]]], Iterator[Any]]
 
 
-def batch_loader(dataset: Dataset[Any], **dataloader_kwargs: Any) -> Load:
-    """A function from batches of dataset indices to collated batches, which keeps its worker processes between calls.
+class BatchLoader:
+    """Loads batches of dataset indices, with worker processes that it keeps from call to call.
+
+    ``load(batches)`` returns an iterator over the collated batches. One call at a time: a new one ends the last.
 
     Args:
         dataset: A map-style data set.
         **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices.
 
-    Returns:
-        ``load(batches)``, an iterator over the collated batches. One call at a time: a new one ends the last.
-
     Example:
         >>> import torch
-        >>> from bs_lightning.loader import batch_loader
-        >>> load = batch_loader(torch.arange(10) * 10)
+        >>> from bs_lightning import BatchLoader
+        >>> load = BatchLoader(torch.arange(10) * 10)
         >>> [batch.tolist() for batch in load([[1, 2], [5]])]
         [[10, 20], [50]]
     """
-    batches = _Batches()
-    if dataloader_kwargs.get("num_workers", 0) > 0:
-        dataloader_kwargs["persistent_workers"] = True
-    loader = DataLoader(dataset, batch_sampler=batches, **dataloader_kwargs)
 
-    def load(new: Iterable[list[int]]) -> Iterator[Any]:
-        batches.current = new
-        return iter(loader)
+    def __init__(self, dataset: Dataset[Any], **dataloader_kwargs: Any) -> None:
+        self._batches = _Batches()
+        if dataloader_kwargs.get("num_workers", 0) > 0:
+            dataloader_kwargs["persistent_workers"] = True
+        self._loader = DataLoader(dataset, batch_sampler=self._batches, **dataloader_kwargs)
 
-    return load
+    def __call__(self, batches: Iterable[list[int]]) -> Iterator[Any]:
+        self._batches.current = batches
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """End the workers. Otherwise they end with the last reference; found by the garbage collector in a cycle,
+        torch waits ten seconds for them in vain."""
+        workers, self._loader._iterator = self._loader._iterator, None
+        if workers is not None:
+            workers._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Batches:
@@ -57,8 +63,8 @@ class PoolLoader:
     planned with older weights the more workers there are. This one loads pool by pool with one set of workers, and
     prefetches within a pool only. Iterate it like a ``DataLoader``.
 
-    Workers live for one iteration, or for good with ``persistent_workers=True``. Nothing is drawn from the global
-    random state: the workers' seeds come from the sampler's seed, or, one draw an iteration, from ``generator``.
+    Workers live for one iteration, or until :meth:`close` with ``persistent_workers=True``. Nothing is drawn from the
+    global random state: the workers' seeds come from the sampler's seed, or, one draw an iteration, from ``generator``.
 
     Args:
         dataset: A map-style data set.
@@ -86,7 +92,7 @@ class PoolLoader:
         # Lightning sets this attribute where the user left it None, to seed workers differently on every rank.
         self.worker_init_fn = dataloader_kwargs.pop("worker_init_fn", None)
         self._kwargs = dataloader_kwargs
-        self._load: Load | None = None
+        self._load: BatchLoader | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -95,15 +101,24 @@ class PoolLoader:
         # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
         sampler = self.batch_sampler
         load = self._load
-        for batches in sampler.pools():
-            if load is None:
-                load = batch_loader(
-                    self.dataset, worker_init_fn=self.worker_init_fn, **self._kwargs | {"generator": self._generator()}
-                )
-                self._load = load if self._kwargs.get("persistent_workers") else None
-            for batch in load(batches):
-                sampler.served += 1
-                yield batch
+        try:
+            for batches in sampler.pools():
+                if load is None:
+                    kwargs = self._kwargs | {"generator": self._generator(), "worker_init_fn": self.worker_init_fn}
+                    load = BatchLoader(self.dataset, **kwargs)
+                    self._load = load if self._kwargs.get("persistent_workers") else None
+                for batch in load(batches):
+                    sampler.served += 1
+                    yield batch
+        finally:
+            if load is not None and load is not self._load:
+                load.close()
+
+    def close(self) -> None:
+        """End persistent workers."""
+        if self._load is not None:
+            self._load.close()
+            self._load = None
 
     def _generator(self) -> torch.Generator:
         """The source of the workers' seeds."""

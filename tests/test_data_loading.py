@@ -1,0 +1,164 @@
+"""Every kind of batch, data set and loader setting a user may bring, in real training."""
+
+import dataclasses
+import multiprocessing
+import os
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from parts import Data, Model, Points, fit, pool_order, walker
+from torch.utils.data import default_collate, get_worker_info
+
+SETTINGS = [
+    {"num_workers": 1, "prefetch_factor": 1},
+    {"num_workers": 1, "prefetch_factor": 8},
+    {"num_workers": 4, "prefetch_factor": 1},
+    {"num_workers": 4, "prefetch_factor": 8, "persistent_workers": True},
+    {"num_workers": 2, "multiprocessing_context": "fork"},
+    pytest.param({"num_workers": 2, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
+    pytest.param(
+        {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}, marks=pytest.mark.slow
+    ),
+]
+
+
+def train(data, make_model=Model, callbacks=None):
+    """A uniform epoch and two walked ones."""
+    seed_everything(0, verbose=False)
+    model = make_model()
+    fit(model, data, *([walker(warmup_epochs=1)] if callbacks is None else callbacks), max_epochs=3)
+    return model.epochs
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The batches without workers, batches as tuples."""
+    return train(Data(8, 100, seed=5))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_loader_settings_do_not_change_the_batches(settings, expected):
+    assert train(Data(8, 100, seed=5, **settings)) == expected
+
+
+class Workers(Callback):
+    """Notes the worker processes at the end of each epoch."""
+
+    def __init__(self):
+        self.alive = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.alive.append({worker.pid for worker in multiprocessing.active_children()})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_persistent_workers_live_on_to_the_end_of_the_fit_and_no_longer(fails):
+    """If this fails with a new Lightning, see `_TrainLoader._iterator`. Workers left alive cost ten seconds later."""
+    before = {worker.pid for worker in multiprocessing.active_children()}
+    workers = Workers()
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        if fails and epoch == 2:
+            raise ValueError("no graph")
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    callbacks = [workers, walker(composer=composer)]
+    data = Data(8, 100, num_workers=2, persistent_workers=True)
+    if fails:
+        with pytest.raises(ValueError, match="no graph"):
+            train(data, callbacks=callbacks)
+    else:
+        train(data, callbacks=callbacks)
+    assert {worker.pid for worker in multiprocessing.active_children()} <= before
+    first, second, *_ = (alive - before for alive in workers.alive)
+    assert first == second
+    assert len(first) == 4  # for training and for encoding
+
+
+@dataclasses.dataclass
+class Batch:
+    index: torch.Tensor
+    point: torch.Tensor
+
+
+def as_dict(items):
+    index, point = default_collate(items)
+    return {"index": index, "point": point}
+
+
+def as_dataclass(items):
+    return Batch(*default_collate(items))
+
+
+KINDS = {
+    "dict": (as_dict, lambda batch: (batch["index"], batch["point"])),
+    "dataclass": (as_dataclass, lambda batch: (batch.index, batch.point)),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_batches(kind, num_workers, expected):
+    collate, unpack = KINDS[kind]
+
+    class Unpacks(Model):
+        def forward(self, batch):
+            return super().forward(unpack(batch))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(unpack(batch), batch_idx)
+
+    assert train(Data(8, 100, seed=5, collate_fn=collate, num_workers=num_workers), Unpacks) == expected
+
+
+class Fetches(Points):
+    """Fetches a batch in one call, and only so."""
+
+    def __getitem__(self, index):
+        raise AssertionError("__getitems__ is there to be used")
+
+    def __getitems__(self, indices):
+        return [Points.__getitem__(self, index) for index in indices]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_is_fetched_batch_by_batch(num_workers, expected):
+    class Batched(Data):
+        def train_dataset(self):
+            return Fetches(self.n)
+
+    assert train(Batched(8, 100, seed=5, num_workers=num_workers)) == expected
+
+
+def name_worker(worker_id):
+    os.environ["NAMED_WORKER"] = str(worker_id)
+
+
+class Asks(Points):
+    """Works only where ``worker_init_fn`` has run."""
+
+    def __getitem__(self, index):
+        assert os.environ.get("NAMED_WORKER") == str(get_worker_info().id)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_the_users_worker_init_fn_runs_in_training_and_in_encoding(persistent_workers, expected):
+    class Asking(Data):
+        def train_dataset(self):
+            return Asks(self.n)
+
+    settings = {"num_workers": 2, "worker_init_fn": name_worker, "persistent_workers": persistent_workers}
+    assert train(Asking(8, 100, seed=5, **settings)) == expected
+
+
+def test_encoding_draws_nothing_from_the_users_generator(expected):
+    states = []
+    for callbacks in ([], None):
+        generator = torch.Generator().manual_seed(3)
+        served = train(Data(8, 100, seed=5, num_workers=1, generator=generator), callbacks=callbacks)
+        states.append(generator.get_state())
+    assert served == expected
+    assert torch.equal(*states)
+    assert not torch.equal(states[0], torch.Generator().manual_seed(3).get_state())
