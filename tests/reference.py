@@ -1,5 +1,6 @@
-"""The walk in plain Python, slow and literal: what the numba kernel must do, draw by draw."""
+"""Slow and literal: the walk, draw by draw as the numba kernel makes it, and the nearest among candidates."""
 
+import math
 from itertools import chain
 
 import numpy as np
@@ -7,7 +8,9 @@ import numpy as np
 from bs_lightning._walk_kernel import PATIENCE
 
 
-def rwr_batches(neighbors, batch_size, *, restart_probability=0.2, seed=0, replacement=False, patience=PATIENCE):
+def rwr_batches(
+    neighbors, batch_size, *, restart_probability=0.2, n_roots=1, seed=0, replacement=False, patience=PATIENCE
+):
     """As :func:`bs_lightning.rwr_batches`, over lists."""
     rng = np.random.default_rng(seed)
     n_nodes, n_neighbors = len(neighbors), len(neighbors[0])
@@ -33,8 +36,18 @@ def rwr_batches(neighbors, batch_size, *, restart_probability=0.2, seed=0, repla
             if node in free:
                 free.remove(node)
                 batch.append(node)
-                idle = 0
+                idle = patience if len(batch) % math.ceil(batch_size / n_roots) == 0 else 0
             else:
                 idle += 1
         batches.append(batch)
     return batches
+
+
+def nearest_of(embeddings, candidates, n_neighbors):
+    """Each row's nearest among its own candidates, nearest first."""
+    x = np.asarray(embeddings, dtype=float)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    rows = []
+    for row, own in enumerate(np.asarray(candidates)):
+        rows.append(own[np.argsort(-(x[own] @ x[row]))[:n_neighbors]])
+    return np.array(rows)

@@ -70,9 +70,10 @@ def test_restart_probability_follows_the_epoch():
 
 def test_walks_the_graph_with_replacement_as_told():
     embeddings = clusters()
-    for replacement in (False, True):
-        batches = RWRComposer(ExactGraph(5), 0.3, replacement)(embeddings, 32, seed=4, epoch=0)
-        arguments = {"restart_probability": 0.3, "seed": 4, "replacement": replacement}
+    for replacement, n_roots in ((False, 1), (True, 1), (False, 4)):
+        composer = RWRComposer(ExactGraph(5), 0.3, replacement, n_roots)
+        batches = composer(embeddings, 32, seed=4, epoch=0)
+        arguments = {"restart_probability": 0.3, "seed": 4, "replacement": replacement, "n_roots": n_roots}
         assert np.array_equal(batches, rwr_batches(ExactGraph(5)(embeddings), 32, **arguments))
 
 
@@ -86,6 +87,11 @@ def test_defaults_are_those_of_the_docs_and_survive_pickling():
 def test_refuses_a_restart_probability_out_of_range(alpha):
     with pytest.raises(ValueError, match=rf"restart_probability must lie in \(0, 1\], got {alpha}"):
         RWRComposer(restart_probability=alpha)
+
+
+def test_refuses_less_than_one_root():
+    with pytest.raises(ValueError, match="n_roots must be at least 1, got 0"):
+        RWRComposer(n_roots=0)
 
 
 @pytest.mark.parametrize("batches", [[[3, 1], [0, 2]], torch.tensor([[3, 1], [0, 2]]), np.uint8([[3, 1], [0, 2]])])

@@ -36,8 +36,8 @@ class Validated(Model):
 
 
 class Manual(Model):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, dropout=0.0):
+        super().__init__(dropout)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -114,14 +114,38 @@ def test_flag(flags, per_epoch, steps, loader, tmp_path):
     assert model.epochs[0] != model.epochs[1]
 
 
-@pytest.mark.parametrize("flags", [flags for flags, *_ in FLAGS] + [{"overfit_batches": 3}, {"max_steps": 16}], ids=str)
-def test_no_flag_leaves_a_trace(flags, tmp_path):
+def averaging():
+    from torch.optim.swa_utils import get_ema_avg_fn
+
+    return [WeightAveraging(avg_fn=get_ema_avg_fn())]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *({"flags": flags} for flags, *_ in FLAGS),
+        {"flags": {"overfit_batches": 3}},
+        {"flags": {"max_steps": 16}},
+        {"make": lambda: Manual(dropout=0.3)},
+        {"beside": averaging},
+        {"beside": lambda: [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")]},
+        pytest.param({"compiled": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_no_trace(case, tmp_path):
+    """After a warm-up epoch and one that is encoded, all is bit for bit what it is without the callback."""
+
     def run(*callbacks):
         seed_everything(7, verbose=False)
-        model = Validated(dropout=0.3)
-        made = fit(model, ValidatedData(), *callbacks, default_root_dir=tmp_path, **flags)
+        model = case.get("make", lambda: Validated(dropout=0.3))()
+        callbacks += tuple(case.get("beside", list)())
+        flags = case.get("flags", {}) | {"default_root_dir": tmp_path, "enable_checkpointing": True}
+        made = fit(torch.compile(model) if "compiled" in case else model, ValidatedData(), *callbacks, **flags)
         return model.state_dict(), made.optimizers[0].state_dict()["state"], torch.get_rng_state(), model.epochs
 
+    if "compiled" in case:
+        run()  # compiling draws from torch's random state
     torch.testing.assert_close(run(walker(composer=pool_order, warmup_epochs=1)), run(), rtol=0, atol=0)
 
 

@@ -4,10 +4,13 @@ import random
 import numba
 import numpy as np
 import pytest
+import reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bs_lightning import ExactGraph, NNDescentGraph, graphs
+from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, graphs
 
 # pynndescent compiles once per process: nothing outside of this module may build an NNDescentGraph.
 
@@ -38,25 +41,29 @@ def assert_real(neighbors, size, k):
     assert (neighbors != np.arange(size)[:, None]).all()
 
 
-both = pytest.mark.parametrize("graph", [ExactGraph, NNDescentGraph])
+def among_40(n_neighbors=15):
+    return RandomCandidateGraph(40, n_neighbors)
 
 
-# Both graphs
+every = pytest.mark.parametrize("graph", [ExactGraph, NNDescentGraph, among_40])
 
 
-@both
+# Every graph
+
+
+@every
 @pytest.mark.parametrize(("size", "k", "expected"), [(2, 15, 1), (5, 15, 4), (16, 15, 15), (17, 15, 15), (200, 1, 1)])
 def test_shape_and_real_neighbors_in_any_pool(graph, size, k, expected):
     assert_real(graph(k)(gaussian(size)), size, expected)
 
 
-@both
+@every
 def test_all_equal_embeddings(graph):
     assert_real(graph(15)(torch.ones(200, 8)), 200, 15)
     assert_real(graph(15)(torch.zeros(200, 8)), 200, 15)
 
 
-@both
+@every
 def test_zero_rows_have_random_neighbors_and_are_nobodys(graph):
     embeddings = clusters(300)
     embeddings[[0, 100, 299]] = 0
@@ -67,7 +74,7 @@ def test_zero_rows_have_random_neighbors_and_are_nobodys(graph):
     assert not np.array_equal(neighbors[100], graph(10)(embeddings, seed=1)[100])
 
 
-@both
+@every
 def test_zero_rows_are_neighbors_where_there_is_nobody_else(graph):
     embeddings = torch.zeros(30, 8)
     embeddings[:3] = gaussian(3)
@@ -83,14 +90,14 @@ def test_exact_takes_even_the_opposite_before_a_zero_row():
     assert all(set(neighbors[row]) == {0, 1, 2} - {row} for row in range(3))
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_any_float_embeddings_with_gradients(graph, dtype):
     embeddings = clusters(200).to(dtype)
     assert np.array_equal(graph(5)(embeddings.requires_grad_()), graph(5)(embeddings.detach().float()))
 
 
-@both
+@every
 def test_length_does_not_count_and_embeddings_stay_as_they_are(graph):
     embeddings = clusters(200)
     before = embeddings.clone()
@@ -99,7 +106,7 @@ def test_length_does_not_count_and_embeddings_stay_as_they_are(graph):
     assert torch.equal(embeddings, before)
 
 
-@both
+@every
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_refuses_what_is_not_finite(graph, bad):
     embeddings = gaussian(10)
@@ -108,14 +115,14 @@ def test_refuses_what_is_not_finite(graph, bad):
         graph()(embeddings)
 
 
-@both
+@every
 @pytest.mark.parametrize("shape", [(10,), (1, 8), (0, 8), (4, 3, 2)])
 def test_refuses_other_shapes(graph, shape):
     with pytest.raises(ValueError, match=r"embeddings must have shape \[P, d\] with P >= 2, got"):
         graph()(torch.ones(shape))
 
 
-@both
+@every
 @pytest.mark.parametrize("n_neighbors", [0, -1])
 def test_refuses_less_than_one_neighbor(graph, n_neighbors):
     with pytest.raises(ValueError, match=f"n_neighbors must be at least 1, got {n_neighbors}"):
@@ -146,6 +153,85 @@ def test_exact_never_holds_all_pairs(monkeypatch):
     with Largest() as largest:
         ExactGraph(3)(gaussian(500))
     assert 0 < largest.entries <= 5000
+
+
+# The graph among random candidates
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(3, 300), st.integers(0, 2**32 - 1))
+def test_each_draws_as_many_distinct_others_as_it_is_drawn(data, size, seed):
+    n_candidates = data.draw(st.integers(1, size - 1))
+    candidates = RandomCandidateGraph(n_candidates, n_candidates)(gaussian(size), seed=seed)
+    assert_real(candidates, size, n_candidates)
+    assert (np.bincount(candidates.ravel(), minlength=size) == n_candidates).all()
+    assert all(len(set(row)) == n_candidates for row in candidates.tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(3, 300), st.integers(0, 2**32 - 1))
+def test_keeps_the_nearest_of_its_candidates(data, size, seed):
+    n_candidates = data.draw(st.integers(1, size - 1))
+    k = data.draw(st.integers(1, n_candidates))
+    embeddings = gaussian(size, seed=seed)
+    candidates = RandomCandidateGraph(n_candidates, n_candidates)(embeddings, seed=seed)
+    neighbors = RandomCandidateGraph(n_candidates, k)(embeddings, seed=seed)
+    nearest = reference.nearest_of(embeddings, candidates, k)
+    assert all(set(row) <= set(own) for row, own in zip(neighbors.tolist(), candidates.tolist(), strict=True))
+
+    def similarity(found):  # of those equal in float32 either may be kept
+        unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+        return torch.einsum("pd,pkd->pk", unit, unit[torch.from_numpy(found)])
+
+    torch.testing.assert_close(similarity(neighbors), similarity(nearest), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_entries", [1, 100_000])
+def test_chunks_do_not_matter(monkeypatch, chunk_entries):
+    embeddings = gaussian(1003)
+    expected = RandomCandidateGraph(50, 10)(embeddings)
+    monkeypatch.setattr(graphs, "_CHUNK_ENTRIES", chunk_entries)
+    assert np.array_equal(RandomCandidateGraph(50, 10)(embeddings), expected)
+
+
+def test_candidates_are_uniform_and_independent_of_the_embeddings():
+    """Over 2000 seeds each of the 31 x 30 ordered pairs is drawn with probability 7 / 30, a pair of candidates of one
+    instance together with 7 x 6 / (30 x 29). False alarm: 6 standard deviations, below 1e-5 for all pairs together."""
+    size, n_candidates, n_seeds = 31, 7, 2000
+    pairs, together = np.zeros((size, size)), np.zeros((size, size))
+    for seed in range(n_seeds):
+        for row, candidates in enumerate(RandomCandidateGraph(n_candidates, n_candidates)(gaussian(size), seed=seed)):
+            pairs[row, candidates] += 1
+            if row == 0:
+                together[np.ix_(candidates, candidates)] += 1
+    for counts, p in ((pairs, 7 / 30), (together[1:, 1:], 7 * 6 / (30 * 29))):
+        off_diagonal = counts[~np.eye(len(counts), dtype=bool)]
+        assert np.abs(off_diagonal - n_seeds * p).max() < 6 * np.sqrt(n_seeds * p * (1 - p))
+
+
+def test_as_many_candidates_as_there_are_others_is_exact():
+    embeddings = clusters(200)
+    for n_candidates in (199, 1000):
+        assert np.array_equal(RandomCandidateGraph(n_candidates, 5)(embeddings), ExactGraph(5)(embeddings))
+    assert not np.array_equal(RandomCandidateGraph(198, 5)(embeddings), ExactGraph(5)(embeddings))
+
+
+def test_reaches_in_two_steps_as_far_as_with_candidates_drawn_for_each():
+    """What walks see. With one run of distances it would be half as far."""
+    embeddings, k = gaussian(20_000, dim=32), 20
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(20_000, 200, replace=False) for _ in range(20_000)]
+    literal = reference.nearest_of(embeddings, drawn, k)
+
+    def reach(neighbors):
+        return np.mean([len(np.unique(neighbors[neighbors[node]])) for node in range(2000)])
+
+    assert reach(RandomCandidateGraph(200, k)(embeddings)) == pytest.approx(reach(literal), rel=0.05)
+
+
+def test_refuses_fewer_candidates_than_neighbors():
+    with pytest.raises(ValueError, match="n_candidates must be at least n_neighbors, 100, got 99"):
+        RandomCandidateGraph(99)
 
 
 # The approximate graph

@@ -21,7 +21,9 @@ def walks(draw):
         "seed": draw(st.integers(0, 2**32 - 1)),
         "replacement": draw(st.booleans()),
     }
-    return np.where(no_edge, own, edges), draw(st.integers(1, size)), arguments
+    batch_size = draw(st.integers(1, size))
+    arguments["n_roots"] = draw(st.integers(1, batch_size))
+    return np.where(no_edge, own, edges), batch_size, arguments
 
 
 def random_graph(size, n_neighbors, seed=0):
@@ -65,7 +67,7 @@ def test_work_is_bounded(walk):
     graph, batch_size, arguments = walk
     bound = len(graph) * (PATIENCE + 1)
     rng = np.random.default_rng(arguments["seed"])
-    walk_batches(graph, batch_size, arguments["restart_probability"], arguments["replacement"], rng)
+    walk_batches(graph, batch_size, *(arguments[k] for k in ("restart_probability", "n_roots", "replacement")), rng)
     # The kernel drew `bound` numbers at most if its next one is among the first `bound + 1`.
     assert rng.random() in np.random.default_rng(arguments["seed"]).random(bound + 1)
 
@@ -101,6 +103,22 @@ def test_a_higher_restart_probability_stays_closer_to_the_root():
 
     assert spread(0.01) < 40  # one stretch of the ring
     assert spread(1.0) > 500  # never leaves its roots: uniform
+
+
+def test_roots_share_a_batch_evenly():
+    clique = np.random.default_rng(0).permutation(60) % 6
+    graph = [[other for other in range(60) if other != node and clique[other] == clique[node]] for node in range(60)]
+    for batch in rwr_batches(graph, 15, n_roots=3, seed=1):
+        walks = clique[batch].reshape(3, 5)
+        assert (walks == walks[:, :1]).all()
+    assert len(set(clique[rwr_batches(graph, 12, n_roots=12, restart_probability=0.01)].ravel())) == 6
+    assert np.array_equal(rwr_batches(graph, 15, n_roots=1, seed=1), rwr_batches(graph, 15, seed=1))
+
+
+@pytest.mark.parametrize("n_roots", [0, 4])
+def test_refuses_more_roots_than_instances(n_roots):
+    with pytest.raises(ValueError, match=f"n_roots must be from 1 to batch_size 3, got {n_roots}"):
+        rwr_batches(GRAPH, 3, n_roots=n_roots)
 
 
 @pytest.mark.parametrize("container", [list, np.asarray, lambda graph: np.asfortranarray(graph, dtype=np.uint16)])

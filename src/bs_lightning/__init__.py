@@ -6,7 +6,7 @@ from bs_lightning.callback import BatchSamplerCallback
 from bs_lightning.compose import RWRComposer
 from bs_lightning.datamodule import BatchSamplerDataModule
 from bs_lightning.encode import encode
-from bs_lightning.graphs import ExactGraph, NNDescentGraph
+from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
 from bs_lightning.loader import BatchLoader, PoolLoader
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.walk import rwr_batches
@@ -22,6 +22,7 @@ __all__ = [
     "PoolBatchSampler",
     "PoolLoader",
     "RWRComposer",
+    "RandomCandidateGraph",
     "encode",
     "rwr_batches",
 ]

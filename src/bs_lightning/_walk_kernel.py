@@ -9,12 +9,13 @@ PATIENCE = 200
 
 
 @numba.njit(cache=True, nogil=True)
-def walk_batches(neighbors, batch_size, restart_probability, replacement, rng):  # type: ignore[no-untyped-def]
+def walk_batches(neighbors, batch_size, restart_probability, n_roots, replacement, rng):  # type: ignore[no-untyped-def]
     n_nodes, n_neighbors = neighbors.shape
     n_batches = n_nodes // batch_size
     batches = np.empty((n_batches, batch_size), dtype=np.int64)
     taken_by = np.full(n_nodes, -1, dtype=np.int32)  # the last batch that took a node
     lowest_unused = 0
+    walk_size = (batch_size + n_roots - 1) // n_roots
     columns_per_draw = 0.0 if restart_probability == 1 else n_neighbors / (1 - restart_probability)
 
     for batch in range(n_batches):
@@ -47,5 +48,5 @@ def walk_batches(neighbors, batch_size, restart_probability, replacement, rng): 
                 taken_by[node] = batch
                 batches[batch, size] = node
                 size += 1
-                idle = 0
+                idle = PATIENCE if size % walk_size == 0 else 0
     return batches

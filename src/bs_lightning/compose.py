@@ -41,12 +41,14 @@ class RWRComposer:
             function of the epoch that returns it. Higher stays closer: harder batches, more false negatives.
         replacement: ``True`` lets a batch take instances that earlier batches took, as the paper does; about 40% of
             the data then goes unseen in an epoch.
+        n_roots: Walks that make a batch; 1 is the paper's. With more, an instance meets a few hard others among many
+            easy ones.
 
     Attributes:
         seconds: What the last call spent in ``"graph"`` and ``"walk"``.
 
     Raises:
-        ValueError: If ``restart_probability`` is a number outside ``(0, 1]``.
+        ValueError: If ``restart_probability`` is a number outside ``(0, 1]``, or ``n_roots`` below 1.
 
     Example:
         >>> import torch
@@ -63,12 +65,16 @@ class RWRComposer:
         graph: Graph | None = None,
         restart_probability: float | Callable[[int], float] = 0.2,
         replacement: bool = False,
+        n_roots: int = 1,
     ) -> None:
         if not callable(restart_probability):
             check_restart_probability(restart_probability)
+        if n_roots < 1:
+            raise ValueError(f"n_roots must be at least 1, got {n_roots}. The paper walks from one root per batch.")
         self.graph = NNDescentGraph() if graph is None else graph
         self.restart_probability = restart_probability
         self.replacement = replacement
+        self.n_roots = n_roots
         self.seconds: dict[str, float] = {}
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -91,6 +97,7 @@ class RWRComposer:
             neighbors,
             batch_size,
             restart_probability=alpha(epoch) if callable(alpha) else alpha,
+            n_roots=self.n_roots,
             seed=seed,
             replacement=self.replacement,
         )

@@ -17,6 +17,11 @@ Neighbors = NDArray[np.int32]
 
 _log = logging.getLogger(__name__)
 _BLOCK_ENTRIES = 2**24  # similarities that `ExactGraph` holds at a time: 64 MB of float32
+_CHUNK_ENTRIES = 2**22  # the same for `RandomCandidateGraph`
+# Runs of distances in `RandomCandidateGraph`. With so many, two steps of a walk reach as far as with candidates drawn
+# for each instance, but for 4% (with 8 runs, 16%; with one, half as far): `tests/test_graphs.py`.
+_N_RUNS = 32
+_RUN_BLOCK = 32  # rows of one product in it
 _pynndescent_compiled = False
 
 
@@ -135,6 +140,119 @@ class ExactGraph:
             similarity[:, isolated] = -2.0  # below any cosine: chosen only where there is nobody else
             found[start : start + len(block)] = similarity.topk(k, dim=1).indices.int()
         return _real_neighbors(found.cpu().numpy(), k, isolated.cpu().numpy(), seed)
+
+
+@dataclass(frozen=True)
+class RandomCandidateGraph:
+    """The paper's graph: each instance's nearest neighbours among random candidates, by cosine similarity.
+
+    Instances stand in a random order on a circle, and the candidates of each are those at ``n_candidates`` random
+    distances ahead of it, the same distances for all. So each draws exactly ``n_candidates`` distinct others, and is
+    drawn exactly as often. The distances are a few runs of consecutive numbers: all similarities are products of slices
+    of one matrix that is gathered once, where drawing for each instance gathers ``n_candidates`` embeddings for each.
+    Runs on the embeddings' device, in memory ``O(P (d + n_neighbors))``.
+
+    Fewer candidates make softer batches with fewer false negatives. It is meant for whole data sets; within a pool,
+    which is itself a random choice, the nearest of all serve better.
+
+    Args:
+        n_candidates: Random candidates per instance (the paper's M); from ``P - 1`` on, this is :class:`ExactGraph`.
+        n_neighbors: Neighbours kept per instance (the paper's K), at most ``n_candidates``; clipped to ``P - 1``.
+
+    Raises:
+        ValueError: If ``n_neighbors`` is below 1 or above ``n_candidates``.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning import RandomCandidateGraph
+        >>> RandomCandidateGraph(n_candidates=20, n_neighbors=5)(torch.randn(100, 16)).shape
+        (100, 5)
+
+    Source: arXiv 2306.03355, section 3.2 ("proximity graph construction").
+    """
+
+    n_candidates: int = 1000
+    n_neighbors: int = 100
+
+    def __post_init__(self) -> None:
+        _check_n_neighbors(self.n_neighbors)
+        if self.n_candidates < self.n_neighbors:
+            raise ValueError(
+                f"n_candidates must be at least n_neighbors, {self.n_neighbors}, got {self.n_candidates}. "
+                "The paper draws ten times as many."
+            )
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Build the graph.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, ``P >= 2``, on any device.
+            seed: Seed of the candidates.
+
+        Returns:
+            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+        """
+        size = len(embeddings)
+        if self.n_candidates >= size - 1:
+            return ExactGraph(self.n_neighbors)(embeddings, seed=seed)
+        _check_embeddings(embeddings)
+        rng = np.random.default_rng(seed)
+        device = embeddings.device
+        order = torch.from_numpy(rng.permutation(size)).to(device)
+        runs = _random_runs(size, self.n_candidates, rng)
+        ahead = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+
+        chunk = max(_RUN_BLOCK, _CHUNK_ENTRIES // self.n_candidates // _RUN_BLOCK * _RUN_BLOCK)
+        chunk = min(chunk, -(-size // _RUN_BLOCK) * _RUN_BLOCK)
+        longest = chunk + max(stop - start for start, stop in runs)
+        # As far beyond its end as slices reach, so that each is in one piece.
+        circle = embeddings[order[torch.arange(size + longest, device=device) % size]].float()
+        circle /= circle.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        isolated = ~circle[:size].any(dim=1)
+        found = torch.empty((size, self.n_neighbors), dtype=torch.int32, device=device)
+        similarity = torch.empty((chunk, self.n_candidates), device=device)
+        for first in range(0, size, chunk):
+            column = 0
+            for start, stop in runs:
+                band = _banded_product(circle, first, (first + start) % size, chunk, stop - start)
+                similarity[:, column : column + stop - start] = band.flatten(0, 1)
+                column += stop - start
+            rows = torch.arange(first, min(first + chunk, size), device=device)
+            if isolated.any():
+                candidates = (rows[:, None] + ahead) % size
+                similarity[: len(rows)].masked_fill_(isolated[candidates], -2.0)  # below any cosine
+            nearest = ahead[similarity[: len(rows)].topk(self.n_neighbors, dim=1).indices]
+            found[order[rows]] = order[(rows[:, None] + nearest) % size].int()
+
+        neighbors = found.cpu().numpy()
+        if not isolated.any():
+            return neighbors
+        return _real_neighbors(neighbors, self.n_neighbors, ~embeddings.any(dim=1).cpu().numpy(), seed)
+
+
+def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Disjoint runs ``[start, stop)`` of distances in ``[1, size)``, ``n_candidates`` distances together."""
+    n_runs = min(_N_RUNS, n_candidates)
+    lengths = np.full(n_runs, n_candidates // n_runs)
+    lengths[: n_candidates % n_runs] += 1
+    skipped = np.sort(rng.integers(0, size - n_candidates, size=n_runs))  # distances left out before each run
+    stops = 1 + skipped + np.cumsum(lengths)
+    return [(int(stop - length), int(stop)) for stop, length in zip(stops, lengths, strict=True)]
+
+
+def _banded_product(circle: Tensor, rows: int, columns: int, n_rows: int, width: int) -> Tensor:
+    """Products of row ``rows + i`` with rows ``columns + i`` to ``columns + i + width - 1``, for ``n_rows`` of ``i``.
+
+    Returns:
+        A view of shape ``[n_rows / b, b, width]``.
+    """
+    b, d = _RUN_BLOCK, circle.shape[1]
+    blocks = circle[rows : rows + n_rows].view(-1, b, d)
+    others = circle.as_strided((len(blocks), b + width, d), (b * d, d, 1), columns * d)
+    product = torch.bmm(blocks, others.transpose(1, 2))
+    # Row i of a block begins i columns further right: that is a stride of one row and one column.
+    return product.as_strided((len(blocks), b, width), (b * (b + width), b + width + 1, 1))
 
 
 def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed: int) -> Neighbors:

@@ -9,21 +9,24 @@ def rwr_batches(
     batch_size: int,
     *,
     restart_probability: float = 0.2,
+    n_roots: int = 1,
     seed: int = 0,
     replacement: bool = False,
 ) -> NDArray[np.int64]:
     """Batches of nodes that random walks with restart visit together.
 
-    One walk makes one batch. It starts at a root, and at each step jumps back to the root with probability
-    ``restart_probability``, else moves to one of the current node's neighbours, each as likely as the others. The
-    distinct new nodes it meets are the batch. A walk that meets nothing new for a while goes on from another root, so
-    the work is bounded on every graph.
+    One walk makes one batch, or ``n_roots`` walks share it. A walk starts at a root, and at each step jumps back to the
+    root with probability ``restart_probability``, else moves to one of the current node's neighbours, each as likely as
+    the others. The distinct new nodes it meets are the batch. A walk that meets nothing new for a while goes on from
+    another root, so the work is bounded on every graph.
 
     Args:
         neighbors: Integers of shape ``[P, K]``; row ``i`` holds the neighbours of node ``i``. An entry equal to its
             own row's number means "no edge here".
         batch_size: Nodes in a batch, from 1 to ``P``.
         restart_probability: Chance to jump back at each step, in ``(0, 1]``.
+        n_roots: Walks that make a batch, each an equal part of it, from 1 (the paper's) to ``batch_size``. Instead of
+            a batch that is moderately hard throughout, each instance meets a few hard ones among many easy ones.
         seed: The same seed gives the same batches.
         replacement: ``False`` gives every node to one batch at most, each walk rooted at the lowest unused node.
             ``True`` is the paper's mode: a batch may take what earlier ones took (never the same node twice within a
@@ -35,8 +38,8 @@ def rwr_batches(
 
     Raises:
         TypeError: If ``neighbors`` does not hold integers.
-        ValueError: If ``neighbors`` is not of shape ``[P, K]`` with entries in ``[0, P)``, or ``batch_size`` or
-            ``restart_probability`` is out of range.
+        ValueError: If ``neighbors`` is not of shape ``[P, K]`` with entries in ``[0, P)``, or ``batch_size``,
+            ``restart_probability`` or ``n_roots`` is out of range.
 
     Example:
         >>> from bs_lightning import rwr_batches
@@ -60,6 +63,8 @@ def rwr_batches(
         )
     if not 1 <= batch_size <= size:
         raise ValueError(f"batch_size must be from 1 to the graph's {size} nodes, got {batch_size}.")
+    if not 1 <= n_roots <= batch_size:
+        raise ValueError(f"n_roots must be from 1 to batch_size {batch_size}, got {n_roots}.")
     check_restart_probability(restart_probability)
 
     from bs_lightning._walk_kernel import walk_batches  # numba is slow to import: not before the first walk
@@ -68,6 +73,7 @@ def rwr_batches(
         np.ascontiguousarray(graph, dtype=np.int32),
         int(batch_size),
         float(restart_probability),
+        int(n_roots),
         bool(replacement),
         np.random.default_rng(seed),
     )

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parts import Data, Model, fit, same_cluster_share, walker
+
+from bs_lightning import ExactGraph, RWRComposer
+from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
+from bs_lightning.compose import check_batches
+from bs_lightning.metrics import InBatchSimilarity
+
+COMPOSERS = {
+    "uniform": uniform_batches,
+    "knn": knn_batches,
+    "gcbs": GCBSComposer(n_neighbors=10),
+    "b3": B3Composer(n_skipped=2, n_neighbors=10, community_size=8),
+    "rwr": RWRComposer(ExactGraph(5)),
+    "rwr, 4 roots": RWRComposer(ExactGraph(5), n_roots=4),
+}
+every = pytest.mark.parametrize("name", COMPOSERS)
+hard = pytest.mark.parametrize("name", [name for name in COMPOSERS if name != "uniform"])
+
+
+def clusters(size=640, n_clusters=20, dim=16):
+    """Embeddings in clusters of equal size, in random order."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(n_clusters, dim, generator=generator)
+    points = centers[torch.arange(size) % n_clusters] + 0.3 * torch.randn(size, dim, generator=generator)
+    return points[torch.randperm(size, generator=generator)]
+
+
+def similarity(embeddings, batches):
+    return InBatchSimilarity()(embeddings[torch.from_numpy(batches)]).item()
+
+
+@every
+@settings(max_examples=25, deadline=None)
+@given(n_batches=st.integers(1, 12), batch_size=st.integers(4, 24), seed=st.integers(0, 2**32 - 1), kind=st.booleans())
+def test_takes_each_instance_once(name, n_batches, batch_size, seed, kind):
+    size = n_batches * batch_size
+    embeddings = torch.randn(size, 6) if kind else torch.ones(size, 6)  # or of a model that has collapsed
+    composer = COMPOSERS[name]
+    batches = composer(embeddings, batch_size, seed=seed, epoch=0)
+    assert batches is check_batches(batches, size, batch_size)
+    assert np.array_equal(batches, composer(embeddings, batch_size, seed=seed, epoch=0))
+
+
+@hard
+def test_is_harder_than_uniform_batches(name):
+    embeddings = clusters()
+    uniform = similarity(embeddings, uniform_batches(embeddings, 32, seed=0, epoch=0))
+    assert similarity(embeddings, COMPOSERS[name](embeddings, 32, seed=0, epoch=0)) > uniform + 0.15
+
+
+@every
+def test_leaves_embeddings_and_random_states_alone(name):
+    embeddings = clusters()
+    before, states = embeddings.clone(), (torch.get_rng_state(), np.random.get_state()[1].tolist())
+    COMPOSERS[name](embeddings, 32, seed=0, epoch=0)
+    assert torch.equal(embeddings, before)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()
+
+
+@every
+def test_trains_under_the_callback(name):
+    model = Model()
+    fit(model, Data(8, 203), walker(80, composer=COMPOSERS[name]))
+    for batches in model.epochs.values():
+        assert len(set(sum(batches, []))) == 200
+        assert (same_cluster_share(batches) > 0.13) == (name != "uniform")
+
+
+def test_knn_batches_are_the_nearest_that_are_left():
+    embeddings = clusters(200)
+    unit = torch.nn.functional.normalize(embeddings, dim=1)
+    left = set(range(200))
+    for batch in knn_batches(embeddings, 20, seed=3, epoch=0).tolist():
+        root, *nearest = batch
+        similarity = unit @ unit[root]
+        expected = sorted(left - {root}, key=lambda other: -similarity[other])[:19]
+        assert sorted(nearest) == sorted(expected)
+        left -= set(batch)
+
+
+def test_gcbs_brings_neighbors_together_whatever_the_order():
+    """A ring in random order: reverse Cuthill-McKee finds the order along it, from both sides at a time."""
+    angle = torch.arange(400) / 400 * 2 * torch.pi
+    ring = torch.stack([angle.cos(), angle.sin()], dim=1)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    batches = order.numpy()[GCBSComposer(n_neighbors=4)(ring[order], 40, seed=0, epoch=0)]
+    for batch in batches:
+        gaps = np.diff(np.sort(batch), append=batch.min() + 400)
+        assert np.sum(gaps > 3) <= 2  # one or two stretches of the ring
+
+
+@pytest.mark.parametrize("n_neighbors", [1, 10, 100])
+def test_gcbs_keeps_as_many_pairs_as_told(n_neighbors):
+    unit = torch.nn.functional.normalize(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    kept = (unit @ unit.T > GCBSComposer(n_neighbors)._threshold(unit, seed=0)).sum().item() / 2000 - 1
+    assert kept == pytest.approx(n_neighbors, rel=0.1)
+
+
+def test_b3_joins_the_ranks_after_the_nearest():
+    embeddings, joined = clusters(200), []
+
+    class Watched(B3Composer):
+        def _communities(self, neighbors, seed):
+            joined.append(neighbors)
+            return super()._communities(neighbors, seed)
+
+    for graph in (None, ExactGraph(40)):
+        Watched(n_skipped=30, n_neighbors=10, graph=graph)(embeddings, 20, seed=0, epoch=0)
+        assert np.array_equal(joined[-1], ExactGraph(40)(embeddings)[:, 30:])
+
+
+def test_b3_fills_batches_with_communities():
+    embeddings = clusters(640, n_clusters=20)
+    nearest = B3Composer(n_skipped=0, n_neighbors=20, community_size=8)(embeddings, 32, seed=0, epoch=0)
+    unit = torch.nn.functional.normalize(embeddings, dim=1)[torch.from_numpy(nearest)]
+    alike = (unit @ unit.transpose(1, 2) > 0.8).sum(dim=2).float() - 1
+    assert 4 < alike.mean() < 14  # of a community of 8, and not of a batch of 32
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GCBSComposer(0), "n_neighbors must be at least 1, got 0"),
+        (lambda: B3Composer(n_skipped=-1), "n_skipped must be at least 0, got -1"),
+        (lambda: B3Composer(n_neighbors=0), "n_neighbors must be at least 1, got 0"),
+        (lambda: B3Composer(community_size=0), "community_size must be at least 1, got 0"),
+        (lambda: B3Composer(30)(torch.ones(20, 2), 4, seed=0, epoch=0), "n_skipped=30 leaves no neighbours among 20"),
+    ],
+)
+def test_refuses_bad_arguments(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
