@@ -74,14 +74,16 @@ class Run(Model):
         with (self.folder / f"rank{self.global_rank}.txt").open("a") as file:
             file.write(f"{self.global_step}:{batch[0].tolist()}\n")
         z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
-        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+        return {"loss": torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z))), "embeddings": z}
 
 
-def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, kill_at=None, slow_rank=None,
-         fail=None, loader=None, save_every=None, drop_last=True, sharded=False, **trainer):  # fmt: skip
+def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
+         kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True, sharded=False,
+         **trainer):  # fmt: skip
     seed_everything(0)
-    composer = no_graph if fail == "graph" else RWRComposer(ExactGraph(5))
-    callbacks = [Writes(folder), walker(pool_size, composer=composer, warmup_epochs=warmup_epochs, per_rank=per_rank)]
+    composer = no_graph if fail == "graph" else RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
+    how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
+    callbacks = [Writes(folder), walker(pool_size, composer=composer, warmup_epochs=warmup_epochs, **how)]
     last = folder / "last.ckpt"
     if save_every:
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=save_every, save_last=True))

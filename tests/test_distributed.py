@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from parts import same_cluster_share
 from processes import SCRIPT, batches_by_step, finish, run, seen
 
@@ -96,6 +97,33 @@ def test_walks_of_each_rank(tmp_path):
         assert same_cluster_share(rank["epochs"]["1"]) > 0.3
     across = [a % 10 == b % 10 for batch in global_batches(ranks, 1) for a in batch[:4] for b in batch[4:]]
     assert sum(across) / len(across) < 0.16
+
+
+def test_recycled_embeddings_are_those_of_all_ranks(tmp_path):
+    ranks = run(tmp_path, recycle=True, warmup_epochs=1, pool_size=80, save_every=5)
+    assert_covered(ranks)
+    assert ranks[0]["encoded"] == ranks[1]["encoded"] == []
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    across = [a % 10 == b % 10 for batch in global_batches(ranks, 1) for a in batch[:4] for b in batch[4:]]
+    assert sum(across) / len(across) > 0.14
+    bank = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["BatchSamplerCallback"]["rows"]
+    assert bank.dtype == torch.float16
+    trained = sum(global_batches(ranks, 0) + global_batches(ranks, 1), [])
+    assert set(bank.any(dim=1).nonzero().flatten().tolist()) == set(trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", [{"refresh_every": 5, "pool_size": None}, {"per_rank": True, "drop_last": False}], ids=str
+)
+def test_recycling_killed_and_resumed(kind, tmp_path):
+    settings = {"recycle": True, "warmup_epochs": 1, "max_epochs": 3, "save_every": 3, "n": 205} | kind
+    whole = run(tmp_path / "whole", **settings)
+    for kill_at in (8, 31, 40):
+        run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
+    killed = run(tmp_path / "killed", **settings)
+    assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
+    assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
 
 @pytest.mark.parametrize("fail", ["encode", "graph"])

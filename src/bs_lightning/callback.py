@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.compose import Composer, RWRComposer, check_batches
 from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
 from bs_lightning.encode import encode, isolated_rng, no_trace
@@ -40,6 +41,12 @@ class BatchSamplerCallback(Callback):
     ``pl_module(batch)``, under the Trainer's precision, in eval mode and without gradients. Not run is
     ``on_after_batch_transfer``, where augmentations on the GPU live. Encoding leaves no trace in training.
 
+    With ``recycle=True`` nothing is encoded: ``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``, one row
+    for each instance of the process's batch, and pools are composed from each instance's last ones, kept in float16
+    (``2 N d`` bytes). They are up to an epoch old. An instance that has none yet is similar to nothing, so with
+    ``warmup_epochs=0`` the first epoch is uniform all the same. Checkpoints hold them, so that a resumed run goes on
+    exactly; put callbacks that save in ``on_train_batch_end`` behind this one.
+
     Logged by the module at each epoch's end: ``batch_sampler/hardness`` (mean cosine similarity of the negatives in
     a batch, in the embeddings the batches were made from), ``batch_sampler/false_negative_rate`` (where labels are
     known), ``batch_sampler/encode_seconds`` and the composer's own, as ``batch_sampler/graph_seconds`` and
@@ -51,6 +58,9 @@ class BatchSamplerCallback(Callback):
         composer: Arranges a pool into batches; :class:`~bs_lightning.RWRComposer` by default. See
             :mod:`bs_lightning.compose` for what a composer is.
         warmup_epochs: Epochs of uniform batches first.
+        refresh_every: Instead of pools: compose the whole data set, and anew after this many steps (the paper's t).
+            Needs a composer with ``replacement=True``.
+        recycle: Compose from the embeddings that training computes, instead of encoding.
         per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
             lets every process compose batches of its own from its share of the pool, for losses that do not.
         embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.
@@ -58,7 +68,8 @@ class BatchSamplerCallback(Callback):
             fits where training fits.
 
     Raises:
-        ValueError: If ``pool_size``, ``warmup_epochs`` or ``encode_batch_size`` is out of range.
+        ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
+            arguments exclude each other.
         TypeError: If ``composer`` or ``embed`` is not callable.
 
     Example::
@@ -86,6 +97,8 @@ class BatchSamplerCallback(Callback):
         composer: Composer | None = None,
         warmup_epochs: int = 1,
         *,
+        refresh_every: int | None = None,
+        recycle: bool = False,
         per_rank: bool = False,
         embed: Callable[[LightningModule, Any], Tensor] | None = None,
         encode_batch_size: int | None = None,
@@ -100,7 +113,24 @@ class BatchSamplerCallback(Callback):
             raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
         if encode_batch_size is not None and encode_batch_size < 1:
             raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
+        if refresh_every is not None:
+            if refresh_every < 1:
+                raise ValueError(f"refresh_every must be at least 1 step, got {refresh_every}. The paper's is 100.")
+            if pool_size is not None:
+                raise ValueError(
+                    f"refresh_every={refresh_every} composes the whole data set, so pool_size must be left out, got "
+                    f"{pool_size}. Pools are refreshed at each one's start anyway."
+                )
+            if not getattr(composer, "replacement", False):
+                raise ValueError(
+                    f"refresh_every={refresh_every} needs a composer whose batches may share instances, such as "
+                    "RWRComposer(..., replacement=True). To see each instance once an epoch use pools."
+                )
+        if recycle and (embed is not None or encode_batch_size is not None):
+            raise ValueError("recycle=True encodes nothing: leave out embed and encode_batch_size.")
         self.pool_size = pool_size
+        self.refresh_every = refresh_every
+        self.recycle = recycle
         self.composer = RWRComposer() if composer is None else composer
         self.warmup_epochs = warmup_epochs
         self.per_rank = per_rank
@@ -109,6 +139,8 @@ class BatchSamplerCallback(Callback):
         self._pool_dataset: Dataset[Any] | None = None
         self._labels: Tensor | None = None
         self._load: BatchLoader | None = None
+        self._bank: EmbeddingBank | None = None
+        self._restored: dict[str, Any] | None = None
         self._n_batches = 0
         self._pool_log: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
@@ -144,9 +176,15 @@ class BatchSamplerCallback(Callback):
             int64 ``[P // global batch, global batch]``, positions in the pool.
         """
         start = time.perf_counter()
+        share = np.split(indices, trainer.world_size)[trainer.global_rank]
         with _failing_together(trainer):
-            embeddings = self._encode(trainer, np.split(indices, trainer.world_size)[trainer.global_rank])
-        if not self.per_rank:
+            if self._bank is not None:
+                embeddings = self._bank.read(torch.from_numpy(share if self.per_rank else indices))
+            elif self.recycle:
+                embeddings = torch.empty(0)  # another process composes
+            else:
+                embeddings = self._encode(trainer, share)
+        if not self.recycle and not self.per_rank:
             embeddings = trainer.strategy.all_gather(embeddings).flatten(0, -2)
         if embeddings.is_cuda:
             torch.cuda.synchronize(embeddings.device)
@@ -168,8 +206,11 @@ class BatchSamplerCallback(Callback):
                 differs in length from ``train_dataset()``.
         """
         self.resolve_pool_size(layout)
-        dataset = datamodule.pool_dataset()
-        check_map_style(dataset, "pool_dataset()")
+        if self.recycle:
+            self._start_bank(datamodule, layout)
+        dataset = None if self.recycle else datamodule.pool_dataset()
+        if dataset is not None:
+            check_map_style(dataset, "pool_dataset()")
         labels = datamodule.train_labels()
         for name, values in (("pool_dataset()", dataset), ("train_labels()", labels)):
             if values is not None and len(values) != layout.n_instances:  # type: ignore[arg-type]
@@ -195,7 +236,9 @@ class BatchSamplerCallback(Callback):
                 f"BatchSamplerCallback needs a BatchSamplerDataModule, got {got}. Subclass it and pass it as "
                 "trainer.fit(model, datamodule=...)."
             )
-        if self.embed is None and not hasattr(pl_module, "embed") and not is_overridden("forward", pl_module):
+        self._bank = self._restored = None
+        can_embed = self.embed is not None or hasattr(pl_module, "embed") or is_overridden("forward", pl_module)
+        if not self.recycle and not can_embed:
             raise TypeError(
                 f"{type(pl_module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
                 "embeddings [b, d], or give BatchSamplerCallback(embed=...)."
@@ -221,6 +264,12 @@ class BatchSamplerCallback(Callback):
             pl_module.log_dict(self._pool_log, on_step=False, on_epoch=True, batch_size=self._n_batches, sync_dist=True)
             self._pool_log = {}
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.recycle and outputs:  # none: `training_step` has skipped the batch
+            self._keep(trainer, outputs)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._seconds:
             share = sum(self._seconds.values()) / (time.perf_counter() - self._epoch_start)
@@ -234,6 +283,12 @@ class BatchSamplerCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._bank is None else self._bank.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
 
     # How a pool is planned
 
@@ -272,6 +327,32 @@ class BatchSamplerCallback(Callback):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
             return encode(indices.tolist(), self._load, embed, batch_size=size, advance=advance)
+
+    def _start_bank(self, datamodule: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        """Make a place for recycled embeddings, in the processes that compose."""
+        composes = self.per_rank or datamodule.trainer is None or datamodule.trainer.is_global_zero
+        if composes and (self._bank is None or self._bank.n_instances != layout.n_instances):
+            self._bank = EmbeddingBank(layout.n_instances)
+        if self._bank is not None and self._restored is not None:
+            self._bank.load_state_dict(self._restored)
+        self._restored = None
+
+    def _keep(self, trainer: Trainer, outputs: Any) -> None:
+        """Keep what training has embedded."""
+        embeddings = outputs.get("embeddings") if isinstance(outputs, dict) else None
+        if not isinstance(embeddings, Tensor):
+            raise TypeError(
+                "recycle=True needs training_step to return {'loss': ..., 'embeddings': tensor of shape [b, d]}, got "
+                f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
+            )
+        batch = trainer.datamodule.trained_batch()
+        check_rows(embeddings, np.array_split(batch, trainer.world_size)[trainer.global_rank])
+        if len(batch) % trainer.world_size:
+            return  # the epoch's last, smaller batch, of which processes have unequal parts
+        if trainer.world_size > 1:
+            embeddings = trainer.strategy.all_gather(embeddings.detach()).flatten(0, 1)
+        if self._bank is not None:
+            self._bank.write(torch.from_numpy(batch), embeddings)
 
     def _forward(self, module: LightningModule) -> Callable[[Any], Tensor]:
         if self.embed is not None:

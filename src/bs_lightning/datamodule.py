@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
-from bs_lightning.plan import EpochPlan, Pool
+from bs_lightning.plan import EpochPlan, Indices, Pool
 from bs_lightning.sampler import PoolBatchSampler, check_same_batches, check_seed, pool_from_state
 
 if TYPE_CHECKING:
@@ -123,6 +124,15 @@ class BatchSamplerDataModule(LightningDataModule):
             callback.check_data(self, self._sampler.layout)
         return _TrainLoader(dataset, self._sampler, **self.dataloader_kwargs)
 
+    def trained_batch(self) -> Indices:
+        """The dataset indices of the global batch that is being trained, int64; a process's slice of it is contiguous.
+
+        For callbacks and losses that want to know them, in ``training_step`` and the hooks around it.
+        """
+        if self._sampler is None:
+            raise RuntimeError("trained_batch() can be asked during training only.")
+        return self._sampler.trained_batch()
+
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
         return {} if self._sampler is None else self._sampler.state_dict()
@@ -194,10 +204,11 @@ class TrainerBatchSampler(PoolBatchSampler):
         callback = find_callback(trainer)
         if callback is not None and callback.should_plan(trainer):
             self.pool_size = callback.resolve_pool_size(self.layout)
+            refresh_every = callback.refresh_every
             self.plan_pool = partial(callback.plan_pool, trainer)
             self.replacement = getattr(callback.composer, "replacement", False)
         else:
-            self.pool_size = self.plan_pool = None
+            self.pool_size = refresh_every = self.plan_pool = None
         self._plan = EpochPlan(
             self.layout,
             seed=self.seed,
@@ -205,11 +216,19 @@ class TrainerBatchSampler(PoolBatchSampler):
             start=start,
             stop=int(trainer.num_training_batches),
             pool_size=self.pool_size,
+            refresh_every=refresh_every,
             plan_pool=self.plan_pool,
             replacement=self.replacement,
             pool=self._current_pool(start),
         )
         return self._plan
+
+    def trained_batch(self) -> Indices:
+        """The dataset indices of the global batch that is being trained."""
+        assert self._plan is not None
+        assert self._datamodule.trainer is not None
+        number = self._datamodule.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+        return self._plan.global_batch(number).astype(np.int64)
 
     def _current_pool(self, start: int) -> Pool | None:
         """The pool that was being served when this epoch was last left, by this process or one before it."""

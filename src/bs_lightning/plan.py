@@ -111,6 +111,8 @@ class EpochPlan:
         start: The first batch to serve.
         stop: The batch before which the epoch ends; ``None`` is all.
         pool_size: Instances per pool, about: pools are near-equal multiples of the global batch.
+        refresh_every: Instead of pools: plan the whole data set, and anew after this many batches. For planners whose
+            batches may share instances.
         plan_pool: Rearranges a pool. ``None`` serves the permutation as it is: uniform batches.
         replacement: Whether the planner's batches may share instances.
         pool: A pool planned before, as a checkpoint had it; served if ``start`` falls into it.
@@ -128,6 +130,7 @@ class EpochPlan:
         start: int = 0,
         stop: int | None = None,
         pool_size: int | None = None,
+        refresh_every: int | None = None,
         plan_pool: PoolPlanner | None = None,
         replacement: bool = False,
         pool: Pool | None = None,
@@ -140,14 +143,24 @@ class EpochPlan:
         self.start = start
         self.stop = layout.n_batches if stop is None else min(stop, layout.n_batches)
         self.pool_size = pool_size
+        self.refresh_every = refresh_every
         self.plan_pool = plan_pool
         self.replacement = replacement
         self.pool = pool
+        self._order = permutation(layout.n_instances, seed, epoch)
+
+    def global_batch(self, batch: int) -> NDArray[np.integer[Any]]:
+        """The dataset indices of batch number ``batch``, which must have been planned."""
+        if self.pool is not None and self.pool.serves(self.epoch, batch):
+            planned: Indices = self.pool.batches[batch - self.pool.start]
+            return planned
+        size = self.layout.global_batch_size
+        return self._order[batch * size : (batch + 1) * size]
 
     def __iter__(self) -> Iterator[list[NDArray[np.integer[Any]]]]:
         """Each pool's batches that are still to be served, planned at this moment."""
         size = self.layout.global_batch_size
-        order = permutation(self.layout.n_instances, self.seed, self.epoch)
+        order = self._order
         full_stop = min(self.stop, self.layout.n_full)
         batch = self.start
         while batch < full_stop:
@@ -159,10 +172,12 @@ class EpochPlan:
                     yield list(piece.reshape(-1, size))
                     batch = end
                     continue
+                if self.refresh_every is not None:
+                    piece = order[: self.layout.n_full * size]
                 indices = piece.astype(np.int64)
                 planned = self.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, batch), epoch=self.epoch)
                 positions = check_batches(planned, len(indices), size, replacement=self.replacement)
-                self.pool = Pool(self.epoch, batch, indices[positions])
+                self.pool = Pool(self.epoch, batch, indices[positions[: end - batch]])
             end = min(self.pool.start + len(self.pool.batches), full_stop)
             yield list(self.pool.batches[batch - self.pool.start : end - self.pool.start])
             batch = end
@@ -171,6 +186,8 @@ class EpochPlan:
 
     def _next_pool_length(self, remaining: int) -> int:
         """Batches in the next pool. It depends on what remains alone, so that a resumed epoch cuts the same pools."""
+        if self.refresh_every is not None:
+            return min(self.refresh_every, remaining)
         if self.pool_size is None or self.plan_pool is None:
             return remaining
         n_pools = max(1, int(remaining * self.layout.global_batch_size / self.pool_size + 0.5))

@@ -1,0 +1,233 @@
+"""Embeddings that training computes anyway, and graphs over the whole data set that are refreshed every few steps."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from parts import Data, Model, fit, pool_order, same_cluster_share, walker
+
+from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning.bank import EmbeddingBank
+from bs_lightning.presets import public_code
+
+PAPERS = {"pool_size": None, "refresh_every": 5, "composer": RWRComposer(ExactGraph(5), replacement=True)}
+
+
+class Returns(Model):
+    """Trains without randomness of its own and returns what it has embedded; encoding it fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.returned = {}
+
+    def embed(self, batch):
+        raise AssertionError("nothing is to be encoded")
+
+    def training_step(self, batch, batch_idx):
+        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+        embeddings = self.encoder(batch[1])
+        z = torch.nn.functional.normalize(embeddings, dim=1)
+        self.returned |= dict(zip(batch[0].tolist(), z.detach(), strict=True))
+        loss = torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+        return {"loss": loss, "embeddings": embeddings}
+
+
+# The bank
+
+
+def test_the_bank_keeps_the_last_embedding_of_each():
+    bank = EmbeddingBank(5)
+    assert bank.read(torch.arange(5)).abs().sum() == 0
+    bank.write(torch.tensor([3, 1]), torch.tensor([[3.0, 4.0], [1e20, 0.0]]))
+    bank.write(torch.tensor([1]), torch.tensor([[0.0, -2.0]], requires_grad=True))
+    expected = torch.tensor([[0.0, 0.0], [0.0, -1.0], [0.6, 0.8]])
+    torch.testing.assert_close(bank.read(torch.tensor([0, 1, 3])), expected, atol=1e-3, rtol=0)
+    assert bank.state_dict()["rows"].dtype == torch.float16
+    other = EmbeddingBank(5)
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.read(torch.arange(5)), bank.read(torch.arange(5)))
+
+
+def test_the_bank_refuses():
+    bank = EmbeddingBank(5)
+    with pytest.raises(ValueError, match=r"one row for each of the batch's 2 instances, got \[3, 4\]"):
+        bank.write(torch.tensor([0, 1]), torch.ones(3, 4))
+    bank.write(torch.tensor([0, 1]), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"embeddings must keep their width, 4, got shape \[2, 3\]"):
+        bank.write(torch.tensor([0, 1]), torch.ones(2, 3))
+    bank.write(torch.tensor([4]), torch.full((1, 4), torch.nan))
+    with pytest.raises(ValueError, match="embedding of dataset index 4 is not finite"):
+        bank.read(torch.tensor([1, 4]))
+    with pytest.raises(ValueError, match="embeddings of 5 instances, now there are 6"):
+        EmbeddingBank(6).load_state_dict(bank.state_dict())
+
+
+# In training
+
+
+@pytest.mark.parametrize("loader", [{}, {"num_workers": 2, "prefetch_factor": 8}], ids=str)
+@pytest.mark.parametrize("kind", [{"pool_size": 32}, PAPERS], ids=["pools", "refresh"])
+def test_composes_from_what_training_computed(kind, loader):
+    model, seen = Returns(), []
+    compose = kind.get("composer", RWRComposer(ExactGraph(5)))
+
+    class Watches:
+        replacement = compose.replacement
+
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            known = [*model.returned.values(), torch.zeros(4)]
+            if model.returned:
+                assert all((torch.stack(known) - row).abs().amax(dim=1).min() < 2e-3 for row in embeddings)
+            assert (embeddings.norm(dim=1) > 0.5).sum() <= len(model.returned)
+            seen.append((epoch, len(embeddings)))
+            return compose(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(model, Data(8, 100, **loader), walker(**kind | {"composer": Watches()}, recycle=True), max_epochs=3)
+    pools = [(e, 32) for e in range(3) for _ in range(3)]
+    assert seen == (pools if kind is not PAPERS else [(e, 96) for e in range(3) for _ in range(3)])
+    assert [len(batches) for batches in model.epochs.values()] == [12] * 3
+    assert all(len(set(batch)) == 8 for batch in model.batches)
+
+
+def test_walks_are_hard_once_there_are_embeddings():
+    model = Returns()
+    made = fit(model, Data(8, 1000), walker(200, recycle=True), max_epochs=3)
+    shares = [same_cluster_share(model.epochs[epoch]) for epoch in range(3)]
+    assert shares[0] < 0.12  # nothing was known
+    assert shares[1] > 0.25
+    # Batch norm takes each batch's own mean out of what is recycled, most where a batch is all alike.
+    assert shares[2] > 0.13
+    for batches in model.epochs.values():
+        assert len(set(sum(batches, []))) == 1000
+    assert made.callback_metrics["batch_sampler/encode_seconds"] < 0.1
+
+
+def test_refreshing_composes_the_whole_data_anew_every_few_steps():
+    model, plans = Returns(), []
+
+    class Watches(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            plans.append(trainer.datamodule.state_dict()["pool"])
+
+    kind = PAPERS | {"composer": RWRComposer(ExactGraph(5), replacement=True)}
+    fit(model, Data(8, 403), walker(**kind, recycle=True, warmup_epochs=1), Watches(), max_epochs=2)
+    assert plans[0] is None
+    walked = plans[50:]
+    assert [pool["start"] for pool in walked] == [i // 5 * 5 for i in range(50)]
+    assert {tuple(pool["batches"].shape) for pool in walked} == {(5, 8)}  # the state is as large as what is served
+    served = sum(model.epochs[1], [])
+    assert 160 < len(set(served)) < 360  # walks take again what was taken
+    assert same_cluster_share(model.epochs[1]) > 0.25
+
+
+def test_refreshing_works_with_encoding_too():
+    model = Model()
+    fit(model, Data(8, 203), walker(**PAPERS), max_epochs=1)
+    assert len(model.batches) == 25
+    assert same_cluster_share(model.batches) > 0.2
+
+
+@pytest.mark.parametrize("kind", [{"pool_size": 32}, PAPERS], ids=["pools", "refresh"])
+def test_a_resumed_run_goes_on_exactly(kind, tmp_path):
+    def train(model, *callbacks, **kwargs):
+        seed_everything(0, verbose=False)
+        callbacks = [walker(**kind, recycle=True, warmup_epochs=1), *callbacks]
+        return fit(model, Data(8, 100, seed=3), *callbacks, max_epochs=3, default_root_dir=tmp_path, **kwargs)
+
+    seed_everything(0, verbose=False)
+    whole = Returns()
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    train(whole, saves, enable_checkpointing=True)
+    for step in (5, 12, 14, 17, 24, 30):
+        resumed = Returns()
+        train(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.batches == whole.batches[step:], f"from step {step}"
+
+
+def test_another_fit_starts_without_embeddings():
+    callback = walker(200, recycle=True)
+    for _ in range(2):
+        model = Returns()
+        fit(model, Data(8, 600), callback, max_epochs=1)
+        assert same_cluster_share(model.batches) < 0.12
+
+
+def test_recycling_leaves_no_trace():
+    def run(*callbacks):
+        seed_everything(0, verbose=False)
+        model = Returns()
+        fit(model, Data(8, 100), *callbacks)
+        return model.state_dict(), torch.get_rng_state()
+
+    torch.testing.assert_close(run(walker(composer=pool_order, recycle=True)), run(), rtol=0, atol=0)
+
+
+class SkipsOne(Returns):
+    def training_step(self, batch, batch_idx):
+        step = super().training_step(batch, batch_idx)
+        return None if batch_idx == 3 else step
+
+
+def test_a_skipped_step_is_not_recycled():
+    model = SkipsOne()
+    fit(model, Data(8, 100), walker(recycle=True), max_epochs=2)
+    assert len(model.batches) == 24
+
+
+# Refusals
+
+
+class TwoViews(Returns):
+    def training_step(self, batch, batch_idx):
+        step = super().training_step(batch, batch_idx)
+        return step | {"embeddings": step["embeddings"].repeat(2, 1)}
+
+
+class OnlyLoss(Returns):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (TwoViews, ValueError, r"one row for each of the batch's 8 instances, got \[16, 4\]"),
+        (OnlyLoss, TypeError, r"recycle=True needs training_step to return .*'embeddings'.*got \['loss'\]"),
+    ],
+)
+def test_refuses_other_outputs(make, error, words):
+    with pytest.raises(error, match=words):
+        fit(make(), Data(8, 100), walker(recycle=True, warmup_epochs=1))
+
+
+REPLACES = RWRComposer(ExactGraph(5), replacement=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"refresh_every": 0, "composer": REPLACES}, "refresh_every must be at least 1 step, got 0"),
+        ({"refresh_every": 10}, "refresh_every=10 needs a composer whose batches may share instances"),
+        ({"refresh_every": 10, "pool_size": 64, "composer": REPLACES}, "pool_size must be left out, got 64"),
+        ({"recycle": True, "embed": lambda module, batch: batch}, "recycle=True encodes nothing: leave out embed"),
+        ({"recycle": True, "encode_batch_size": 8}, "recycle=True encodes nothing"),
+    ],
+)
+def test_refuses_arguments_that_exclude_each_other(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        BatchSamplerCallback(**arguments)
+
+
+# The preset
+
+
+def test_the_public_codes_settings_train():
+    callback = public_code()
+    graph, composer = callback.composer.graph, callback.composer
+    assert (graph.n_candidates, graph.n_neighbors, composer.replacement) == (1000, 100, True)
+    assert [composer.restart_probability(epoch) for epoch in (0, 5, 10)] == pytest.approx([0.2, 0.1, 0.05])
+    assert (callback.refresh_every, callback.recycle, callback.warmup_epochs) == (100, True, 1)
+    model = Returns()
+    fit(model, Data(16, 1600), callback, max_epochs=2)
+    assert same_cluster_share(model.epochs[0]) < 0.12
+    assert same_cluster_share(model.epochs[1]) > 0.15

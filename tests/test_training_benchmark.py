@@ -1,0 +1,138 @@
+"""The training benchmark: its losses, measures and intervals against literal ones, and studies that go on."""
+
+import io
+import math
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from bs_lightning.compose import check_batches
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.training import evaluate, losses, report, study, text
+from benchmarks.training.arms import ARMS
+
+BATCH, TEMPERATURE = 5, 0.3
+
+
+def literal_loss(first, second, kind, class_prior=0.0, concentration=1.0):
+    """Pair by pair, as the papers write it."""
+    views = [view / view.norm() for view in [*first, *second]]
+    n = len(views) - 2
+    total = 0.0
+    for i, anchor in enumerate(views):
+        partner = (i + BATCH) % len(views)
+        score = [math.exp(anchor @ other / TEMPERATURE) for other in views]
+        positive = score[partner]
+        negatives = [score[j] for j in range(len(views)) if j not in (i, partner)]
+        if kind == "hard":
+            weights = [math.exp(concentration * math.log(negative)) for negative in negatives]
+            mean_weight = sum(weights) / n
+            negatives = [weight / mean_weight * negative for weight, negative in zip(weights, negatives, strict=True)]
+        pushing = sum(negatives)
+        if kind != "nt-xent":
+            pushing = max((pushing - class_prior * n * positive) / (1 - class_prior), n * math.exp(-1 / TEMPERATURE))
+        total += -math.log(positive / (positive + pushing))
+    return total / len(views)
+
+
+@pytest.mark.parametrize("kind", list(losses.LOSSES))
+@pytest.mark.parametrize("class_prior", [0.0, 0.05, 0.6])  # with 0.6 some anchors reach the lower bound
+def test_losses_are_those_of_the_papers(kind, class_prior):
+    first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
+    loss = losses.LOSSES[kind](first, second, temperature=TEMPERATURE, class_prior=class_prior)
+    assert float(loss) == pytest.approx(literal_loss(first, second, kind, class_prior))
+
+
+def test_retrieval_and_recall():
+    features, labels = torch.randn(40, 3), torch.arange(40) % 7
+    unit = (features / features.norm(dim=1, keepdim=True)).numpy()
+    cosine = unit @ unit.T
+    first_hits, precisions = [], []
+    for i in range(40):
+        ranking = sorted((j for j in range(40) if j != i), key=lambda j: -cosine[i, j])
+        relevant = [int(labels[j] == labels[i]) for j in ranking]
+        first_hits.append(relevant[0])
+        precisions.append(np.mean([sum(relevant[: r + 1]) / (r + 1) for r, hit in enumerate(relevant) if hit]))
+    expected = (np.mean(first_hits), np.mean(precisions))
+    assert evaluate.retrieval(features, labels, rows_at_a_time=16) == pytest.approx(expected)
+    assert evaluate.recall_at_1(features, labels) == pytest.approx(expected[0])
+    assert evaluate.recall_at_1(features, labels, distractors=features) == 0  # each has itself among them
+
+
+def test_paired_interval_is_that_of_scipy():
+    values, baseline = np.random.default_rng(0).normal(size=(2, 6))
+    expected = stats.ttest_rel(values, baseline).confidence_interval(0.95)
+    difference, half = report.paired_interval(values, baseline)
+    assert (difference - half, difference + half) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_cell_pairs_by_seed(tmp_path):
+    path = tmp_path / "results.csv"
+    for arm, seed, value in (("uniform", 1, 0.5), ("uniform", 0, 0.1), ("walked", 0, 0.2), ("walked", 1, 0.8)):
+        study.append(path, {"task": "any", "arm": arm, "seed": seed, "steps": 3, "result/r1": value})
+    difference, half = report.paired_interval([0.2, 0.8], [0.1, 0.5])
+    text = "\n".join(report.tables(path))
+    assert f"| walked | 2 | 0.5 ({difference:+.3g} ± {half:.2g}) |" in text
+    assert "| uniform | 2 | 0.3 |" in text
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.composer is not None])
+def test_every_arm_composes_a_pool(arm):
+    if arm == "b3":
+        pytest.importorskip("pymetis")
+    batches = ARMS[arm].composer(torch.randn(160, 8), 16, seed=1, epoch=0)
+    check_batches(batches, 160, 16)
+
+
+def test_sentences_that_pairs_join_mean_the_same():
+    groups = text.same_meaning(["a", "b", "d"], ["b", "c", "e"])
+    assert groups["a"] == groups["b"] == groups["c"] != groups["d"] == groups["e"]
+
+
+def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
+    runs = []
+
+    def run(task, arm, seed, data_dir, settings):
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        runs.append((arm, seed))
+        return {**study.identity(task, arm, seed, settings), "result/r1": 0.5, f"batch/{arm}": 1.0}
+
+    monkeypatch.setattr(study, "run", run)
+
+    def go_on(**settings):
+        given = ("omniglot-pairs", ["uniform", "pool10"], [0, 1], tmp_path, settings, tmp_path / "results.csv")
+        return list(study.run_missing(*given))
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(temperature=0.1, steps=9)
+    runs_before, runs[:] = list(runs), []
+    go_on(temperature=0.1, steps=9)
+    assert runs_before + runs == [("uniform", 0), ("pool10", 0), ("uniform", 1), ("pool10", 1)]
+    runs.clear()
+    assert go_on(temperature=0.1, steps=9) == []
+    with pytest.raises(KeyboardInterrupt):  # another setting is another study
+        go_on(temperature=0.2, steps=9)
+    assert len(study.read(tmp_path / "results.csv")) == 7
+
+
+def test_a_whole_run(tmp_path):
+    (tmp_path / "omniglot").mkdir()
+    with zipfile.ZipFile(tmp_path / "omniglot" / "images_background_small1.zip", "w") as archive:
+        for number in range(4 * 5 * 20):
+            file = io.BytesIO()
+            Image.effect_noise((105, 105), 50).save(file, "png")
+            alphabet, character, drawing = number // 100, number // 20 % 5, number % 20
+            archive.writestr(f"images/alphabet{alphabet}/character{character}/{drawing}.png", file.getvalue())
+    settings = study.TASKS["omniglot-pairs"].defaults | {"steps": 15, "batch_size": 8, "width": 4}
+    (row,) = study.run_missing("omniglot-pairs", ["pool4"], [0], tmp_path, settings, tmp_path / "results.csv")
+    assert 0 <= row["result/r1_held_back"] <= 1
+    assert -1 <= row["last_epoch/hardness"] <= 1
+    assert set(study.read(tmp_path / "results.csv")[0]) == set(row)
