@@ -1,6 +1,5 @@
 """Slow and literal: the walk, draw by draw as the numba kernel makes it, and the nearest among candidates."""
 
-import math
 from itertools import chain
 
 import numpy as np
@@ -15,6 +14,7 @@ def rwr_batches(
     rng = np.random.default_rng(seed)
     n_nodes, n_neighbors = len(neighbors), len(neighbors[0])
     free = set(range(n_nodes))
+    ends = {(walk + 1) * batch_size // n_roots for walk in range(n_roots)}
     batches = []
     for _ in range(n_nodes // batch_size):
         if replacement:
@@ -36,7 +36,7 @@ def rwr_batches(
             if node in free:
                 free.remove(node)
                 batch.append(node)
-                idle = patience if len(batch) % math.ceil(batch_size / n_roots) == 0 else 0
+                idle = patience if len(batch) in ends else 0
             else:
                 idle += 1
         batches.append(batch)

@@ -110,7 +110,7 @@ def test_b3_joins_the_ranks_after_the_nearest():
             joined.append(neighbors)
             return super()._communities(neighbors, seed)
 
-    for graph in (None, ExactGraph(40)):
+    for graph in (None, ExactGraph(60)):
         Watched(n_skipped=30, n_neighbors=10, graph=graph)(embeddings, 20, seed=0, epoch=0)
         assert np.array_equal(joined[-1], ExactGraph(40)(embeddings)[:, 30:])
 
@@ -130,7 +130,10 @@ def test_b3_fills_batches_with_communities():
         (lambda: B3Composer(n_skipped=-1), "n_skipped must be at least 0, got -1"),
         (lambda: B3Composer(n_neighbors=0), "n_neighbors must be at least 1, got 0"),
         (lambda: B3Composer(community_size=0), "community_size must be at least 1, got 0"),
-        (lambda: B3Composer(30)(torch.ones(20, 2), 4, seed=0, epoch=0), "n_skipped=30 leaves no neighbours among 20"),
+        (
+            lambda: B3Composer(30)(torch.ones(20, 2), 4, seed=0, epoch=0),
+            "n_skipped=30 leaves nothing of the graph's 19 neighbours",
+        ),
     ],
 )
 def test_refuses_bad_arguments(make, words):

@@ -168,6 +168,16 @@ def test_leaves_everything_as_it_was(error):
     assert module.shared is module.queue
 
 
+def test_buffers_that_cannot_be_written_to():
+    module = torch.nn.BatchNorm1d(3)
+    module.register_buffer("view", torch.ones(1).expand(4))
+    with torch.inference_mode():
+        module.register_buffer("inferred", torch.ones(2))
+    with no_trace(module):
+        module.running_mean += 1
+    assert module.running_mean.tolist() == [0, 0, 0]
+
+
 def test_buffers_filled_within_are_empty_again():
     module = nn.Module()
     module.register_buffer("mask", None)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from parts import Data, Model, Points, fit, pool_order, trainer, walker
 
-from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,49 @@ class OtherData(LightningDataModule):
         return torch.utils.data.DataLoader(Points(), batch_size=8)
 
 
+class Serves:
+    def train_dataloader(self):
+        return [torch.zeros(8, 8)]
+
+
+def test_a_train_dataloader_from_elsewhere():
+    with pytest.raises(TypeError, match="Mixed must not override train_dataloader"):
+
+        class Mixed(Serves, Data):
+            pass
+
+    made = Data.from_datasets(train_dataset=Points(100), batch_size=8)
+    with pytest.raises(TypeError, match="a train_dataloader that is not BatchSamplerDataModule's, so none would be"):
+        fit(Model(), made, walker())
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "pool_dataset", "train_labels"])
+def test_attributes_where_methods_should_be(name):
+    class Assigns(Data):
+        def setup(self, stage):
+            setattr(self, name, Points(100))
+
+    with pytest.raises(TypeError, match=f"{name} must be a method that returns what it names, got Points"):
+        fit(Model(), Assigns(), walker())
+
+
+def test_what_cannot_be_embedded_fails_before_the_warmup():
+    class Pairs(Data):
+        def pool_dataset(self):
+            return [(i, torch.zeros(3)) for i in range(self.n)]
+
+    model = Model()
+    with pytest.raises(RuntimeError) as error:
+        fit(model, Pairs(), walker(warmup_epochs=1))
+    assert model.batches == []
+    assert "embedding a batch of pool_dataset(), a list" in error.value.__notes__[0]
+
+
+def test_more_roots_than_instances_before_the_warmup():
+    with pytest.raises(ValueError, match="n_roots must be at most the 8 instances of a batch, got 9"):
+        fit(Model(), Data(8), walker(composer=RWRComposer(ExactGraph(5), n_roots=9), warmup_epochs=1))
+
+
 def test_another_datamodule_or_none():
     with pytest.raises(TypeError, match="needs a BatchSamplerDataModule, got OtherData"):
         fit(Model(), OtherData(), walker())
@@ -135,7 +178,8 @@ def test_another_datamodule_or_none():
 
 
 def test_two_callbacks():
-    with pytest.raises(ValueError, match="more than one BatchSamplerCallback"):
+    """Lightning itself refuses two callbacks of a kind that have a state."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `BatchSamplerCallback`"):
         fit(Model(), Data(), walker(), walker())
 
 

@@ -215,6 +215,25 @@ def test_refuses_arguments_that_choose_indices(name):
             make(**{name: False})
 
 
+def test_refuses_arguments_that_do_not_exist():
+    for make in (make_loader_with, lambda **kwargs: BatchLoader(torch.arange(4), **kwargs)):
+        with pytest.raises(TypeError, match="DataLoader has no argument num_worker=2"):
+            make(num_worker=2)
+
+
+def make_loader_with(**kwargs):
+    return make(**kwargs)
+
+
+def test_a_second_iteration_does_not_disturb_persistent_workers():
+    loader = make(num_workers=1, persistent_workers=True)
+    first = iter(loader)
+    begun = [next(first)]
+    assert lists(loader) == EPOCH
+    assert [batch.tolist() for batch in begun + list(first)] == EPOCH
+    loader.close()
+
+
 def test_refuses_another_order():
     with pytest.raises(ValueError, match="in_order=False would train batches in another order"):
         make(in_order=False)

@@ -210,6 +210,57 @@ def test_a_checkpoint_without_our_state_warns(tmp_path):
     assert [len(batches) for batches in resumed.epochs.values()] == [10, 12]
 
 
+class SavesAtStart(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, module):
+        trainer.save_checkpoint(self.path)
+
+
+def test_saved_again_before_the_first_batch(tmp_path):
+    whole, resumed = Exact(), Exact()
+    train(whole, tmp_path, every_step)
+    again = tmp_path / "again.ckpt"
+    train(Exact(), tmp_path, lambda _: SavesAtStart(again), ckpt_path=tmp_path / "step=14.ckpt", max_steps=15)
+    train(resumed, tmp_path, ckpt_path=again)
+    assert resumed.batches == whole.batches[14:]
+
+
+def test_other_loaders_of_the_datamodule_do_not_matter(tmp_path):
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            other = trainer.datamodule.train_dataloader()
+            assert len({int(i) for batch in other for i in batch[0]}) == 96
+
+    def run(*callbacks):
+        model = Exact()
+        save = ModelCheckpoint(tmp_path, filename="looked-{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = [*callbacks, walker(32, warmup_epochs=1), save]
+        fit(model, Data(8, 100, seed=11), *callbacks, max_epochs=2, enable_checkpointing=True)
+        return model
+
+    torch.manual_seed(0)
+    whole = run()
+    torch.manual_seed(0)
+    assert run(Looks()).batches == whole.batches
+    resumed = Exact()
+    path = tmp_path / "looked-step=14-v1.ckpt"
+    fit(resumed, Data(8, 100, seed=11), walker(32, warmup_epochs=1), max_epochs=2, ckpt_path=path)
+    assert resumed.batches == whole.batches[14:]
+
+
+class KeepsNoState(ValidatedData):
+    def state_dict(self):
+        return {"mine": 1}
+
+
+def test_a_state_of_the_users_alone_warns(tmp_path):
+    train(Exact(), tmp_path, every_step, data=KeepsNoState)
+    with pytest.warns(UserWarning, match="checkpoint without the state of BatchSamplerDataModule"):
+        train(Exact(), tmp_path, ckpt_path=tmp_path / "step=14.ckpt", data=KeepsNoState)
+
+
 def test_resuming_is_not_called_unreliable(tmp_path, recwarn):
     train(Exact(), tmp_path, every_step)
     train(Exact(), tmp_path, ckpt_path=tmp_path / "step=14.ckpt")

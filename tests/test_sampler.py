@@ -43,7 +43,7 @@ def resumed(made, state):
 def test_ranks_serve_slices_of_the_same_batches(batch_size, world_size, extra, drop_last, uniform):
     size = batch_size * world_size
     n_instances = size + extra
-    assume(drop_last or not 0 < n_instances % size < world_size)
+    assume(drop_last or not 0 < n_instances % size < 2 * world_size)
 
     def make(batch_size, **ranks):
         pools = {} if uniform else {"pool_size": 3 * size, "plan_pool": planner(size)}
@@ -102,6 +102,15 @@ def test_resumes_where_the_state_was_taken(served, pool_size):
             each.set_epoch(epoch)
         assert list(restored) == list(made)
         assert len(list(restored)) == 25
+
+
+def test_a_state_taken_before_the_first_batch_is_the_one_loaded():
+    first = sampler()
+    iterator = iter(first)
+    for _ in range(3):
+        next(iterator)
+    state = first.state_dict()
+    torch.testing.assert_close(resumed(sampler(), state).state_dict(), state)
 
 
 def test_a_restored_pool_is_not_planned_again():

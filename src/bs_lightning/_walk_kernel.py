@@ -15,13 +15,12 @@ def walk_batches(neighbors, batch_size, restart_probability, n_roots, replacemen
     batches = np.empty((n_batches, batch_size), dtype=np.int64)
     taken_by = np.full(n_nodes, -1, dtype=np.int32)  # the last batch that took a node
     lowest_unused = 0
-    walk_size = (batch_size + n_roots - 1) // n_roots
     columns_per_draw = 0.0 if restart_probability == 1 else n_neighbors / (1 - restart_probability)
 
     for batch in range(n_batches):
         # A node is free if no batch has taken it; with replacement, if this batch has not.
         last_free = batch - 1 if replacement else -1
-        size = 0
+        size = walk = 0
         root = node = 0
         idle = PATIENCE  # so that the first step picks a root
         while size < batch_size:
@@ -48,5 +47,8 @@ def walk_batches(neighbors, batch_size, restart_probability, n_roots, replacemen
                 taken_by[node] = batch
                 batches[batch, size] = node
                 size += 1
-                idle = PATIENCE if size % walk_size == 0 else 0
+                idle = 0
+                if size == (walk + 1) * batch_size // n_roots:  # this walk's part of the batch is full
+                    walk += 1
+                    idle = PATIENCE
     return batches

@@ -6,6 +6,7 @@ are stands in ``docs/composers.md``.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -13,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning.compose import Batches, Graph
-from bs_lightning.graphs import ExactGraph
-
-_BLOCK_ENTRIES = 2**24  # similarities held at a time: 64 MB of float32
+from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph, _check_embeddings
 
 
 def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -62,6 +61,7 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
 
     Source: arXiv 2306.03355, section 4.4.
     """
+    _check_embeddings(embeddings)
     unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
     order = np.random.default_rng(seed).permutation(len(unit))
     used = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
@@ -91,6 +91,7 @@ class GCBSComposer:
         n_neighbors: Pairs kept, as a mean per instance; it sets the quantile, which is estimated from a sample.
 
     Raises:
+        ImportError: If scipy is not installed.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -106,6 +107,7 @@ class GCBSComposer:
     n_neighbors: int = 100
 
     def __post_init__(self) -> None:
+        _require("scipy")
         if self.n_neighbors < 1:
             raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors}.")
 
@@ -115,6 +117,7 @@ class GCBSComposer:
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+        _check_embeddings(embeddings)
         size = len(embeddings)
         unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
         threshold = self._threshold(unit, seed)
@@ -155,6 +158,7 @@ class B3Composer:
         graph: Ranks the neighbours; ``None`` is ``ExactGraph(n_skipped + n_neighbors)``.
 
     Raises:
+        ImportError: If scipy or pymetis is not installed.
         ValueError: If an argument is out of range, or the embeddings are too few for ``n_skipped``.
 
     Example:
@@ -174,6 +178,7 @@ class B3Composer:
     graph: Graph | None = None
 
     def __post_init__(self) -> None:
+        _require("scipy", "pymetis")
         for name, least in (("n_skipped", 0), ("n_neighbors", 1), ("community_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -181,11 +186,12 @@ class B3Composer:
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Compose batches, as a composer does; ``epoch`` is not used."""
         graph = ExactGraph(self.n_skipped + self.n_neighbors) if self.graph is None else self.graph
-        neighbors = graph(embeddings, seed=seed)[:, self.n_skipped :]
+        ranked = graph(embeddings, seed=seed)
+        neighbors = ranked[:, self.n_skipped : self.n_skipped + self.n_neighbors]
         if neighbors.shape[1] == 0:
             raise ValueError(
-                f"n_skipped={self.n_skipped} leaves no neighbours among {len(embeddings)} embeddings. Lower it, or "
-                "give larger pools."
+                f"n_skipped={self.n_skipped} leaves nothing of the graph's {ranked.shape[1]} neighbours for each of "
+                f"{len(embeddings)} embeddings. Lower it, or give larger pools or a graph with more neighbours."
             )
         community = self._communities(neighbors, seed)
         rng = np.random.default_rng(seed)
@@ -210,3 +216,9 @@ class B3Composer:
         adjacency = pymetis.CSRAdjacency(both.indptr, both.indices)
         partition = pymetis.part_graph(n_communities, adjacency, options=options)
         return np.asarray(partition.vertex_part, dtype=np.int64)
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise ImportError(f"This composer needs {package}: pip install bs-lightning[baselines]")

@@ -206,6 +206,10 @@ class BatchSamplerCallback(Callback):
                 differs in length from ``train_dataset()``.
         """
         self.resolve_pool_size(layout)
+        batch_size = layout.batch_size if self.per_rank else layout.global_batch_size
+        n_roots = getattr(self.composer, "n_roots", 1)
+        if n_roots > batch_size:
+            raise ValueError(f"n_roots must be at most the {batch_size} instances of a batch, got {n_roots}.")
         if self.recycle:
             self._start_bank(datamodule, layout)
         dataset = None if self.recycle else datamodule.pool_dataset()
@@ -228,8 +232,6 @@ class BatchSamplerCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer)
-        if sum(isinstance(callback, BatchSamplerCallback) for callback in trainer.callbacks) > 1:
-            raise ValueError("The Trainer has more than one BatchSamplerCallback. Give it one.")
         if not isinstance(trainer.datamodule, BatchSamplerDataModule):
             got = "none" if trainer.datamodule is None else type(trainer.datamodule).__name__
             raise TypeError(
@@ -237,7 +239,7 @@ class BatchSamplerCallback(Callback):
                 "trainer.fit(model, datamodule=...)."
             )
         self._bank = self._restored = None
-        can_embed = self.embed is not None or hasattr(pl_module, "embed") or is_overridden("forward", pl_module)
+        can_embed = self.embed is not None or _has_embed(pl_module) or is_overridden("forward", pl_module)
         if not self.recycle and not can_embed:
             raise TypeError(
                 f"{type(pl_module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
@@ -253,6 +255,14 @@ class BatchSamplerCallback(Callback):
             rank_zero_info("BatchSamplerCallback: with overfit_batches the same uniform batches come every epoch.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.datamodule.train_sampler is None:
+            raise TypeError(
+                f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
+                "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
+            )
+        last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+        if trainer.current_epoch < self.warmup_epochs < last and not self.recycle:
+            self._try_encoding(trainer)
         self._start_epoch()  # resumed in mid-epoch, there is no `on_train_epoch_start`
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,8 +283,8 @@ class BatchSamplerCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._seconds:
             share = sum(self._seconds.values()) / (time.perf_counter() - self._epoch_start)
-            pl_module.log_dict({f"batch_sampler/{step}_seconds": spent for step, spent in self._seconds.items()})
-            pl_module.log("batch_sampler/time_share", share)
+            seconds = {f"batch_sampler/{step}_seconds": spent for step, spent in self._seconds.items()}
+            pl_module.log_dict(seconds | {"batch_sampler/time_share": share}, sync_dist=True)
         if not trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
             self._close()
 
@@ -302,6 +312,13 @@ class BatchSamplerCallback(Callback):
         self._seconds = {}
         self._pool_log = {}
 
+    def _try_encoding(self, trainer: Trainer) -> None:
+        """Embed two instances, so that what cannot work fails now and not after the warm-up."""
+        with _failing_together(trainer):
+            self._encode(trainer, np.arange(2))
+        if not trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
+            self._close()
+
     def _encode(self, trainer: Trainer, indices: Indices) -> Tensor:
         module, datamodule = trainer.lightning_module, trainer.datamodule
         if self._load is None:
@@ -314,11 +331,18 @@ class BatchSamplerCallback(Callback):
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
         transfer = _batch_hook(trainer, "transfer_batch_to_device")
 
-        def embed(batch: Any) -> Tensor:
+        def embed(batch: Any) -> Any:
             batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
             batch = transfer(batch, module.device, 0)
-            with trainer.precision_plugin.forward_context():
-                return forward(batch)
+            try:
+                with trainer.precision_plugin.forward_context():
+                    return forward(batch)
+            except Exception as error:
+                error.add_note(
+                    f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}. Give the "
+                    "module a method embed(batch) that takes what pool_dataset() gives."
+                )
+                raise
 
         with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
             if trainer.world_size > 1:
@@ -354,10 +378,10 @@ class BatchSamplerCallback(Callback):
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
 
-    def _forward(self, module: LightningModule) -> Callable[[Any], Tensor]:
+    def _forward(self, module: LightningModule) -> Any:
         if self.embed is not None:
             return partial(self.embed, module)
-        return getattr(module, "embed", module)
+        return module.embed if _has_embed(module) else module
 
     def _compose_once(self, trainer: Trainer, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """One process composes global batches of the whole pool and tells the others their positions."""
@@ -398,6 +422,11 @@ class BatchSamplerCallback(Callback):
             false_negatives.update(labels)
             log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
         return batches, log, dict(seconds)
+
+
+def _has_embed(module: LightningModule) -> bool:
+    """Whether it has a method of that name; a layer of that name is no such thing."""
+    return callable(getattr(type(module), "embed", None))
 
 
 def _as_labels(labels: Any) -> Tensor:

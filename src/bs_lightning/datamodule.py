@@ -65,12 +65,11 @@ class BatchSamplerDataModule(LightningDataModule):
         self.seed = seed
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
-        self._sampler: TrainerBatchSampler | None = None
         self._checkpoint: tuple[Any, dict[str, Any]] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "train_dataloader" in vars(cls):
+        if cls.train_dataloader is not BatchSamplerDataModule.train_dataloader:
             raise TypeError(
                 f"{cls.__name__} must not override train_dataloader: the batches that BatchSamplerCallback composes "
                 "would be bypassed. Return the data set from train_dataset() and give DataLoader's arguments to "
@@ -98,7 +97,7 @@ class BatchSamplerDataModule(LightningDataModule):
     def train_labels(self) -> Tensor | Sequence[int] | None:
         """Labels, integers of shape ``[N]``, for the false-negative metric alone; ``dataset.targets`` by default.
 
-        ``None`` where there are none: the metric is not logged then.
+        ``None`` where there are none: the metric is not logged then. Labels that mean "unknown" count as a class.
         """
         return getattr(self._train_dataset, "targets", None)
 
@@ -109,11 +108,17 @@ class BatchSamplerDataModule(LightningDataModule):
             TypeError: If the data set is iterable-style or ``batch_size`` no integer.
             ValueError: If ``batch_size`` is below 2 or the data set is smaller than a global batch.
         """
+        for name in ("train_dataset", "pool_dataset", "train_labels"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
+                    "Keep yours under another name, and return it there."
+                )
         dataset = self.train_dataset()
         check_map_style(dataset, "train_dataset()")
         self._train_dataset = dataset
         ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        self._sampler = TrainerBatchSampler(
+        sampler = TrainerBatchSampler(
             self,
             len(dataset),  # type: ignore[arg-type]
             rank=ranks["rank"] if ranks else 0,
@@ -121,21 +126,25 @@ class BatchSamplerDataModule(LightningDataModule):
         )
         callback = None if self.trainer is None else find_callback(self.trainer)
         if callback is not None:
-            callback.check_data(self, self._sampler.layout)
-        return _TrainLoader(dataset, self._sampler, **self.dataloader_kwargs)
+            callback.check_data(self, sampler.layout)
+        return _TrainLoader(dataset, sampler, **self.dataloader_kwargs)
 
     def trained_batch(self) -> Indices:
         """The dataset indices of the global batch that is being trained, int64; a process's slice of it is contiguous.
 
         For callbacks and losses that want to know them, in ``training_step`` and the hooks around it.
         """
-        if self._sampler is None:
+        sampler = self.train_sampler
+        if sampler is None:
             raise RuntimeError("trained_batch() can be asked during training only.")
-        return self._sampler.trained_batch()
+        return sampler.trained_batch()
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
-        return {} if self._sampler is None else self._sampler.state_dict()
+        sampler = self.train_sampler
+        if sampler is None or not sampler.has_planned:
+            return self.restored_state() or {}
+        return sampler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the pool that was being served. Call it where you override it."""
@@ -146,7 +155,13 @@ class BatchSamplerDataModule(LightningDataModule):
         if self._checkpoint is None or self.trainer is None or self.trainer.ckpt_path is None:
             return None
         path, state = self._checkpoint
-        return state if path == self.trainer.ckpt_path else None
+        return state if path == self.trainer.ckpt_path and "n_batches" in state else None
+
+    @property
+    def train_sampler(self) -> "TrainerBatchSampler | None":
+        """That of the loader that is being trained from; others of :meth:`train_dataloader` do not matter."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return loader.batch_sampler if isinstance(loader, _TrainLoader) else None  # type: ignore[return-value]
 
 
 class _TrainLoader(PoolLoader):
@@ -190,14 +205,17 @@ class TrainerBatchSampler(PoolBatchSampler):
         self._datamodule = datamodule
 
     def plan(self) -> EpochPlan:
-        """The rest of the epoch that is being trained; outside of training a whole uniform epoch."""
+        """The rest of the epoch that is being trained; for anybody else a whole uniform epoch."""
         trainer = self._datamodule.trainer
         if trainer is None:
             return super().plan()
-        if not trainer.training:
+        if not trainer.training or self._datamodule.train_sampler is not self:
             return EpochPlan(self.layout, seed=self.seed, epoch=0)
 
         _count_epoch(trainer)
+        state = self._datamodule.restored_state()
+        if state is not None:
+            self.seed = int(state["seed"])
         # With `overfit_batches` every epoch has the same batches.
         self.epoch = 0 if trainer.overfit_batches else trainer.current_epoch
         start = trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -282,10 +300,7 @@ def _count_epoch(trainer: Trainer) -> None:
 
 
 def _resolve_seed(datamodule: BatchSamplerDataModule) -> int:
-    """The checkpoint's seed if resumed, else the one given, else the global one: the same on all ranks."""
-    state = datamodule.restored_state()
-    if state is not None:
-        return int(state["seed"])
+    """The one given, else the global one: the same on all ranks."""
     if datamodule.seed is not None:
         return datamodule.seed
     seed = torch.initial_seed()

@@ -123,7 +123,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for part, name, buffer, before in buffers:
                     setattr(part, name, buffer)
-                    if buffer is not None and before is not None:
+                    # Unchanged ones may be views or made in inference mode, which cannot be written to.
+                    if buffer is not None and before is not None and not torch.equal(buffer, before):
                         buffer.copy_(before)
 
 

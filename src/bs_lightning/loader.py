@@ -1,5 +1,6 @@
 """Loader: a plan's batches -> collated batches of data, without prefetching across a pool's end."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ class BatchLoader:
         dataset: A map-style data set.
         **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices.
 
+    Raises:
+        TypeError: If ``DataLoader`` has no such argument.
+        ValueError: If an argument chooses or reorders indices.
+
     Example:
         >>> import torch
         >>> from bs_lightning import BatchLoader
@@ -30,6 +35,7 @@ class BatchLoader:
     """
 
     def __init__(self, dataset: Dataset[Any], **dataloader_kwargs: Any) -> None:
+        check_dataloader_kwargs(dataloader_kwargs)
         self._batches = _Batches()
         if dataloader_kwargs.get("num_workers", 0) > 0:
             dataloader_kwargs["persistent_workers"] = True
@@ -100,18 +106,19 @@ class PoolLoader:
     def __iter__(self) -> Iterator[Any]:
         # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
         sampler = self.batch_sampler
-        load = self._load
+        load, self._load = self._load, None  # a second iteration meanwhile gets workers of its own
         try:
             for batches in sampler.pools():
                 if load is None:
                     kwargs = self._kwargs | {"generator": self._generator(), "worker_init_fn": self.worker_init_fn}
                     load = BatchLoader(self.dataset, **kwargs)
-                    self._load = load if self._kwargs.get("persistent_workers") else None
                 for batch in load(batches):
                     sampler.served += 1
                     yield batch
         finally:
-            if load is not None and load is not self._load:
+            if load is not None and self._kwargs.get("persistent_workers") and self._load is None:
+                self._load = load
+            elif load is not None:
                 load.close()
 
     def close(self) -> None:
@@ -131,9 +138,10 @@ class PoolLoader:
 
 
 def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
-    """Refuse ``DataLoader`` arguments that choose or reorder indices.
+    """Refuse ``DataLoader`` arguments that choose or reorder indices, or do not exist.
 
     Raises:
+        TypeError: Naming the argument that does not exist.
         ValueError: Naming the argument and what to do instead.
     """
     ours = {
@@ -146,6 +154,8 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
     }
     for name in ours.keys() & kwargs.keys():
         raise ValueError(f"{name}={kwargs[name]!r} is no argument for the data loader here: {ours[name]}.")
+    for name in kwargs.keys() - inspect.signature(DataLoader).parameters.keys():
+        raise TypeError(f"torch's DataLoader has no argument {name}={kwargs[name]!r}.")
     if kwargs.get("in_order") is False:
         raise ValueError("in_order=False would train batches in another order than planned. Leave it True.")
 

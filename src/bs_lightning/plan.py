@@ -36,7 +36,7 @@ class BatchLayout:
     Raises:
         TypeError: If ``batch_size`` is no integer.
         ValueError: If ``batch_size`` is below 2, the data set is smaller than a global batch, or a last batch would
-            leave a process without instances.
+            leave a process with fewer than two instances.
     """
 
     n_instances: int
@@ -58,10 +58,10 @@ class BatchLayout:
                 f"The data set has {self.n_instances} instances, fewer than one global batch of "
                 f"batch_size {self.batch_size} x {self.world_size} processes. Lower batch_size."
             )
-        if 0 < self.n_last < self.world_size:
+        if 0 < self.n_last < 2 * self.world_size:
             raise ValueError(
                 f"drop_last=False would leave a last batch of {self.n_last} instances for {self.world_size} "
-                "processes. Use drop_last=True or another batch_size."
+                "processes, fewer than two for each. Use drop_last=True or another batch_size."
             )
 
     @property

@@ -98,6 +98,11 @@ class PoolBatchSampler(BatchSampler):
             # Lists of Python integers are ten times as large as arrays: one batch at a time.
             yield (self.layout.slice(batch, self.rank).tolist() for batch in pool)
 
+    @property
+    def has_planned(self) -> bool:
+        """Whether an iteration has begun, so that the state is not that of a checkpoint any more."""
+        return self._plan is not None
+
     def plan(self) -> EpochPlan:
         """The plan of one iteration: the whole epoch, or after ``load_state_dict`` what was left of it."""
         state, self._loaded = self._loaded, None
@@ -123,7 +128,10 @@ class PoolBatchSampler(BatchSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is: tensors and plain Python, as large as a pool."""
-        pool = None if self._plan is None else self._plan.pool
+        if self._loaded is not None:  # nothing was served since
+            pool = pool_from_state(self._loaded)
+        else:
+            pool = None if self._plan is None else self._plan.pool
         return {
             "seed": self.seed,
             "n_instances": self.layout.n_instances,
@@ -153,7 +161,7 @@ class PoolBatchSampler(BatchSampler):
 def pool_from_state(state: dict[str, Any]) -> Pool | None:
     """The pool that was being served when a state was taken."""
     pool = state["pool"]
-    return None if pool is None else Pool(pool["epoch"], pool["start"], pool["batches"].numpy())
+    return None if pool is None else Pool(pool["epoch"], pool["start"], pool["batches"].cpu().numpy())
 
 
 def check_same_batches(state: dict[str, Any], layout: BatchLayout) -> None:
