@@ -1,5 +1,12 @@
+import os
+
 import pytest
+import torch
 from lightning.pytorch import seed_everything
+
+# The tensors here are tiny, and threads that wait for each other are slow where several processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

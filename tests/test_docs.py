@@ -46,7 +46,8 @@ def printed(page):
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
-    (code,) = printed("README.md")
+    code, settings = printed("README.md")
+    exec(settings, {})
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names = {"images": torch.randn(300, 8), "TwoViews": TwoViews, "SimCLR": SimCLR}
     exec(code, names)

@@ -283,7 +283,10 @@ trainer:
         composer:
           class_path: bs_lightning.RWRComposer
           init_args:
-            restart_probability: 0.1
+            restart_probability:
+              class_path: bs_lightning.schedules.Staircase
+              init_args:
+                every: 1
             graph:
               class_path: bs_lightning.ExactGraph
               init_args:
@@ -294,6 +297,8 @@ data:
   class_path: parts.Data
   init_args:
     batch_size: 8
+  dict_kwargs:
+    num_workers: 1
 """
 
 
@@ -302,7 +307,8 @@ def test_lightning_cli(tmp_path):
     cli = LightningCLI(args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None)
     callback = next(c for c in cli.trainer.callbacks if type(c).__name__ == "BatchSamplerCallback")
     assert callback.composer.graph.n_neighbors == 7
-    assert callback.composer.restart_probability == 0.1
+    assert callback.composer.restart_probability(1) == 0.1
+    assert cli.datamodule.dataloader_kwargs["num_workers"] == 1
     assert [len(batches) for batches in cli.model.epochs.values()] == [12, 12]
     assert_each_index_at_most_once(cli.model)
 
