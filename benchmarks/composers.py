@@ -1,0 +1,357 @@
+"""How hard the batches of every composer are, what they cost, and whether the paper's graph is built faithfully.
+
+    python benchmarks/composers.py table --embeddings embeddings.npz
+    python benchmarks/composers.py paper --embeddings embeddings.npz
+    python benchmarks/composers.py scale
+    python benchmarks/composers.py plot
+
+The file holds `z`, floats [N, d], and, if there are labels, `y`, integers [N]. Each subcommand prints markdown and
+appends its numbers to a CSV file in the folder `--out`, of which `plot` draws the newest. Needs
+`pip install bs-lightning[baselines] matplotlib`. What the columns of `table` mean:
+
+- graph, s and batches, s: seconds for an epoch, compiling left out. Composers that do not tell the two apart have all
+  in the second. Pools leave out what does not fill a pool; their seconds are scaled up to all instances.
+- FN: in-batch false-negative rate. TN: mean cosine similarity of true negatives (without labels: of all pairs).
+- FN mass: the false negatives' share of a softmax over similarity / `--temperature`: what an InfoNCE loss feels.
+- root: mean similarity of a batch's first instance (where walks are, a root) to the others.
+- seen: share of the data in some batch of an epoch, but for what pools leave out.
+- peak, MB: growth of the process while it composes; each row has a process of its own, as a peak never falls.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, RWRComposer, rwr_batches
+from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+
+SIZES = [10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_280_000]
+BASE_SIZE = 50_000  # `scale` relates time per instance to that at this size
+
+
+class Pooled:
+    """A composer over a random permutation of the data, cut into pools; the remainder is left out."""
+
+    def __init__(self, composer, pool_size):
+        self.composer = composer
+        self.pool_size = pool_size
+
+    def __call__(self, embeddings, batch_size, *, seed, epoch):
+        order = np.random.default_rng(seed).permutation(len(embeddings))
+        pools = order[: len(order) // self.pool_size * self.pool_size].reshape(-1, self.pool_size)
+        self.seconds = {"graph": 0.0, "walk": 0.0}
+        batches = []
+        for number, pool in enumerate(pools):
+            batches.append(pool[self.composer(embeddings[pool], batch_size, seed=number, epoch=epoch)])
+            for step, seconds in self.composer.seconds.items():
+                self.seconds[step] += seconds
+        return np.concatenate(batches)
+
+
+def pools(size, n_roots=1):
+    return Pooled(RWRComposer(NNDescentGraph(15), n_roots=n_roots), size)
+
+
+def paper(m=1000, k=100, alpha=0.2, replacement=True):
+    return RWRComposer(RandomCandidateGraph(m, k), alpha, replacement)
+
+
+TABLE = {  # by family and setting
+    ("uniform", ""): uniform_batches,
+    ("kNN sampler", ""): knn_batches,
+    **{("GCBS, pairs", str(k)): GCBSComposer(k) for k in (10, 100)},
+    **{("B3, skipped", str(n)): B3Composer(n_skipped=n) for n in (30, 0)},
+    **{("pools, P", str(size)): pools(size) for size in (1024, 2560, 5120, 25600)},
+    **{("pools of 2560, roots", str(n)): pools(2560, n) for n in (4, 16)},
+    ("kNN graph, K", "100"): RWRComposer(ExactGraph(100), replacement=True),
+    ("paper's graph", ""): paper(),
+    ("paper's graph, each once", ""): paper(replacement=False),
+    **{("paper's graph, M", str(m)): paper(m=m) for m in (100, 300, 3000)},
+    **{("paper's graph, K", str(k)): paper(k=k) for k in (15, 30)},
+    **{("paper's graph, alpha", str(alpha)): paper(alpha=alpha) for alpha in (0.05, 0.1, 0.5, 0.8)},
+}
+FAMILIES = list(dict.fromkeys(family for family, _ in TABLE))
+SCALE = [("uniform", ""), ("kNN sampler", ""), ("GCBS, pairs", "100"), ("B3, skipped", "30"), ("pools, P", "2560")]
+SCALE += [("paper's graph", ""), ("kNN graph, K", "100")]
+LOOK = {family: (f"C{number % 10}", "oXsDPv^*<op>"[number]) for number, family in enumerate(FAMILIES)}  # in plots
+LOOK["paper's graph"] = ("black", "*")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("table", "paper", "scale", "plot"):
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, default=Path("build/composers"), help="folder of CSV files and plots")
+        if name != "plot":
+            command.add_argument("--batch-size", type=int, default=256)
+        if name in ("table", "paper"):
+            command.add_argument("--embeddings", required=True, help="an .npz file with z [N, d] and perhaps y [N]")
+            command.add_argument("--instances", type=int, help="use only the first")
+    commands.choices["table"].add_argument("--temperature", type=float, default=0.5)
+    commands.choices["paper"].add_argument("--repeats", type=int, default=5)
+    commands.choices["scale"].add_argument("--largest", type=int, default=SIZES[-1])
+    commands.choices["scale"].add_argument(
+        "--seconds", type=float, default=60, help="no larger N after one that took more"
+    )
+    return parser.parse_args()
+
+
+def load(args):
+    """Normalised embeddings, and labels or None."""
+    data = np.load(args.embeddings)
+    z = torch.from_numpy(data["z"][: args.instances].astype(np.float32))
+    y = torch.from_numpy(data["y"][: args.instances].astype(np.int64)) if "y" in data else None
+    return torch.nn.functional.normalize(z, dim=1), y
+
+
+def mixture(size, d=128, n_components=1000):
+    """Normalised rows from a mixture of Gaussians."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(n_components, d, generator=generator)
+    z = torch.randn(size, d, generator=generator)
+    for block in z.split(10_000):
+        block += means[torch.randint(n_components, (len(block),), generator=generator)]
+        block /= block.norm(dim=1, keepdim=True)
+    return z
+
+
+def alone(function, *arguments):
+    """Call in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def timed(function, *arguments, **keywords):
+    start = time.perf_counter()
+    result = function(*arguments, **keywords)
+    return result, time.perf_counter() - start
+
+
+def compose(composer, z, batch_size):
+    """Batches, seconds, and the growth of memory in bytes. Kernels are compiled before, on a small slice."""
+    z = z[: len(z) // batch_size * batch_size]
+    small = z[: max(4, 1024 // batch_size) * batch_size]
+    getattr(composer, "composer", composer)(small, batch_size, seed=0, epoch=0)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    batches, seconds = timed(composer, z, batch_size, seed=0, epoch=0)
+    return batches, seconds, memory("VmHWM") - before
+
+
+def memory(field):
+    """The process's, now (VmRSS) or at its peak (VmHWM), in bytes; Linux."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].removesuffix("kB")) * 1024
+
+
+def hardness(batches, z, y, temperature=0.5):
+    """The columns FN, TN, FN mass and root."""
+    fn, tn, mass, root = InBatchFalseNegativeRate(), InBatchSimilarity(), [], []
+    for batch in batches:
+        tn.update(z[batch], None if y is None else y[batch])
+        similarity = z[batch] @ z[batch].T
+        root.append(similarity[0, 1:].mean().item())
+        if y is not None:
+            fn.update(y[batch])
+            felt = (similarity / temperature).fill_diagonal_(-torch.inf).softmax(dim=1)
+            mass.append((felt * (y[batch][:, None] == y[batch])).sum(dim=1).mean().item())
+    rates = ("", "") if y is None else (fn.compute().item(), float(np.mean(mass)))
+    return {"FN": rates[0], "TN": tn.compute().item(), "FN mass": rates[1], "root": float(np.mean(root))}
+
+
+def table_row(family, label, args):
+    z, y = load(args)
+    composer = TABLE[family, label]
+    batches, seconds, growth = compose(composer, z, args.batch_size)
+    steps = getattr(composer, "seconds", {"walk": seconds})
+    to_all = len(z) / batches.size
+    return {
+        "composer": f"{family} {label}".strip(),
+        "graph, s": steps["graph"] * to_all if "graph" in steps else "",
+        "batches, s": steps["walk"] * to_all,
+        **hardness(batches, z, y, args.temperature),
+        "seen": len(np.unique(batches)) / batches.size,
+        "peak, MB": round(growth / 2**20),
+    }
+
+
+def run_table(args):
+    size = len(load(args)[0])
+    for family, label in TABLE:
+        if getattr(TABLE[family, label], "pool_size", 0) <= size:
+            row = alone(table_row, family, label, args)
+            show(row, with_header=family == "uniform")
+            keep(args.out / "table.csv", {**row, "N": size, "family": family, "label": label})
+
+
+def gathered_graph(z, *, seed, n_candidates=1000, n_neighbors=100, entries=2**24):
+    """The paper's graph as its public code builds it: candidates are drawn and gathered for each instance."""
+    generator = torch.Generator().manual_seed(seed)
+    neighbors = torch.empty(len(z), n_neighbors, dtype=torch.int64)
+    for own in torch.arange(len(z)).split(max(1, entries // (n_candidates * z.shape[1]))):
+        candidates = torch.randint(len(z) - 1, (len(own), n_candidates), generator=generator)
+        candidates += candidates >= own[:, None]  # never itself
+        similarity = torch.bmm(z[candidates], z[own][:, :, None]).squeeze(2)
+        neighbors[own] = candidates.gather(1, similarity.topk(n_neighbors, dim=1).indices)
+    return neighbors.int().numpy()
+
+
+def graph_row(neighbors, z, y, batch_size, seed):
+    """What a graph is like, and an epoch's walks on it. Reach: distinct nodes that two edges lead to."""
+    batches = rwr_batches(neighbors, batch_size, seed=seed, replacement=True)
+    found = hardness(batches, z, y)
+    into = np.bincount(neighbors.ravel(), minlength=len(z))
+    nodes = np.random.default_rng(0).permutation(len(z))[:2000]
+    return {
+        "FN": found["FN"],
+        "TN": found["TN"],
+        "seen": len(np.unique(batches)) / len(z),
+        "least in-degree": int(into.min()),
+        "greatest in-degree": int(into.max()),
+        "standard deviation of in-degrees": float(into.std()),
+        "instances without in-edge": int((into == 0).sum()),
+        "two-step reach": float(np.mean([len(np.unique(neighbors[neighbors[node]])) for node in nodes])),
+    }
+
+
+def run_paper(args):
+    z, y = load(args)
+    ways = {"RandomCandidateGraph": RandomCandidateGraph(1000, 100), "gathered": gathered_graph}
+    rows = {way: [] for way in ways}
+    for build in ways.values():
+        rwr_batches(build(z[:2048], seed=0), args.batch_size)  # compiles
+    for seed in range(args.repeats):
+        for way, build in ways.items():
+            neighbors, seconds = timed(build, z, seed=seed)
+            rows[way].append({"seconds": seconds, **graph_row(neighbors, z, y, args.batch_size, seed)})
+            keep(args.out / "paper.csv", {"graph": way, "N": len(z), "seed": seed, **rows[way][-1]})
+    for measure, first in rows["gathered"][0].items():
+        if first != "":
+            fast, slow = ([row[measure] for row in of_way] for of_way in rows.values())
+            ratio = spread(np.divide(slow, fast)) if all(fast) else ""
+            row = {f"mean ± deviation of {args.repeats}": measure, "RandomCandidateGraph": spread(fast)}
+            show({**row, "gathered": spread(slow), "ratio": ratio}, with_header=measure == "seconds")
+
+
+def spread(values):
+    return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+
+
+def scale_row(family, label, size, args):
+    _, seconds, growth = compose(TABLE[family, label], mixture(size), args.batch_size)
+    name = f"{family} {label}".strip()
+    return {"composer": name, "N": size, "seconds": seconds, "peak, bytes per instance": round(growth / size)}
+
+
+def run_scale(args):
+    print(f"Stops at the first N that takes more than {args.seconds:g} s; relative to N {BASE_SIZE}.\n")
+    for family, label in SCALE:
+        rows = []
+        for size in SIZES:
+            if size <= args.largest and (not rows or rows[-1]["seconds"] <= args.seconds):
+                rows.append(alone(scale_row, family, label, size, args))
+                keep(args.out / "scale.csv", rows[-1])
+        base = next((row["seconds"] / BASE_SIZE for row in rows if row["N"] == BASE_SIZE), None)
+        for row in rows:
+            row["time per instance, relative"] = row["seconds"] / row["N"] / base if base else ""
+            show(row, with_header=family == "uniform" and row is rows[0])
+
+
+def show(row, with_header):
+    """Print as markdown."""
+    if with_header:
+        print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
+    print(f"| {' | '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in row.values())} |", flush=True)
+
+
+def keep(path, row):
+    """Append to a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def kept(path):
+    """A CSV file's rows; the last of those with the same composer and N, and none without labels."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("FN") != ""]
+    return list({(row["composer"], row["N"]): row for row in rows}.values())
+
+
+def run_plot(args):
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("Agg")
+    for name, plot in (("table", plot_table), ("scale", plot_scale)):
+        path = args.out / f"{name}.csv"
+        if path.exists() and kept(path):
+            plot(kept(path), plt).savefig(path.with_suffix(".png"))
+            print(path.with_suffix(".png"))
+
+
+def plot_table(rows, plt):
+    """FN against TN: every composer on the left, the paper's letters on the right."""
+    rows = [row for row in rows if row["N"] == rows[-1]["N"]]
+    figure, panels = plt.subplots(1, 2, figsize=(14, 6.5), sharex=True, sharey=True, layout="constrained")
+    varied = [f"paper's graph, {letter}" for letter in ("M", "K", "alpha")]
+    both = [[family for family in FAMILIES if family not in varied], ["paper's graph", *varied]]
+    titles = (f"every composer, N {rows[0]['N']}", "the paper's graph: M 1000, K 100, alpha 0.2, one of them varied")
+    for axes, families, title in zip(panels, both, titles, strict=True):
+        for family in families:
+            x, y = ([float(row[of]) for row in rows if row["family"] == family] for of in ("TN", "FN"))
+            axes.scatter(x, y, s=90, c=LOOK[family][0], marker=LOOK[family][1], label=family)
+        axes.set(title=title, xlabel="TN: mean similarity of true negatives", ylabel="FN: false-negative rate")
+        axes.legend(loc="upper left", frameon=False)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.draw_without_rendering()  # settles where the points are
+    for axes, families in zip(panels, both, strict=True):
+        label_points(axes, [row for row in rows if row["family"] in families])
+    return figure
+
+
+def plot_scale(rows, plt):
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    for family, label in SCALE:
+        name = f"{family} {label}".strip()
+        line = sorted((int(row["N"]), float(row["seconds"])) for row in rows if row["composer"] == name)
+        colour, marker = LOOK[family]
+        axes.loglog([n for n, _ in line], [s for _, s in line], c=colour, marker=marker, label=name)
+    axes.set(xlabel="N", ylabel="seconds to compose an epoch")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def label_points(axes, rows):
+    """Write each point's setting beside it, on a side that is free."""
+    places = axes.transData.transform([(float(row["TN"]), float(row["FN"])) for row in rows])
+    taken = [(x, y, 12) for x, y in places]  # with half the width, in pixels
+    for row, (x, y) in zip(rows, places, strict=True):
+        half = 5 * len(row["label"])
+        sides = [(x + 14 + half, y), (x - 14 - half, y), (x, y - 22), (x, y + 22)]
+        free = [(a, b) for a, b in sides if all(abs(a - c) > half + w or abs(b - d) > 16 for c, d, w in taken)]
+        place = [*free, sides[0]][0]
+        taken.append((*place, half))
+        look = {"ha": "center", "va": "center", "color": LOOK[row["family"]][0]}
+        axes.annotate(row["label"], place, xycoords="figure pixels", **look)
+
+
+def main():
+    args = arguments()
+    {"table": run_table, "paper": run_paper, "scale": run_scale, "plot": run_plot}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

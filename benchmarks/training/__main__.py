@@ -1,0 +1,76 @@
+"""Do harder batches help a trained model, and when?
+
+    python -m benchmarks.training run --task omniglot-pairs --arms uniform pool10 --seeds 0 1 2 --data-dir DIR \\
+        --results results.csv
+    python -m benchmarks.training table --results results.csv
+    python -m benchmarks.training list
+
+`run` adds one row per finished run to the results; a run that is there already is skipped, so an interrupted study goes
+on. One process at a time may write to a file. DIR has the subfolders omniglot, cifar10 and sts.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from . import report, study
+from .arms import ARMS
+
+
+def main() -> None:
+    args = arguments()
+    if args.command == "run":
+        run(args)
+    elif args.command == "table":
+        for path in args.results:
+            print("\n".join(report.tables(path)))
+    else:
+        for name, task in study.TASKS.items():
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in task.defaults.items()))
+        print("arms: " + ", ".join(ARMS))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and measure what is missing")
+    run.add_argument("--task", required=True, choices=study.TASKS)
+    run.add_argument("--arms", nargs="+", default=["uniform", "pool10"], choices=ARMS, metavar="ARM")
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--data-dir", required=True, type=Path)
+    run.add_argument("--results", required=True, type=Path, help="CSV file to add to")
+    run.add_argument("--threads", type=int, default=1)
+    group = run.add_argument_group("settings", "recorded in the results; a task's own defaults: see `list`")
+    settings = {key: type(value) for task in study.TASKS.values() for key, value in task.defaults.items()}
+    for key, kind in settings.items():
+        group.add_argument(f"--{key.replace('_', '-')}", type=kind)
+    table = commands.add_parser("table", help="print the results as markdown")
+    table.add_argument("--results", required=True, type=Path, nargs="+")
+    commands.add_parser("list", help="print the tasks, their settings, and the arms")
+    args = parser.parse_args()
+    if args.command == "run":
+        defaults = study.TASKS[args.task].defaults
+        given = {key: getattr(args, key) for key in settings if getattr(args, key) is not None}
+        for key in given:
+            if key not in defaults:
+                parser.error(f"{args.task} has no setting {key}. It has {', '.join(defaults)}.")
+        args.settings = defaults | given
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    threadpool_limits(args.threads)  # scikit-learn's
+    for row in study.run_missing(args.task, args.arms, args.seeds, args.data_dir, args.settings, args.results):
+        results = ", ".join(f"{name[7:]} {value:.4f}" for name, value in row.items() if name.startswith("result/"))
+        print(f"seed {row['seed']} {row['arm']}: {results}, {row['seconds/all']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Measures of frozen features ``[n, d]``; similarity is cosine."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+
+def retrieval(features: Tensor, labels: Tensor, *, rows_at_a_time: int = 512) -> tuple[float, float]:
+    """Each row asks for those of its label among all others: recall at 1, and mean average precision."""
+    unit = F.normalize(features, dim=1)
+    hits, precisions = [], []
+    for rows in torch.arange(len(unit)).split(rows_at_a_time):
+        similarity = unit[rows] @ unit.T
+        similarity[torch.arange(len(rows)), rows] = -torch.inf
+        ranking = similarity.argsort(dim=1, descending=True)[:, :-1]  # itself is last
+        relevant = labels[ranking] == labels[rows, None]
+        precision = relevant.cumsum(dim=1) / torch.arange(1, len(unit))
+        hits.append(relevant[:, 0])
+        precisions.append((precision * relevant).sum(dim=1) / relevant.sum(dim=1))
+    return torch.cat(hits).float().mean().item(), torch.cat(precisions).mean().item()
+
+
+def recall_at_1(features: Tensor, labels: Tensor, distractors: Tensor | None = None) -> float:
+    """How often the most similar to a row, among all others and ``distractors``, has its label."""
+    unit = F.normalize(features, dim=1)
+    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+    best, nearest = similarity.max(dim=1)
+    found = labels[nearest] == labels
+    if distractors is not None:
+        found &= best > (unit @ F.normalize(distractors, dim=1).T).amax(dim=1)
+    return found.float().mean().item()
+
+
+def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+    """Test accuracy of logistic regression."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, tol=1e-3))
+    return float(classifier.fit(features, labels).score(test_features, test_labels))
+
+
+def knn_accuracy(
+    features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.1
+) -> float:
+    """Test accuracy of a vote of the ``k`` nearest, weighted by ``exp(similarity / temperature)``."""
+    gallery = F.normalize(features, dim=1)
+    one_hot = F.one_hot(labels).float()
+    guesses = []
+    for chunk in F.normalize(test_features, dim=1).split(1024):
+        similarity, nearest = (chunk @ gallery.T).topk(k, dim=1)
+        votes = ((similarity / temperature).exp()[:, :, None] * one_hot[nearest]).sum(dim=1)
+        guesses.append(votes.argmax(dim=1))
+    return (torch.cat(guesses) == test_labels).float().mean().item()
+
+
+def spearman(first: Tensor, second: Tensor, scores: ArrayLike) -> float:
+    """Rank correlation of the similarities of rows i with people's scores."""
+    return float(stats.spearmanr(F.cosine_similarity(first, second).numpy(), np.asarray(scores)).statistic)

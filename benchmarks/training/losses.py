@@ -1,0 +1,67 @@
+"""Contrastive losses of two views: ``first`` and ``second`` are floats ``[B, d]``, row i of both the same instance.
+
+Each view is compared with its partner and with the other ``2B - 2`` views, its negatives. ``class_prior`` is the chance
+that a negative is of the anchor's hidden class.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def nt_xent(first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0) -> Tensor:
+    """SimCLR's normalised temperature-scaled cross entropy (InfoNCE); ``class_prior`` is not used.
+
+    Source: Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020.
+    """
+    logits, partner = pair_logits(first, second, temperature)
+    return F.cross_entropy(logits, partner)
+
+
+def debiased(first: Tensor, second: Tensor, *, temperature: float, class_prior: float) -> Tensor:
+    """Takes off the negatives' sum what false negatives are expected to add to it.
+
+    Source: Chuang et al., "Debiased contrastive learning", NeurIPS 2020, arXiv 2007.00224.
+    """
+    positive, negatives = _exponentials(first, second, temperature)
+    return _corrected(positive, negatives.mean(dim=1), negatives.shape[1], temperature, class_prior)
+
+
+def hard(
+    first: Tensor, second: Tensor, *, temperature: float, class_prior: float, concentration: float = 1.0
+) -> Tensor:
+    """Debiased, with negatives weighted by ``exp(concentration * similarity / temperature)``.
+
+    Source: Robinson et al., "Contrastive learning with hard negative samples", ICLR 2021, arXiv 2010.04592.
+    """
+    positive, negatives = _exponentials(first, second, temperature)
+    weights = negatives**concentration
+    mean = (weights * negatives).sum(dim=1) / weights.sum(dim=1)
+    return _corrected(positive, mean, negatives.shape[1], temperature, class_prior)
+
+
+LOSSES = {"nt-xent": nt_xent, "debiased": debiased, "hard": hard}
+
+
+def pair_logits(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cosine similarities over the temperature ``[2B, 2B]``, a view's own set to minus infinity; and the partners."""
+    unit = F.normalize(torch.cat([first, second]), dim=1)
+    logits = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
+    return logits, torch.arange(len(unit), device=unit.device).roll(len(first))
+
+
+def _exponentials(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``exp(similarity / temperature)`` of each view's partner ``[2B]`` and negatives ``[2B, 2B - 2]``."""
+    logits, partner = pair_logits(first, second, temperature)
+    rows = torch.arange(len(logits), device=logits.device)
+    is_negative = torch.ones_like(logits, dtype=torch.bool).fill_diagonal_(False)
+    is_negative[rows, partner] = False
+    return logits[rows, partner].exp(), logits[is_negative].reshape(len(logits), -1).exp()
+
+
+def _corrected(positive: Tensor, mean: Tensor, n: int, temperature: float, class_prior: float) -> Tensor:
+    """The loss with the negatives' mean freed from false negatives, as far as it stays possible."""
+    true_mean = ((mean - class_prior * positive) / (1 - class_prior)).clamp_min(math.exp(-1 / temperature))
+    return -(positive / (positive + n * true_mean)).log().mean()

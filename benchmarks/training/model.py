@@ -1,0 +1,76 @@
+"""The model that all tasks train, and small networks for it."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+
+class Contrastive(LightningModule):
+    """Two views of each instance are to be told apart from all others in the batch.
+
+    Args:
+        encoder: Inputs ``[n, ...]`` -> features ``[n, d]``.
+        projector: Features -> what the loss compares.
+        loss: ``loss(first, second)`` -> scalar.
+        learning_rate: Of Adam; falls to zero along a cosine.
+        steps: All of training.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, loss, learning_rate: float, steps: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.steps = steps
+
+    def embed(self, batch: Tensor) -> Tensor:
+        return self.projector(self.encoder(batch))
+
+    def training_step(self, views: Tensor, batch_idx: int) -> Tensor:
+        first, second = self.embed(views.flatten(0, 1)).chunk(2)
+        return self.loss(first, second)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-6, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * min(step / max(self.steps, 1), 1))) / 2
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def apply_in_chunks(module: nn.Module, inputs: Tensor, size: int = 1024) -> Tensor:
+    """A module's outputs in eval mode."""
+    was_training = module.training
+    module.eval()
+    outputs = torch.cat([module(chunk) for chunk in inputs.split(size)])
+    module.train(was_training)
+    return outputs
+
+
+def convolution(n_in: int, n_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            convolution(n_in, n_out, stride), nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
+        )
+        self.around = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x) + self.around(x))
+
+
+def perceptron(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(n_in, n_hidden, bias=False), nn.BatchNorm1d(n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_out)
+    )

@@ -1,0 +1,153 @@
+"""Omniglot: drawings of the characters of many alphabets. Two alphabets are held back from training."""
+
+import io
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from . import augment
+from .evaluate import retrieval
+from .model import convolution, perceptron
+from .task import Encode, Task
+
+SIZE = 28
+N_HELD_BACK = 2  # alphabets
+N_TRAIN_DRAWINGS = 15  # of the 20 of each character
+
+
+@lru_cache(maxsize=1)
+def drawings(data_dir: Path) -> tuple[Tensor, Tensor]:
+    """All drawings by character, floats ``[characters, 20, 1, SIZE, SIZE]`` with ink 1, and each one's alphabet."""
+    found = {}
+    for path in sorted((data_dir / "omniglot").glob("images_background_small*.zip")):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".png"):
+                    _, alphabet, character, drawing = name.split("/")
+                    found[alphabet, character, drawing] = archive.read(name)  # some are in both
+    if not found:
+        raise FileNotFoundError(
+            f"{data_dir / 'omniglot'} has no images_background_small1.zip of Omniglot's repository."
+        )
+    images, characters = [], []
+    for alphabet, character, drawing in sorted(found):
+        image = Image.open(io.BytesIO(found[alphabet, character, drawing])).convert("L")
+        images.append(1 - np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32) / 255)
+        characters.append((alphabet, character))
+    names = sorted(set(characters))
+    _, alphabets = np.unique([alphabet for alphabet, _ in names], return_inverse=True)
+    return torch.from_numpy(np.stack(images)).reshape(len(names), -1, 1, SIZE, SIZE), torch.from_numpy(alphabets)
+
+
+class Omniglot(Task):
+    """What both tasks share: the split, the network and retrieval by character."""
+
+    def split(self, data_dir: Path, seed: int) -> tuple[Tensor, Tensor]:
+        """Drawings of the characters to train on and of those held back, ``[characters, 20, 1, SIZE, SIZE]``."""
+        images, alphabets = drawings(data_dir)
+        held_back = np.random.default_rng(seed).permutation(int(alphabets.max()) + 1)[:N_HELD_BACK]
+        is_held_back = torch.isin(alphabets, torch.from_numpy(held_back))
+        return images[~is_held_back], images[is_held_back]
+
+    def encoder(self, width: int) -> nn.Module:
+        """``4 * width`` features."""
+        return nn.Sequential(
+            convolution(1, width, 2),
+            convolution(width, 2 * width, 2),
+            convolution(2 * width, 2 * width),
+            convolution(2 * width, 4 * width, 2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * width, 4 * width),
+        )
+
+    def evaluate(self, encode: Encode) -> dict[str, float]:
+        results = {}
+        for name, images in (("seen", self.seen), ("held_back", self.held_back)):
+            labels = torch.arange(len(images)).repeat_interleave(images.shape[1])
+            results[f"r1_{name}"], results[f"map_{name}"] = retrieval(encode(images.flatten(0, 1)), labels)
+        return results
+
+
+class OmniglotPairs(Omniglot):
+    """Supervised: two drawings of one character are the positive pair, so hard negatives are true ones.
+
+    An instance is a character, turned by a multiple of 90 degrees; each time it is asked for, other drawings are drawn.
+    Measured is the retrieval of drawings of the same character, on new drawings of these and on held back characters,
+    turned likewise.
+
+    Turned by 180 degrees, an O or S is the same again: negatives that nobody can tell apart. So what is counted as
+    false negatives are the pairs of one character in two directions.
+    """
+
+    name = "omniglot-pairs"
+    defaults: ClassVar[dict[str, Any]] = {
+        "steps": 3000,
+        "batch_size": 32,
+        "temperature": 0.1,
+        "learning_rate": 2e-3,
+        "width": 16,
+        "rotations": 4,
+    }
+    class_prior = 0.0
+
+    def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
+        self.width = settings["width"]
+        seen, held_back = (turned(images, settings["rotations"]) for images in self.split(data_dir, seed))
+        self.train, self.seen = seen[:, :N_TRAIN_DRAWINGS], seen[:, N_TRAIN_DRAWINGS:]
+        self.held_back = held_back
+        self.size = len(seen)
+        self.labels = torch.arange(self.size // settings["rotations"]).repeat(settings["rotations"])
+
+    def views(self, indices: Tensor) -> Tensor:
+        two = torch.rand(len(indices), N_TRAIN_DRAWINGS).topk(2, dim=1).indices.T
+        return self.train[indices, two]
+
+    def clean(self, indices: Tensor) -> Tensor:
+        return self.train[indices, torch.randint(N_TRAIN_DRAWINGS, (len(indices),))]
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.encoder(self.width), nn.Identity()
+
+
+class OmniglotSimCLR(Omniglot):
+    """Unsupervised: an instance is a drawing, a positive pair two augmentations of it."""
+
+    name = "omniglot-simclr"
+    defaults: ClassVar[dict[str, Any]] = {
+        "steps": 1500,
+        "batch_size": 128,
+        "temperature": 0.2,
+        "learning_rate": 2e-3,
+        "width": 16,
+    }
+    class_prior = 1 / 180
+
+    def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
+        self.width = settings["width"]
+        self.seen, self.held_back = self.split(data_dir, seed)
+        self.images = self.seen.flatten(0, 1)
+        self.size = len(self.images)
+        self.labels = torch.arange(len(self.seen)).repeat_interleave(self.seen.shape[1])
+
+    def views(self, indices: Tensor) -> Tensor:
+        images = self.images[indices].repeat(2, 1, 1, 1)
+        images = augment.affine(images, angle=0.35, zoom=0.25, shift=0.1, shear=0.35)
+        return (images + 0.1 * torch.randn_like(images)).unflatten(0, (2, -1))
+
+    def clean(self, indices: Tensor) -> Tensor:
+        return self.images[indices]
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.encoder(self.width), perceptron(4 * self.width, 4 * self.width, 64)
+
+
+def turned(images: Tensor, n: int) -> Tensor:
+    """Characters ``[c, k, 1, h, w]`` in ``n`` directions, each a character of its own: ``[n * c, k, 1, h, w]``."""
+    return torch.cat([images.rot90(quarters, dims=(3, 4)) for quarters in range(n)])
