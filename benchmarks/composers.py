@@ -5,12 +5,11 @@
     python benchmarks/composers.py scale
     python benchmarks/composers.py plot
 
-The file holds `z`, floats [N, d], and, if there are labels, `y`, integers [N]. Each subcommand prints markdown and
-appends its numbers to a CSV file in the folder `--out`, of which `plot` draws the newest. Needs
-`pip install bs-lightning[baselines] matplotlib`. What the columns of `table` mean:
+The file holds `z`, floats [N, d], and perhaps `y`, integers [N]. Each prints markdown and appends to a CSV file under
+`--out`, of which `plot` draws the newest rows. Needs `bs-lightning[baselines]` and matplotlib. Columns of `table`:
 
-- graph, s and batches, s: seconds for an epoch, compiling left out. Composers that do not tell the two apart have all
-  in the second. Pools leave out what does not fill a pool; their seconds are scaled up to all instances.
+- graph, s and batches, s: for an epoch, compiling left out. Composers that do not tell them apart have all in the
+  second. Pools leave out what does not fill a pool; their seconds are scaled up to all instances.
 - FN: in-batch false-negative rate. TN: mean cosine similarity of true negatives (without labels: of all pairs).
 - FN mass: the false negatives' share of a softmax over similarity / `--temperature`: what an InfoNCE loss feels.
 - root: mean similarity of a batch's first instance (where walks are, a root) to the others.
@@ -98,9 +97,7 @@ def arguments():
     commands.choices["table"].add_argument("--temperature", type=float, default=0.5)
     commands.choices["paper"].add_argument("--repeats", type=int, default=5)
     commands.choices["scale"].add_argument("--largest", type=int, default=SIZES[-1])
-    commands.choices["scale"].add_argument(
-        "--seconds", type=float, default=60, help="no larger N after one that took more"
-    )
+    commands.choices["scale"].add_argument("--seconds", type=float, default=60, help="a composer stops after as many")
     return parser.parse_args()
 
 
@@ -129,21 +126,16 @@ def alone(function, *arguments):
         return executor.submit(function, *arguments).result()
 
 
-def timed(function, *arguments, **keywords):
-    start = time.perf_counter()
-    result = function(*arguments, **keywords)
-    return result, time.perf_counter() - start
-
-
 def compose(composer, z, batch_size):
     """Batches, seconds, and the growth of memory in bytes. Kernels are compiled before, on a small slice."""
     z = z[: len(z) // batch_size * batch_size]
-    small = z[: max(4, 1024 // batch_size) * batch_size]
-    getattr(composer, "composer", composer)(small, batch_size, seed=0, epoch=0)
+    inner = getattr(composer, "composer", composer)  # pools may be larger than the slice
+    inner(z[: max(4, 1024 // batch_size) * batch_size], batch_size, seed=0, epoch=0)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    batches, seconds = timed(composer, z, batch_size, seed=0, epoch=0)
-    return batches, seconds, memory("VmHWM") - before
+    start = time.perf_counter()
+    batches = composer(z, batch_size, seed=0, epoch=0)
+    return batches, time.perf_counter() - start, memory("VmHWM") - before
 
 
 def memory(field):
@@ -163,8 +155,8 @@ def hardness(batches, z, y, temperature=0.5):
             fn.update(y[batch])
             felt = (similarity / temperature).fill_diagonal_(-torch.inf).softmax(dim=1)
             mass.append((felt * (y[batch][:, None] == y[batch])).sum(dim=1).mean().item())
-    rates = ("", "") if y is None else (fn.compute().item(), float(np.mean(mass)))
-    return {"FN": rates[0], "TN": tn.compute().item(), "FN mass": rates[1], "root": float(np.mean(root))}
+    false, felt = ("", "") if y is None else (fn.compute().item(), float(np.mean(mass)))
+    return {"FN": false, "TN": tn.compute().item(), "FN mass": felt, "root": float(np.mean(root))}
 
 
 def table_row(family, label, args):
@@ -185,15 +177,15 @@ def table_row(family, label, args):
 
 def run_table(args):
     size = len(load(args)[0])
-    for family, label in TABLE:
-        if getattr(TABLE[family, label], "pool_size", 0) <= size:
+    for (family, label), composer in TABLE.items():
+        if getattr(composer, "pool_size", 0) <= size:
             row = alone(table_row, family, label, args)
             show(row, with_header=family == "uniform")
             keep(args.out / "table.csv", {**row, "N": size, "family": family, "label": label})
 
 
-def gathered_graph(z, *, seed, n_candidates=1000, n_neighbors=100, entries=2**24):
-    """The paper's graph as its public code builds it: candidates are drawn and gathered for each instance."""
+def gathered_graph(z, *, seed, n_candidates=1000, n_neighbors=100, entries=2**22):
+    """As the paper's public code does: gathers candidates drawn for each instance, in blocks of the fastest size."""
     generator = torch.Generator().manual_seed(seed)
     neighbors = torch.empty(len(z), n_neighbors, dtype=torch.int64)
     for own in torch.arange(len(z)).split(max(1, entries // (n_candidates * z.shape[1]))):
@@ -230,7 +222,9 @@ def run_paper(args):
         rwr_batches(build(z[:2048], seed=0), args.batch_size)  # compiles
     for seed in range(args.repeats):
         for way, build in ways.items():
-            neighbors, seconds = timed(build, z, seed=seed)
+            start = time.perf_counter()
+            neighbors = build(z, seed=seed)
+            seconds = time.perf_counter() - start
             rows[way].append({"seconds": seconds, **graph_row(neighbors, z, y, args.batch_size, seed)})
             keep(args.out / "paper.csv", {"graph": way, "N": len(z), "seed": seed, **rows[way][-1]})
     for measure, first in rows["gathered"][0].items():
@@ -303,18 +297,17 @@ def run_plot(args):
 def plot_table(rows, plt):
     """FN against TN: every composer on the left, the paper's letters on the right."""
     rows = [row for row in rows if row["N"] == rows[-1]["N"]]
-    figure, panels = plt.subplots(1, 2, figsize=(14, 6.5), sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(14, 8), sharex=True, sharey=True, layout="constrained")
     varied = [f"paper's graph, {letter}" for letter in ("M", "K", "alpha")]
     both = [[family for family in FAMILIES if family not in varied], ["paper's graph", *varied]]
     titles = (f"every composer, N {rows[0]['N']}", "the paper's graph: M 1000, K 100, alpha 0.2, one of them varied")
     for axes, families, title in zip(panels, both, titles, strict=True):
         for family in families:
             x, y = ([float(row[of]) for row in rows if row["family"] == family] for of in ("TN", "FN"))
-            axes.scatter(x, y, s=90, c=LOOK[family][0], marker=LOOK[family][1], label=family)
+            axes.scatter(x, y, s=60, c=LOOK[family][0], marker=LOOK[family][1], label=family, zorder=2)
         axes.set(title=title, xlabel="TN: mean similarity of true negatives", ylabel="FN: false-negative rate")
         axes.legend(loc="upper left", frameon=False)
         axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
     figure.draw_without_rendering()  # settles where the points are
     for axes, families in zip(panels, both, strict=True):
         label_points(axes, [row for row in rows if row["family"] in families])
@@ -337,15 +330,15 @@ def plot_scale(rows, plt):
 def label_points(axes, rows):
     """Write each point's setting beside it, on a side that is free."""
     places = axes.transData.transform([(float(row["TN"]), float(row["FN"])) for row in rows])
-    taken = [(x, y, 12) for x, y in places]  # with half the width, in pixels
+    taken = [(x, y, 10) for x, y in places]  # with half the width, in pixels
     for row, (x, y) in zip(rows, places, strict=True):
         half = 5 * len(row["label"])
-        sides = [(x + 14 + half, y), (x - 14 - half, y), (x, y - 22), (x, y + 22)]
-        free = [(a, b) for a, b in sides if all(abs(a - c) > half + w or abs(b - d) > 16 for c, d, w in taken)]
-        place = [*free, sides[0]][0]
+        around = [(a * (12 + half), b * 20) for a, b in ((1, 0), (0, 1), (-1, 0), (0, -1), (1, -1), (-1, 1))]
+        inside = [(x + a, y + b) for a, b in around if axes.bbox.contains(x + a - half, y + b - 5)]
+        free = [(a, b) for a, b in inside if all(abs(a - c) > half + w or abs(b - d) > 14 for c, d, w in taken)]
+        place = [*free, *inside][0]
         taken.append((*place, half))
-        look = {"ha": "center", "va": "center", "color": LOOK[row["family"]][0]}
-        axes.annotate(row["label"], place, xycoords="figure pixels", **look)
+        axes.text(*place, row["label"], ha="center", va="center", color=LOOK[row["family"]][0], transform=None)
 
 
 def main():

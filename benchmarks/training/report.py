@@ -43,7 +43,7 @@ def tables(path: Path) -> Iterator[str]:
         for prefix, title in SECTIONS.items():
             measures = [name for name in rows[0] if name.startswith(prefix) and any(row[name] for row in rows)]
             if measures:
-                yield f"{title}; after the mean, the difference to {BASELINE} by seed and its 95% interval:\n"
+                yield f"{title}: mean over the arm's seeds (difference to {BASELINE} by seed ± 95% t-interval).\n"
                 yield table(rows, measures) + "\n"
 
 
