@@ -18,8 +18,8 @@ Neighbors = NDArray[np.int32]
 _log = logging.getLogger(__name__)
 _BLOCK_ENTRIES = 2**24  # similarities that `ExactGraph` holds at a time: 64 MB of float32
 _CHUNK_ENTRIES = 2**22  # the same for `RandomCandidateGraph`
-# Runs of distances in `RandomCandidateGraph`. More let two steps of a walk reach further, as sums of two distances cover
-# more, and take longer; `benchmarks/composers.py paper` measures both. With one run it would be less than half as far.
+# Runs of distances in `RandomCandidateGraph`. More let two steps of a walk reach further, as sums of two distances
+# cover more, and take longer; `benchmarks/composers.py paper` measures both.
 _N_RUNS = 64
 _RUN_BLOCK = 32  # rows of one product in it
 _pynndescent_compiled = False
@@ -151,7 +151,8 @@ class RandomCandidateGraph:
     drawn exactly as often. The distances are a few runs of consecutive numbers: all similarities are products of slices
     of one matrix that is gathered once, where drawing for each instance gathers ``n_candidates`` embeddings for each.
     What an instance draws is as random as then; what its neighbours draw is not quite independent of it, so that two
-    steps reach somewhat less far in large data sets. Runs on the embeddings' device, in memory ``O(P (d + n_neighbors))``.
+    steps reach somewhat less far in large data sets. Runs on the embeddings' device, in memory
+    ``O(P (d + n_neighbors))``.
 
     Fewer candidates make softer batches with fewer false negatives. It is meant for whole data sets; within a pool,
     which is itself a random choice, the nearest of all serve better.
