@@ -6,38 +6,12 @@ To add one, add a line to :data:`ARMS`.
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
 from bs_lightning.compose import Composer, Graph
+from bs_lightning.presets import public_code
 
-
-@dataclass(frozen=True)
-class SkippingGraph:
-    """Exact nearest neighbours but for the very nearest, which may be false negatives."""
-
-    n_neighbors: int = 15
-    n_skipped: int = 5
-
-    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> NDArray[np.int32]:
-        return ExactGraph(self.n_neighbors + self.n_skipped)(embeddings, seed=seed)[:, self.n_skipped :]
-
-
-@dataclass(frozen=True)
-class MixedComposer:
-    """Each batch is half composed and half uniform."""
-
-    composer: Composer
-
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-        n_batches, n_composed = len(embeddings) // batch_size, batch_size // 2
-        order = np.random.default_rng(seed).permutation(len(embeddings))
-        chosen, others = np.split(order, [n_batches * n_composed])
-        composed = chosen[self.composer(embeddings[chosen], n_composed, seed=seed, epoch=epoch)]
-        return np.concatenate([composed, others.reshape(n_batches, -1)], axis=1)
+from .remedies import MaskingCallback, MixedComposer, SkippingGraph, SteadyCallback
 
 
 def walk(graph: Graph | None = None, restart_probability: float = 0.2, n_roots: int = 1) -> RWRComposer:
@@ -51,22 +25,36 @@ class Arm:
 
     Args:
         composer: ``None`` for uniform batches.
-        pool: Pool size in batches.
+        pool: Pool size in batches; ``None`` is the whole data set, refreshed every 100 steps.
         uniform_part: Part of training that has uniform batches first; at least one epoch has.
         loss: A key of ``LOSSES``.
+        recycle: Whether batches are composed from the embeddings that training has computed.
+        masked: Pairs that are left out of the loss: none, ``"nearest"`` (mutual nearest in the pool) or ``"labels"``
+            (the true false negatives, which no user knows).
+        steady: Hardness to hold by adapting the pool size; ``None`` keeps the pool size.
     """
 
     composer: Composer | None = field(default_factory=walk)
-    pool: int = 10
+    pool: int | None = 10
     uniform_part: float = 0.0
     loss: str = "nt-xent"
+    recycle: bool = False
+    masked: str | None = None
+    steady: float | None = None
 
-    def callbacks(self, batch_size: int, n_epochs: int) -> list[BatchSamplerCallback]:
+    def callback(self, batch_size: int, n_epochs: int) -> BatchSamplerCallback | None:
         """What to add to the Trainer."""
         if self.composer is None:
-            return []
+            return None
         warmup_epochs = max(1, round(self.uniform_part * n_epochs))
-        return [BatchSamplerCallback(self.pool * batch_size, self.composer, warmup_epochs)]
+        if self.pool is None:
+            return BatchSamplerCallback(None, self.composer, warmup_epochs, refresh_every=100, recycle=self.recycle)
+        pool_size = self.pool * batch_size
+        if self.masked == "nearest":
+            return MaskingCallback(pool_size, self.composer, warmup_epochs)
+        if self.steady is not None:
+            return SteadyCallback(self.steady, pool_size, batch_size, self.composer, warmup_epochs)
+        return BatchSamplerCallback(pool_size, self.composer, warmup_epochs, recycle=self.recycle)
 
 
 uniform = partial(Arm, composer=None)
@@ -86,8 +74,15 @@ ARMS = {
     # Later
     "late-half": Arm(uniform_part=0.5),
     "late-quarter": Arm(uniform_part=0.75),
-    # Not the nearest
+    # Remedies for false negatives; the last is an oracle, which says what they do
     "skip": Arm(walk(SkippingGraph())),
+    "masked": Arm(masked="nearest"),
+    "steady0.1": Arm(steady=0.1),
+    "oracle": Arm(masked="labels"),
+    "oracle-uniform": uniform(masked="labels"),
+    # From the embeddings that training computes; the second as in the paper
+    "recycle": Arm(recycle=True),
+    "paper": Arm(public_code().composer, pool=None, recycle=True),
     # Other ways to compose
     "knn": Arm(knn_batches),
     "gcbs": Arm(GCBSComposer(n_neighbors=15)),

@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nt_xent(first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0) -> Tensor:
+def nt_xent(
+    first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0, masked: Tensor | None = None
+) -> Tensor:
     """SimCLR's normalised temperature-scaled cross entropy (InfoNCE); ``class_prior`` is not used.
+
+    Pairs of instances that are true in ``masked``, bool ``[B, B]``, are no negatives of each other.
 
     Source: Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020.
     """
     logits, partner = pair_logits(first, second, temperature)
+    if masked is not None:
+        others = masked & ~torch.eye(len(masked), dtype=torch.bool, device=masked.device)
+        logits = logits.masked_fill(others.repeat(2, 2), -torch.inf)
     return F.cross_entropy(logits, partner)
 
 

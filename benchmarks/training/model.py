@@ -1,11 +1,16 @@
 """The model that all tasks train, and small networks for it."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+Mask = Callable[[NDArray[np.int64]], Tensor | None]
 
 
 class Contrastive(LightningModule):
@@ -15,24 +20,30 @@ class Contrastive(LightningModule):
         encoder: Inputs ``[n, ...]`` -> features ``[n, d]``.
         projector: Features -> what the loss compares.
         loss: ``loss(first, second)`` -> scalar.
+        mask: Dataset indices of a batch -> which pairs are no negatives, bool ``[B, B]``, or ``None``; handed to the
+            loss as ``masked``.
         learning_rate: Of Adam; falls to zero along a cosine.
         steps: All of training.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, loss, learning_rate: float, steps: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, projector: nn.Module, loss, learning_rate: float, steps: int, mask: Mask | None = None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.loss = loss
+        self.mask = mask
         self.learning_rate = learning_rate
         self.steps = steps
 
     def embed(self, batch: Tensor) -> Tensor:
         return self.projector(self.encoder(batch))
 
-    def training_step(self, views: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, views: Tensor, batch_idx: int) -> dict[str, Tensor]:
         first, second = self.embed(views.flatten(0, 1)).chunk(2)
-        return self.loss(first, second)
+        masked = {} if self.mask is None else {"masked": self.mask(self.trainer.datamodule.trained_batch())}
+        return {"loss": self.loss(first, second, **masked), "embeddings": torch.cat([first, second], dim=1).detach()}
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-6, fused=True)

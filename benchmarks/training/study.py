@@ -79,10 +79,12 @@ def train(task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> tuple[Co
     n_epochs = round(settings["steps"] / (task.size // batch_size))
     loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], class_prior=task.class_prior)
     steps = n_epochs * (task.size // batch_size)
-    model = Contrastive(*task.networks(), loss=loss, learning_rate=settings["learning_rate"], steps=steps)
+    callback = arm.callback(batch_size, n_epochs)
+    mask = None if arm.masked is None else partial(same_label, task.labels) if arm.masked == "labels" else callback.mask
+    model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, mask)
     trainer = Trainer(
         max_epochs=n_epochs,
-        callbacks=arm.callbacks(batch_size, n_epochs),
+        callbacks=[] if callback is None else [callback],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -98,6 +100,12 @@ def train(task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> tuple[Co
     return model, logged
 
 
+def same_label(labels: Tensor, batch: np.ndarray) -> Tensor:
+    """Which pairs of a batch are false negatives, bool ``[B, B]``."""
+    own = labels[torch.from_numpy(batch)]
+    return own[:, None] == own
+
+
 # What the batches are like
 
 
@@ -111,8 +119,9 @@ def own_batches(embeddings: Tensor, arm: Arm, batch_size: int, seed: int) -> Ten
     sampler = PoolBatchSampler(
         len(embeddings),
         batch_size,
-        pool_size=min(arm.pool * batch_size, len(embeddings)),
+        pool_size=len(embeddings) if arm.pool is None else min(arm.pool * batch_size, len(embeddings)),
         plan_pool=None if arm.composer is None else plan,
+        replacement=getattr(arm.composer, "replacement", False),
         seed=seed,
     )
     batches = torch.tensor(list(sampler))
