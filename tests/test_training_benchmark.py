@@ -15,7 +15,7 @@ from scipy import stats
 from bs_lightning.compose import check_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.training import evaluate, losses, report, study, text
+from benchmarks.training import evaluate, losses, remedies, report, study, text
 from benchmarks.training.arms import ARMS
 
 BATCH, TEMPERATURE = 5, 0.3
@@ -48,6 +48,29 @@ def test_losses_are_those_of_the_papers(kind, class_prior):
     first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
     loss = losses.LOSSES[kind](first, second, temperature=TEMPERATURE, class_prior=class_prior)
     assert float(loss) == pytest.approx(literal_loss(first, second, kind, class_prior))
+
+
+def test_masked_pairs_are_no_negatives():
+    """Masking all of an instance's others but one leaves the loss over that one."""
+    first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
+    masked = torch.zeros(BATCH, BATCH, dtype=torch.bool)
+    masked[:2, 2:] = masked[2:, :2] = masked[0, 0] = True
+    losses_of_parts = [
+        float(losses.nt_xent(first[part], second[part], temperature=TEMPERATURE)) * len(first[part])
+        for part in (slice(0, 2), slice(2, BATCH))
+    ]
+    loss = losses.nt_xent(first, second, temperature=TEMPERATURE, masked=masked)
+    assert float(loss) == pytest.approx(sum(losses_of_parts) / BATCH)
+
+
+def test_mutual_nearest_of_a_pool_are_masked():
+    """There are three pairs of alike, and two alone."""
+    z = torch.eye(8)[[0, 1, 2, 3, 4, 0, 1, 2]] + 0.01 * torch.randn(8, 8)
+    callback = remedies.MaskingCallback(8, study.ARMS["pool10"].composer, n_nearest=1)
+    callback.composer(z, 8, seed=0, epoch=0)
+    callback._position = {10 + position: position for position in range(8)}
+    mask = callback.mask(np.array([15, 12, 10, 13, 17]))
+    assert mask.nonzero().tolist() == [[0, 2], [1, 4], [2, 0], [4, 1]]
 
 
 def test_retrieval_and_recall():
@@ -87,8 +110,9 @@ def test_a_cell_pairs_by_seed(tmp_path):
 def test_every_arm_composes_a_pool(arm):
     if arm == "b3":
         pytest.importorskip("pymetis")
-    batches = ARMS[arm].composer(torch.randn(160, 8), 16, seed=1, epoch=0)
-    check_batches(batches, 160, 16)
+    composer = ARMS[arm].composer
+    batches = composer(torch.randn(160, 8), 16, seed=1, epoch=0)
+    check_batches(batches, 160, 16, replacement=getattr(composer, "replacement", False))
 
 
 def test_sentences_that_pairs_join_mean_the_same():
@@ -123,7 +147,8 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     assert len(study.read(tmp_path / "results.csv")) == 7
 
 
-def test_a_whole_run(tmp_path):
+@pytest.mark.parametrize("arm", ["pool4", "masked", "oracle-uniform", "steady0.1", "paper"])
+def test_a_whole_run(tmp_path, arm):
     (tmp_path / "omniglot").mkdir()
     with zipfile.ZipFile(tmp_path / "omniglot" / "images_background_small1.zip", "w") as archive:
         for number in range(4 * 5 * 20):
@@ -132,7 +157,7 @@ def test_a_whole_run(tmp_path):
             alphabet, character, drawing = number // 100, number // 20 % 5, number % 20
             archive.writestr(f"images/alphabet{alphabet}/character{character}/{drawing}.png", file.getvalue())
     settings = study.TASKS["omniglot-pairs"].defaults | {"steps": 15, "batch_size": 8, "width": 4}
-    (row,) = study.run_missing("omniglot-pairs", ["pool4"], [0], tmp_path, settings, tmp_path / "results.csv")
+    (row,) = study.run_missing("omniglot-pairs", [arm], [0], tmp_path, settings, tmp_path / "results.csv")
     assert 0 <= row["result/r1_held_back"] <= 1
-    assert -1 <= row["last_epoch/hardness"] <= 1
+    assert ARMS[arm].composer is None or -1 <= row["last_epoch/hardness"] <= 1
     assert set(study.read(tmp_path / "results.csv")[0]) == set(row)
