@@ -225,7 +225,6 @@ def test_the_public_codes_settings_train():
     callback = public_code()
     graph, composer = callback.composer.graph, callback.composer
     assert (graph.n_candidates, graph.n_neighbors, composer.replacement) == (1000, 100, True)
-    assert [composer.restart_probability(epoch) for epoch in (0, 5, 10)] == pytest.approx([0.2, 0.1, 0.05])
     assert (callback.refresh_every, callback.recycle, callback.warmup_epochs) == (100, True, 1)
     model = Returns()
     fit(model, Data(16, 1600), callback, max_epochs=2)

@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_lightning import ExactGraph, RWRComposer
+from bs_lightning.presets import public_code
 from bs_lightning.schedules import LinearDecay, Staircase
 
 
 def literal_staircase(epoch):
-    """As the design describes the public code: 0.2, lowered by 0.1 every 5 epochs, not below 0.05."""
+    """0.2, lowered by 0.1 every 5 epochs, not below 0.05."""
     alpha = 0.2
     for past in range(1, epoch + 1):
         if past % 5 == 0:
@@ -18,8 +19,15 @@ def literal_staircase(epoch):
 
 
 @given(st.integers(0, 200))
-def test_the_default_staircase_is_the_public_codes(epoch):
+def test_staircase(epoch):
     assert Staircase()(epoch) == pytest.approx(literal_staircase(epoch))
+
+
+@given(st.integers(0, 200))
+def test_the_presets_schedule_is_the_public_codes(epoch):
+    """Which counts epochs from 1."""
+    literal = max(0.2 - ((epoch + 1) / 5) * 0.1, 0.05)
+    assert public_code().composer.restart_probability(epoch) == pytest.approx(literal)
 
 
 @given(st.integers(0, 300), st.floats(0.01, 1), st.floats(0.01, 1), st.integers(1, 200))

@@ -11,11 +11,13 @@ def public_code() -> BatchSamplerCallback:
 
     Every 100 steps a graph over the whole data set: each instance's 100 nearest among 1000 random candidates, in the
     embeddings that training has computed (``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``; the public
-    code takes both views' projections: ``torch.cat([z1, z2], dim=1)``). Walks may take what earlier batches took, with
-    a restart probability of 0.2 that falls by 0.1 every 5 epochs to 0.05. One uniform epoch first.
+    code takes both views' projections: ``torch.cat([z1, z2], dim=1)``). Walks may take what earlier batches took. One
+    uniform epoch first. The restart probability is ``0.2 - epoch / 5 * 0.1`` with epochs from 1, at least 0.05: it
+    falls by 0.02 every epoch, and not by 0.1 every five, as one may read it.
 
-    Trained there with batches of 256, temperature 0.5, and Adam with learning rate 1e-3 and weight decay 1e-6. Walks
-    with replacement see about 60% of the data in an epoch; this library's defaults see all of it.
+    Trained there with batches of 256, temperature 0.5, and Adam with learning rate 1e-3 and weight decay 1e-6. An epoch
+    here has ``N // B`` batches, in which walks with replacement see about 60% of the data; there it goes on until all
+    were seen. This library's defaults see all in ``N // B`` batches.
 
     Example:
         >>> from bs_lightning.presets import public_code
@@ -26,6 +28,8 @@ def public_code() -> BatchSamplerCallback:
     Source: the public implementation of arXiv 2306.03355.
     """
     composer = RWRComposer(
-        RandomCandidateGraph(n_candidates=1000, n_neighbors=100), restart_probability=Staircase(), replacement=True
+        RandomCandidateGraph(n_candidates=1000, n_neighbors=100),
+        restart_probability=Staircase(start=0.18, step=0.02, every=1, floor=0.05),
+        replacement=True,
     )
     return BatchSamplerCallback(composer=composer, warmup_epochs=1, refresh_every=100, recycle=True)

@@ -44,7 +44,7 @@ class LinearDecay:
 
 @dataclass(frozen=True)
 class Staircase:
-    """Falls by ``step`` every ``every`` epochs, never below ``floor``: the public code's schedule.
+    """Falls by ``step`` every ``every`` epochs, never below ``floor``.
 
     Args:
         start: The first epoch's value, in ``(0, 1]``.
@@ -60,7 +60,8 @@ class Staircase:
         >>> [round(Staircase()(epoch), 3) for epoch in (0, 4, 5, 9, 10, 50)]
         [0.2, 0.2, 0.1, 0.1, 0.05, 0.05]
 
-    Source: the paper's public implementation, whose settings are the defaults.
+    Source: the paper's public implementation, in the way that its line ``0.2 - (epoch / 5) * 0.1`` may be meant. What
+    that line does is ``Staircase(0.18, 0.02, every=1)``, as :func:`~bs_lightning.presets.public_code` has it.
     """
 
     start: float = 0.2
