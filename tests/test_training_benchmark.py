@@ -101,7 +101,7 @@ def test_a_cell_pairs_by_seed(tmp_path):
     for arm, seed, value in (("uniform", 1, 0.5), ("uniform", 0, 0.1), ("walked", 0, 0.2), ("walked", 1, 0.8)):
         study.append(path, {"task": "any", "arm": arm, "seed": seed, "steps": 3, "result/r1": value})
     difference, half = report.paired_interval([0.2, 0.8], [0.1, 0.5])
-    printed = "\n".join(report.tables(path))
+    printed = "\n".join(report.tables([path]))
     assert f"| walked | 2 | 0.5 ({difference:+.3g} ± {half:.2g}) |" in printed
     assert "| uniform | 2 | 0.3 |" in printed
 

@@ -2,7 +2,9 @@
 
     python -m benchmarks.training run --task omniglot-pairs --arms uniform pool10 --seeds 0 1 2 --data-dir DIR \\
         --results results.csv
-    python -m benchmarks.training table --results results.csv
+    python -m benchmarks.training table --results benchmarks/training/results/*.csv
+    python -m benchmarks.training overview --results benchmarks/training/results/*.csv
+    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out docs/training.png
     python -m benchmarks.training list
 
 `run` adds one row per finished run to the results; a run that is there already is skipped, so an interrupted study goes
@@ -24,8 +26,11 @@ def main() -> None:
     if args.command == "run":
         run(args)
     elif args.command == "table":
-        for path in args.results:
-            print("\n".join(report.tables(path)))
+        print("\n".join(report.tables(args.results)))
+    elif args.command == "overview":
+        print("\n".join(report.overview(args.results)))
+    elif args.command == "plot":
+        report.plot(args.results).savefig(args.out)
     else:
         for name, task in study.TASKS.items():
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in task.defaults.items()))
@@ -50,8 +55,15 @@ def arguments() -> argparse.Namespace:
     settings = {key: type(value) for task in study.TASKS.values() for key, value in task.defaults.items()}
     for key, kind in settings.items():
         group.add_argument(f"--{key.replace('_', '-')}", type=kind)
-    table = commands.add_parser("table", help="print the results as markdown")
-    table.add_argument("--results", required=True, type=Path, nargs="+")
+    for name, words in (
+        ("table", "print all that was measured as markdown"),
+        ("overview", "print the main results as markdown"),
+        ("plot", "draw the main results of the tasks at their own settings"),
+    ):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("--results", required=True, type=Path, nargs="+")
+        if name == "plot":
+            command.add_argument("--out", required=True, type=Path, help="PNG file")
     commands.add_parser("list", help="print the tasks, their settings, and the arms")
     args = parser.parse_args()
     if args.command == "run":

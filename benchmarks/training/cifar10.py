@@ -40,6 +40,7 @@ class CIFAR10SimCLR(Task):
     """
 
     name = "cifar10-simclr"
+    main = ("linear_probe", "knn")
     defaults: ClassVar[dict[str, Any]] = {
         "steps": 800,
         "batch_size": 128,

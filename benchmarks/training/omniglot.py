@@ -48,6 +48,8 @@ def drawings(data_dir: Path) -> tuple[Tensor, Tensor]:
 class Omniglot(Task):
     """What both tasks share: the split, the network and retrieval by character."""
 
+    main = ("r1_held_back", "map_held_back")
+
     def split(self, data_dir: Path, seed: int) -> tuple[Tensor, Tensor]:
         """Drawings of the characters to train on and of those held back, ``[characters, 20, 1, SIZE, SIZE]``."""
         images, alphabets = drawings(data_dir)

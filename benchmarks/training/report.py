@@ -1,4 +1,4 @@
-"""Tables: each arm's mean, and its difference to uniform batches by seed."""
+"""Tables and plots: each arm's mean, and its difference to uniform batches, paired by seed."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from .study import read
+from .study import TASKS, read
 
 BASELINE = "uniform"
 SECTIONS = {
@@ -16,6 +16,18 @@ SECTIONS = {
     "last_epoch/": "As the callback logged them in the last epoch",
     "seconds/": "Seconds",
 }
+
+Study = tuple[dict[str, str], list[dict[str, str]]]  # a task and its settings, and the runs
+
+
+def studies(paths: Sequence[Path]) -> list[Study]:
+    """The runs of results files by task and settings."""
+    found = defaultdict(list)
+    for path in paths:
+        for row in read(path):
+            settings = tuple((k, v) for k, v in row.items() if "/" not in k and k not in ("arm", "seed") and v)
+            found[settings].append(row)
+    return [(dict(settings), rows) for settings, rows in found.items()]
 
 
 def paired_interval(
@@ -30,16 +42,26 @@ def paired_interval(
     return float(difference.mean()), float(half)
 
 
-def tables(path: Path) -> Iterator[str]:
-    """Markdown: for each task and its settings, tables of arms by measures."""
-    studies = defaultdict(list)
-    for row in read(path):
-        settings = tuple((k, v) for k, v in row.items() if "/" not in k and k not in ("arm", "seed") and v)
-        studies[settings].append(row)
-    for settings, rows in studies.items():
-        (_, task), *others = settings
-        yield f"### {task}\n"
-        yield ", ".join(f"{name} {value}" for name, value in others) + "\n"
+def by_seed(rows: list[dict[str, str]], arm: str, measure: str) -> dict[str, float]:
+    return {row["seed"]: float(row[measure]) for row in rows if row["arm"] == arm and row.get(measure)}
+
+
+def difference(rows: list[dict[str, str]], arm: str, measure: str) -> tuple[float, float, int] | None:
+    """An arm's mean difference to the baseline over the seeds that both have, the half width, and how many they are."""
+    values, baseline = by_seed(rows, arm, measure), by_seed(rows, BASELINE, measure)
+    shared = [seed for seed in values if seed in baseline]
+    if arm == BASELINE or not shared:
+        return None
+    return *paired_interval([values[seed] for seed in shared], [baseline[seed] for seed in shared]), len(shared)
+
+
+# Tables
+
+
+def tables(paths: Sequence[Path]) -> Iterator[str]:
+    """Markdown: for each task and its settings, tables of arms by all measures."""
+    for settings, rows in studies(paths):
+        yield heading(settings)
         for prefix, title in SECTIONS.items():
             measures = [name for name in rows[0] if name.startswith(prefix) and any(row[name] for row in rows)]
             if measures:
@@ -47,25 +69,71 @@ def tables(path: Path) -> Iterator[str]:
                 yield table(rows, measures) + "\n"
 
 
-def table(rows: list[dict[str, str]], measures: list[str]) -> str:
+def overview(paths: Sequence[Path]) -> Iterator[str]:
+    """Markdown: for each task and its settings, one short table of what matters."""
+    why = ["last_epoch/hardness", "batch/hardness", "batch/false_negative_rate", "batch/false_negative_mass"]
+    for settings, rows in studies(paths):
+        yield heading(settings)
+        main = [f"result/{name}" for name in TASKS[settings["task"]].main]
+        yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)]) + "\n"
+
+
+def heading(settings: dict[str, str]) -> str:
+    task, *others = settings.items()
+    return f"### {task[1]}\n\n" + ", ".join(f"{name} {value}" for name, value in others) + "\n"
+
+
+def table(rows: list[dict[str, str]], measures: list[str], means_only: Sequence[str] = ()) -> str:
     """One table: a row per arm, a column per measure."""
-    lines = [["arm", "seeds", *(name.split("/")[1] for name in measures)]]
+    lines = [["arm", "seeds", *(name.split("/")[1] for name in [*measures, *means_only])]]
     lines.append(["---"] * len(lines[0]))
     for arm in dict.fromkeys(row["arm"] for row in rows):
         n_seeds = len({row["seed"] for row in rows if row["arm"] == arm})
-        lines.append([arm, str(n_seeds), *(cell(rows, arm, name) for name in measures)])
+        means = [mean(rows, arm, name) for name in means_only]
+        lines.append([arm, str(n_seeds), *(cell(rows, arm, name) for name in measures), *means])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean(rows: list[dict[str, str]], arm: str, measure: str) -> str:
+    values = by_seed(rows, arm, measure)
+    return f"{np.mean(list(values.values())):.4g}" if values else ""
 
 
 def cell(rows: list[dict[str, str]], arm: str, measure: str) -> str:
     """Mean, and the paired difference over the seeds that the baseline has too."""
-    values = {row["seed"]: float(row[measure]) for row in rows if row["arm"] == arm and row[measure]}
-    baseline = {row["seed"]: float(row[measure]) for row in rows if row["arm"] == BASELINE and row[measure]}
-    if not values:
-        return ""
-    text = f"{np.mean(list(values.values())):.4g}"
-    shared = [seed for seed in values if seed in baseline]
-    if arm == BASELINE or not shared:
-        return text
-    difference, half = paired_interval([values[seed] for seed in shared], [baseline[seed] for seed in shared])
-    return f"{text} ({difference:+.3g})" if np.isnan(half) else f"{text} ({difference:+.3g} ± {half:.2g})"
+    found = difference(rows, arm, measure)
+    if found is None:
+        return mean(rows, arm, measure)
+    middle, half, _ = found
+    return f"{mean(rows, arm, measure)} ({middle:+.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}") + ")"
+
+
+# Plots
+
+
+def plot(paths: Sequence[Path]):
+    """A figure: for each task at its own settings, every arm's differences with their intervals."""
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("Agg")
+    shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
+    arms = list(dict.fromkeys(row["arm"] for _, rows in shown for row in rows if row["arm"] != BASELINE))
+    size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, (settings, rows) in zip(panels[0], shown, strict=True):
+        axes.axvline(0, color="0.6", linewidth=1)
+        for number, name in enumerate(TASKS[settings["task"]].main):
+            found = {arm: difference(rows, arm, f"result/{name}") for arm in arms}
+            points = [(x, arms.index(arm), half) for arm, each in found.items() if each for x, half, _ in [each]]
+            x, y, half = np.array(points).T
+            axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
+        axes.set(title=settings["task"], xlabel=f"points above {BASELINE}")
+        axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0][0].set_yticks(range(len(arms)), arms)
+    panels[0][0].invert_yaxis()
+    return figure
+
+
+def has_defaults(settings: dict[str, str]) -> bool:
+    return all(str(value) == settings[name] for name, value in TASKS[settings["task"]].defaults.items())

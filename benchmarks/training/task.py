@@ -20,6 +20,7 @@ class Task:
 
     name: ClassVar[str]
     defaults: ClassVar[dict[str, Any]]  # at least steps, batch_size, temperature, learning_rate
+    main: ClassVar[tuple[str, str]]  # of what `evaluate` gives, what overviews show
     class_prior: ClassVar[float]  # what the debiased losses take for the chance that a negative is false
 
     size: int  # instances

@@ -95,6 +95,8 @@ class Text(Task):
     and 0.986, this network untrained 0.76 and 0.94. In training they are false negatives that no label shows.
     """
 
+    main = ("sts", "r1")
+
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
         self.folder = data_dir / "sts"
         self.width = settings["width"]
