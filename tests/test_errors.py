@@ -21,6 +21,11 @@ from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGrap
         ({"composer": 3}, TypeError, "composer must be callable, such as RWRComposer.., got 3"),
         ({"embed": 3}, TypeError, "embed must be a function of .pl_module, batch., got 3"),
         ({"encode_batch_size": 0}, ValueError, "encode_batch_size must be at least 1, got 0"),
+        ({"composer": RWRComposer}, TypeError, r"composer must be callable, such as RWRComposer\(\), got <class"),
+        ({"pool_size": "100"}, TypeError, "pool_size must be an integer, got '100'"),
+        ({"warmup_epochs": None}, TypeError, "warmup_epochs must be an integer, got None"),
+        ({"encode_batch_size": 2.5}, TypeError, "encode_batch_size must be an integer, got 2.5"),
+        ({"refresh_every": True}, TypeError, "refresh_every must be an integer, got True"),
     ],
 )
 def test_callback_arguments(kwargs, error, words):
@@ -225,6 +230,7 @@ def one_not_finite(z, batch):
         (lambda z, batch: torch.cat([z, z]), ValueError, "embed returned 64 rows for 32 instances"),
         (lambda z, batch: z.long(), TypeError, r"embed must return a float tensor .*, got a tensor of torch.int64"),
         (lambda z, batch: None, TypeError, "embed must return a float tensor .*, got NoneType"),
+        (lambda z, batch: z[:, :0], ValueError, r"embed must return shape \[b, d\], got \[32, 0\]"),
         (one_not_finite, ValueError, "embedding of dataset index 42 is not finite"),
     ],
 )
@@ -251,6 +257,7 @@ def test_a_collate_fn_that_drops_rows():
         (lambda b: b - 1, ValueError, r"must return positions in \[0, 32\), got -1"),
         (lambda b: np.where(b == 3, 9, b), ValueError, "returned position 9 twice. If batches may share"),
         (lambda b: None, TypeError, "must return integer positions in the pool, got dtype object"),
+        (lambda b: [[0, 1], [2]], ValueError, "The composer must return an array of positions in the pool: .*inhomog"),
     ],
 )
 def test_composers(make, error, words):
@@ -278,13 +285,38 @@ def test_composers_with_replacement_may_repeat_but_not_within_a_batch():
         fit(Model(), Data(8, 96), walker(composer=Composer(np.zeros(8, dtype=int))))
 
 
+def test_a_graph_with_too_few_or_too_many_rows():
+    for graph in (lambda z, *, seed=0: ExactGraph(3)(z[1:]), lambda z, *, seed=0: ExactGraph(3)(torch.cat([z, z[:1]]))):
+        with pytest.raises(ValueError, match="graph must return a row of neighbours for each of 32 embeddings, got 3"):
+            fit(Model(), Data(8, 96), walker(composer=RWRComposer(graph)))
+
+
+def test_a_training_step_that_fetches_for_itself():
+    """It would lose every epoch's first batch: Lightning counts it before it is asked for."""
+
+    class Fetches(Model):
+        def training_step(self, dataloader_iter):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"Fetches.training_step must take \(batch, batch_idx\)"):
+        fit(Fetches(), Data())
+
+
+def test_numpys_integers_are_integers(tmp_path):
+    data = Data(np.int64(8), seed=np.int64(3))
+    made = fit(Model(), data, BatchSamplerCallback(np.int64(32), RWRComposer(ExactGraph(np.int32(5)))), max_epochs=1)
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["Data"]
+    assert (state["seed"], state["global_batch_size"]) == (3, 8)
+
+
 def test_importing_loads_neither_numba_nor_pynndescent():
     code = "import sys, bs_lightning; print([m for m in ('numba', 'pynndescent') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(100, 3, dtype=torch.long), [0.5] * 100, ["cat"] * 100])
+@pytest.mark.parametrize("labels", [torch.zeros(100, 3, dtype=torch.long), [0.5] * 100, ["cat"] * 100, iter([1])])
 def test_labels_that_are_no_class_numbers(labels):
     class Odd(Data):
         def train_labels(self):

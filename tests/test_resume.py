@@ -119,6 +119,37 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(saves, flags, make, 
         assert resumed.batches == whole.batches[step:], f"from step {step}"
 
 
+@pytest.mark.parametrize("step", [2, 5, 9])
+def test_looking_into_the_loader_while_an_epoch_is_trained_disturbs_nothing(step, tmp_path):
+    """Neither what a checkpoint says, nor `trained_batch`, nor the number of pools that are encoded."""
+    served, encoded = [], []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            served.append(trainer.datamodule.trained_batch().tolist())
+            if trainer.global_step == step:
+                assert len(list(trainer.train_dataloader)) == 12
+
+    class Counts(Exact):
+        def embed(self, batch):
+            encoded.append(len(batch[0]))
+            return self(batch)
+
+    def run(model, saves, ckpt_path=None, *callbacks):
+        data = ValidatedData(8, 100, seed=11)
+        callbacks = [*callbacks, walker(32), saves(tmp_path)]
+        settings = {"enable_checkpointing": True, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}
+        fit(model, data, *callbacks, max_epochs=1, ckpt_path=ckpt_path, **settings)
+        return model.batches
+
+    torch.manual_seed(0)
+    whole = run(Counts(), every_step, None, Looks())
+    assert served == whole
+    assert encoded == [32] * 3
+    for start in range(1, 12):
+        assert run(Exact(), each_epoch, tmp_path / f"step={start}.ckpt") == whole[start:]
+
+
 LOADERS = [
     {"num_workers": 2, "prefetch_factor": 2},
     {"num_workers": 2, "prefetch_factor": 8},

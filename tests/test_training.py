@@ -2,16 +2,19 @@
 
 import copy
 import random
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, fit, pool_order, same_cluster_share, trainer, walker
 
-from bs_lightning import ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning.encode import _warn_once
 
 # Batches
 
@@ -76,6 +79,130 @@ def test_hardness_is_that_of_the_embeddings_the_batches_were_made_from():
     pairs = (batches @ batches.transpose(1, 2))[:, ~torch.eye(8, dtype=torch.bool)]
     assert made.callback_metrics["batch_sampler/hardness"] == pytest.approx(pairs.mean().item(), abs=1e-5)
     assert "batch_sampler/false_negative_rate" not in made.callback_metrics
+
+
+def test_hardness_is_that_of_true_negatives_where_labels_are_known():
+    """Pools of one and of three batches: each batch counts alike."""
+    seen = []
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        seen.append(embeddings)
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    class Unequal(Model):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.trainer.train_dataloader.batch_sampler._plan.pool_size = 24  # after a first pool of one batch
+
+    model = Unequal()
+    made = fit(model, Data(8, 32), walker(8, composer=composer), max_epochs=1)
+    assert [len(z) for z in seen] == [8, 24]
+    similarities = []
+    for batch, z in zip(model.batches, torch.cat(seen).reshape(4, 8, -1), strict=True):
+        labels = torch.tensor(batch) % 10
+        similarities.append((z @ z.T)[labels[:, None] != labels].mean())
+    # The first pool weighs a quarter; within the second all its pairs count alike.
+    counts = [int(sum(a % 10 != b % 10 for a in batch for b in batch)) for batch in model.batches]
+    second = np.average([s.item() for s in similarities[1:]], weights=counts[1:])
+    expected = (similarities[0].item() + 3 * second) / 4
+    assert made.callback_metrics["batch_sampler/hardness"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_logs_the_seconds_that_each_step_took():
+    class Slow(RWRComposer):
+        def __call__(self, *args, **kwargs):
+            batches = super().__call__(*args, **kwargs)
+            self.seconds = {"graph": 100.0, "walk": 10.0}
+            return batches
+
+    def embed(module, batch):
+        time.sleep(0.05)
+        return module(batch)
+
+    start = time.perf_counter()
+    made = fit(Model(), Data(8, 96), walker(32, composer=Slow(ExactGraph(5)), embed=embed), max_epochs=1)
+    logged = made.callback_metrics
+    assert logged["batch_sampler/graph_seconds"] == 300
+    assert logged["batch_sampler/walk_seconds"] == 30
+    assert 0.15 <= logged["batch_sampler/encode_seconds"] < time.perf_counter() - start
+
+
+def test_by_default_a_pool_is_ten_global_batches_and_the_first_epoch_is_uniform():
+    model, sizes = Model(), []
+
+    def composer(embeddings, batch_size, *, seed, epoch):
+        sizes.append((epoch, len(embeddings)))
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(model, Data(8, 320), BatchSamplerCallback(composer=composer), max_epochs=2)
+    assert sizes == [(1, 80)] * 4
+
+
+def test_a_model_that_logs_and_counts_in_forward():
+    """Encoding goes through the same `forward`, and must not be counted."""
+
+    class Logs(Model):
+        def __init__(self):
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+            self.lengths = torchmetrics.CatMetric()
+            self.cache = None
+
+        def forward(self, batch):
+            self.cache = batch[0]
+            self.mean.update(batch[1])
+            self.lengths.update(batch[1].norm(dim=1))
+            self.log("forward/rows", float(len(batch[0])))
+            self.log_dict({"forward/first": float(batch[0][0])})
+            return super().forward(batch)
+
+        def training_step(self, batch, batch_idx):
+            assert self.cache is None or len(self.cache) == 8
+            self(batch)
+            return super().training_step(batch, batch_idx)
+
+    logged, states = [], []
+    for callbacks in ([], [walker(composer=pool_order)]):
+        torch.manual_seed(0)
+        model = Logs()
+        made = fit(model, Data(seed=1), *callbacks, max_epochs=1)
+        logged.append({name: value for name, value in made.callback_metrics.items() if name.startswith("forward")})
+        states.append([float(model.mean.compute()), len(model.lengths.compute()), model.mean._update_count])
+    assert logged[0] == logged[1]
+    assert states[0] == states[1]
+
+
+def test_a_lazy_module_becomes_a_real_one_while_encoding():
+    class Lazy(Model):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.LazyBatchNorm1d())
+
+    model = Lazy()
+    fit(model, Data(), walker(warmup_epochs=1))
+    assert [type(part).__name__ for part in model.encoder] == ["Linear", "BatchNorm1d"]
+
+
+def test_pools_smaller_than_the_graphs_neighbors():
+    model = Model()
+    fit(model, Data(4, 50), walker(4, composer=RWRComposer(ExactGraph(15))), max_epochs=1)
+    assert len(set(sum(model.batches, []))) == 48
+
+
+def test_the_batch_size_is_that_of_the_loader_being_served():
+    """Changed in mid-fit it is read when the next loader is made, as Lightning does it."""
+
+    class Grows(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            trainer.datamodule.batch_size = 16
+
+    model = Model()
+    fit(model, Data(8, 96), walker(32), Grows(), max_epochs=2)
+    assert [len(batch) for batch in model.batches] == [8] * 24
+
+
+def test_warns_where_no_batch_would_be_composed():
+    with pytest.warns(UserWarning, match="composes no batch: all of max_epochs=1 are within warmup_epochs=1"):
+        fit(Model(), Data(), walker(warmup_epochs=1), max_epochs=1)
 
 
 def test_seed_none_takes_the_global_seed():
@@ -426,15 +553,34 @@ def test_encoding_shows_in_the_progress_bar(bar, monkeypatch, capfd):
 # Warnings
 
 
+class ForgetsWarnings:
+    """What pynndescent's graph does: it makes Python forget which warnings it has shown."""
+
+    def __call__(self, embeddings, *, seed=0):
+        with warnings.catch_warnings():
+            return ExactGraph(5)(embeddings)
+
+
+@pytest.fixture
+def _nothing_warned_of():
+    _warn_once.cache_clear()
+
+
+@pytest.mark.usefixtures("_nothing_warned_of")
 def test_a_collapsed_model_is_served_and_warned_of_once():
     model = Model()
+
+    def embed(module, batch):
+        return torch.ones(len(batch[0]), 4)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        fit(model, Data(), walker(embed=lambda module, batch: torch.ones(len(batch[0]), 4)), max_epochs=2)
+        fit(model, Data(), walker(composer=RWRComposer(ForgetsWarnings()), embed=embed), max_epochs=2)
     assert len([w for w in caught if "collapsed" in str(w.message)]) == 1
     assert all(len(set(sum(batches, []))) == 96 for batches in model.epochs.values())
 
 
+@pytest.mark.usefixtures("_nothing_warned_of")
 def test_zero_rows_are_served_and_warned_of_once():
     def embed(module, batch):
         return module(batch) * (batch[0] % 10 > 0)[:, None]
@@ -442,6 +588,25 @@ def test_zero_rows_are_served_and_warned_of_once():
     model = Model()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        fit(model, Data(), walker(embed=embed), max_epochs=2)
+        fit(model, Data(), walker(composer=RWRComposer(ForgetsWarnings()), embed=embed), max_epochs=2)
     assert len([w for w in caught if "all zero" in str(w.message)]) == 1
     assert all(len(set(sum(batches, []))) == 96 for batches in model.epochs.values())
+
+
+@pytest.mark.usefixtures("_nothing_warned_of")
+def test_two_equal_instances_are_no_collapse():
+    """Before the warm-up two instances are embedded on trial."""
+
+    class Twins(Points):
+        def __init__(self, n):
+            super().__init__(n)
+            self.points[1] = self.points[0]
+
+    class TwinData(Data):
+        def train_dataset(self):
+            return Twins(self.n)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit(Model(), TwinData(), walker(warmup_epochs=1), max_epochs=2)
+    assert not [w for w in caught if "collapsed" in str(w.message)]

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.compose import Composer, RWRComposer, check_batches
 from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
@@ -48,9 +49,10 @@ class BatchSamplerCallback(Callback):
     exactly; put callbacks that save in ``on_train_batch_end`` behind this one.
 
     Logged by the module at each epoch's end: ``batch_sampler/hardness`` (mean cosine similarity of the negatives in
-    a batch, in the embeddings the batches were made from), ``batch_sampler/false_negative_rate`` (where labels are
-    known), ``batch_sampler/encode_seconds`` and the composer's own, as ``batch_sampler/graph_seconds`` and
-    ``batch_sampler/walk_seconds``, and ``batch_sampler/time_share``, the part of the epoch that all these took.
+    a batch, in the embeddings the batches were made from; where labels are known, of the true negatives),
+    ``batch_sampler/false_negative_rate`` (where labels are known), ``batch_sampler/encode_seconds`` and the composer's
+    own, as ``batch_sampler/graph_seconds`` and ``batch_sampler/walk_seconds``, and ``batch_sampler/time_share``, the
+    part of the epoch that all these took.
 
     Args:
         pool_size: Instances planned together, about: the main knob. Larger pools make harder batches with more false
@@ -70,7 +72,7 @@ class BatchSamplerCallback(Callback):
     Raises:
         ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
             arguments exclude each other.
-        TypeError: If ``composer`` or ``embed`` is not callable.
+        TypeError: If ``composer`` or ``embed`` is not callable, or an argument is of another type.
 
     Example::
 
@@ -103,18 +105,18 @@ class BatchSamplerCallback(Callback):
         embed: Callable[[LightningModule, Any], Tensor] | None = None,
         encode_batch_size: int | None = None,
     ) -> None:
-        if pool_size is not None and pool_size < 2:
+        if pool_size is not None and check_integer("pool_size", pool_size) < 2:
             raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
-        if composer is not None and not callable(composer):
-            raise TypeError(f"composer must be callable, such as RWRComposer(), got {composer!r}.")
-        if warmup_epochs < 0:
+        if composer is not None:
+            check_instance_callable("composer", composer, "RWRComposer()")
+        if check_integer("warmup_epochs", warmup_epochs) < 0:
             raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. 0 walks from the start.")
         if embed is not None and not callable(embed):
             raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
-        if encode_batch_size is not None and encode_batch_size < 1:
+        if encode_batch_size is not None and check_integer("encode_batch_size", encode_batch_size) < 1:
             raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
         if refresh_every is not None:
-            if refresh_every < 1:
+            if check_integer("refresh_every", refresh_every) < 1:
                 raise ValueError(f"refresh_every must be at least 1 step, got {refresh_every}. The paper's is 100.")
             if pool_size is not None:
                 raise ValueError(
@@ -216,6 +218,7 @@ class BatchSamplerCallback(Callback):
         if dataset is not None:
             check_map_style(dataset, "pool_dataset()")
         labels = datamodule.train_labels()
+        labels = None if labels is None else _as_labels(labels)
         for name, values in (("pool_dataset()", dataset), ("train_labels()", labels)):
             if values is not None and len(values) != layout.n_instances:  # type: ignore[arg-type]
                 raise ValueError(
@@ -224,7 +227,7 @@ class BatchSamplerCallback(Callback):
                 )
         self._pool_dataset = dataset
         self._close()
-        self._labels = None if labels is None else _as_labels(labels)
+        self._labels = labels
 
     # Lightning's hooks
 
@@ -261,7 +264,12 @@ class BatchSamplerCallback(Callback):
                 "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
             )
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        if trainer.current_epoch < self.warmup_epochs < last and not self.recycle:
+        if last <= self.warmup_epochs and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"BatchSamplerCallback composes no batch: all of max_epochs={trainer.max_epochs} are within "
+                f"warmup_epochs={self.warmup_epochs}."
+            )
+        elif trainer.current_epoch < self.warmup_epochs and not self.recycle:
             self._try_encoding(trainer)
         self._start_epoch()  # resumed in mid-epoch, there is no `on_train_epoch_start`
 
@@ -345,6 +353,8 @@ class BatchSamplerCallback(Callback):
                 raise
 
         with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
+            # What a model logs in `forward` is of training, and Lightning allows no logging here. `no_trace` ends it.
+            module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
                 # Batch norm's statistics differ between ranks until DDP's next forward pass, and only rank 0's are in
                 # a checkpoint: one pool is embedded by one model.
@@ -404,7 +414,8 @@ class BatchSamplerCallback(Callback):
         return gathered.transpose(0, 1).flatten(1).cpu().numpy(), log, seconds
 
     def _compose(self, trainer: Trainer, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
-        batch_size = trainer.datamodule.batch_size * (1 if self.per_rank else trainer.world_size)
+        layout = trainer.datamodule.train_sampler.layout
+        batch_size = layout.batch_size if self.per_rank else layout.global_batch_size
         start = time.perf_counter()
         with isolated_rng():
             returned = self.composer(embeddings, batch_size, seed=seed, epoch=epoch)
@@ -422,6 +433,10 @@ class BatchSamplerCallback(Callback):
             false_negatives.update(labels)
             log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
         return batches, log, dict(seconds)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _has_embed(module: LightningModule) -> bool:

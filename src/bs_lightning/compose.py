@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning.graphs import Neighbors, NNDescentGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
@@ -48,6 +49,7 @@ class RWRComposer:
         seconds: What the last call spent in ``"graph"`` and ``"walk"``.
 
     Raises:
+        TypeError: If ``graph`` cannot be called, or an argument is of another type.
         ValueError: If ``restart_probability`` is a number outside ``(0, 1]``, or ``n_roots`` below 1.
 
     Example:
@@ -67,9 +69,11 @@ class RWRComposer:
         replacement: bool = False,
         n_roots: int = 1,
     ) -> None:
+        if graph is not None:
+            check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
         if not callable(restart_probability):
             check_restart_probability(restart_probability)
-        if n_roots < 1:
+        if check_integer("n_roots", n_roots) < 1:
             raise ValueError(f"n_roots must be at least 1, got {n_roots}. The paper walks from one root per batch.")
         self.graph = NNDescentGraph() if graph is None else graph
         self.restart_probability = restart_probability
@@ -88,11 +92,20 @@ class RWRComposer:
 
         Returns:
             int64 of shape ``[P // batch_size, batch_size]``, positions in the pool.
+
+        Raises:
+            ValueError: If the embeddings are not of shape ``[P, d]`` or not finite, or the graph does not give a row
+                of neighbours for each.
         """
         alpha = self.restart_probability
         start = time.perf_counter()
         neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()
+        if len(neighbors) != len(embeddings):
+            raise ValueError(
+                f"The graph must return a row of neighbours for each of {len(embeddings)} embeddings, got "
+                f"{len(neighbors)} rows."
+            )
         batches = rwr_batches(
             neighbors,
             batch_size,
@@ -121,7 +134,10 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
         TypeError: If they are not integers.
         ValueError: If they have another shape, lie outside ``[0, pool_size)``, or repeat a position.
     """
-    array = np.asarray(batches)
+    try:
+        array = np.asarray(batches)
+    except ValueError as error:  # rows of unequal length
+        raise ValueError(f"The composer must return an array of positions in the pool: {error}") from None
     if array.dtype.kind not in "iu":
         raise TypeError(f"The composer must return integer positions in the pool, got dtype {array.dtype}.")
     shape = (pool_size // batch_size, batch_size)

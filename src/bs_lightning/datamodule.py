@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -58,11 +59,9 @@ class BatchSamplerDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_dataloader_kwargs(dataloader_kwargs)
-        if seed is not None:
-            check_seed(seed)
         self.batch_size = batch_size
         self.drop_last = drop_last
-        self.seed = seed
+        self.seed = None if seed is None else check_seed(seed)
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
         self._checkpoint: tuple[Any, dict[str, Any]] | None = None
@@ -87,7 +86,11 @@ class BatchSamplerDataModule(LightningDataModule):
         self._trainer = trainer
 
     def train_dataset(self) -> Dataset[Any]:
-        """The map-style data set to train on. Must be overridden; called once per ``train_dataloader``."""
+        """The map-style data set to train on. Must be overridden; called once per ``train_dataloader``.
+
+        Raises:
+            NotImplementedError: If it is not overridden.
+        """
         raise NotImplementedError(f"{type(self).__name__} must override train_dataset().")
 
     def pool_dataset(self) -> Dataset[Any]:
@@ -105,7 +108,8 @@ class BatchSamplerDataModule(LightningDataModule):
         """The loader that serves the plan. Not to be overridden.
 
         Raises:
-            TypeError: If the data set is iterable-style or ``batch_size`` no integer.
+            TypeError: If the data set is iterable-style, ``batch_size`` no integer, or ``training_step`` takes
+                ``dataloader_iter``.
             ValueError: If ``batch_size`` is below 2 or the data set is smaller than a global batch.
         """
         for name in ("train_dataset", "pool_dataset", "train_labels"):
@@ -114,6 +118,12 @@ class BatchSamplerDataModule(LightningDataModule):
                     f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
                     "Keep yours under another name, and return it there."
                 )
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise TypeError(
+                f"{type(module).__name__}.training_step must take (batch, batch_idx): one that takes dataloader_iter "
+                "fetches batches itself, and which of them is being trained cannot be known."
+            )
         dataset = self.train_dataset()
         check_map_style(dataset, "train_dataset()")
         self._train_dataset = dataset
@@ -133,6 +143,9 @@ class BatchSamplerDataModule(LightningDataModule):
         """The dataset indices of the global batch that is being trained, int64; a process's slice of it is contiguous.
 
         For callbacks and losses that want to know them, in ``training_step`` and the hooks around it.
+
+        Raises:
+            RuntimeError: If nothing is being trained.
         """
         sampler = self.train_sampler
         if sampler is None:
@@ -209,16 +222,20 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._datamodule.trainer
         if trainer is None:
             return super().plan()
+        uniform = EpochPlan(self.layout, seed=self.seed, epoch=0)
         if not trainer.training or self._datamodule.train_sampler is not self:
-            return EpochPlan(self.layout, seed=self.seed, epoch=0)
+            return uniform
 
         _count_epoch(trainer)
         state = self._datamodule.restored_state()
         if state is not None:
             self.seed = int(state["seed"])
         # With `overfit_batches` every epoch has the same batches.
-        self.epoch = 0 if trainer.overfit_batches else trainer.current_epoch
+        epoch = 0 if trainer.overfit_batches else trainer.current_epoch
         start = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if self._plan is not None and self._plan.epoch == epoch and self._plan.start < start:
+            return uniform  # a hook or a callback looks into the loader while the epoch is being trained
+        self.epoch = epoch
         callback = find_callback(trainer)
         if callback is not None and callback.should_plan(trainer):
             self.pool_size = callback.resolve_pool_size(self.layout)

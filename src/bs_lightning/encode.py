@@ -4,11 +4,14 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
 from bs_lightning.loader import Load
 
@@ -46,10 +49,10 @@ def encode(
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    pieces = []
+    pieces: list[Tensor] = []
     for chunk, batch in zip(chunks, load(chunks), strict=True):
         piece = embed(batch)
-        _check_piece(piece, len(chunk))
+        _check_piece(piece, len(chunk), pieces[0].shape[1] if pieces else None)
         pieces.append(piece.to(torch.float32, copy=True))  # a compiled model may write the next into the same place
         if advance is not None:
             advance()
@@ -63,23 +66,30 @@ def encode(
             f"The embedding of dataset index {indices[row]} is not finite. Check that instance, or whether training "
             "diverged; lower precisions overflow sooner."
         )
-    # The words of these warnings never change, so that Python shows each once.
     if not largest.all():
-        warnings.warn("Some embeddings of a pool are all zero: they count as similar to nothing.", stacklevel=2)
+        _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
     # Twice: a norm of very large or small numbers would overflow or vanish.
     embeddings = embeddings / largest.masked_fill(largest == 0, 1)
     embeddings = torch.nn.functional.normalize(embeddings, dim=1)
-    if len(embeddings) > 1 and torch.allclose(embeddings, embeddings[:1], atol=1e-6):
-        warnings.warn("A pool's embeddings are all equal: the model has collapsed. Batches are random.", stacklevel=2)
+    # Two may be of one instance that the data has twice.
+    if len(embeddings) > 2 and torch.allclose(embeddings, embeddings[:1], atol=1e-6):
+        _warn_once("A pool's embeddings are all equal: the model has collapsed. Batches are random.")
     return embeddings
 
 
-def _check_piece(piece: object, n_rows: int) -> None:
+@cache  # Python's own memory of warnings is lost wherever somebody uses `warnings.catch_warnings`
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _check_piece(piece: object, n_rows: int, width: int | None) -> None:
     if not isinstance(piece, Tensor) or not piece.is_floating_point():
         got = f"a tensor of {piece.dtype}" if isinstance(piece, Tensor) else type(piece).__name__
         raise TypeError(f"embed must return a float tensor of shape [b, d], got {got}.")
-    if piece.ndim != 2:
+    if piece.ndim != 2 or piece.shape[1] < 1:
         raise ValueError(f"embed must return shape [b, d], got {list(piece.shape)}. Pool or flatten first.")
+    if width is not None and piece.shape[1] != width:
+        raise ValueError(f"embed must return embeddings of one width, got {width} and then {piece.shape[1]}.")
     if len(piece) != n_rows:
         raise ValueError(
             f"embed returned {len(piece)} rows for {n_rows} instances. One embedding per instance is needed: "
@@ -92,7 +102,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode and, whatever happens inside, leave everything as it was.
 
     Restores each submodule's train or eval mode, every buffer (batch-norm statistics, queues of a momentum encoder),
-    and the random states of Python, numpy, torch and the current CUDA device.
+    attributes that were set, the states of ``torchmetrics`` metrics, and the random states of Python, numpy, torch and
+    the current CUDA device.
 
     Args:
         module: The module that is going to encode.
@@ -107,25 +118,44 @@ def no_trace(module: nn.Module) -> Iterator[None]:
         >>> norm.training
         True
     """
-    modes = [(part, part.training) for part in module.modules()]
-    buffers = [
-        (part, name, buffer, None if buffer is None else buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()  # `named_buffers` leaves out those that are None
-    ]
+    restore = [_snapshot(part) for part in module.modules()]
     with isolated_rng():
         try:
             module.eval()
             yield
         finally:
-            for part, training in modes:
-                part.training = training
             with torch.no_grad():
-                for part, name, buffer, before in buffers:
-                    setattr(part, name, buffer)
-                    # Unchanged ones may be views or made in inference mode, which cannot be written to.
-                    if buffer is not None and before is not None and not torch.equal(buffer, before):
-                        buffer.copy_(before)
+                for restore_part in restore:
+                    restore_part()
+
+
+def _snapshot(part: nn.Module) -> Callable[[], None]:
+    """Puts a module, without its submodules, back to what it is now."""
+    kind, training = type(part), part.training
+    attributes, buffers = dict(part.__dict__), dict(part._buffers.items())
+    states = list(part.metric_state.values()) if isinstance(part, Metric) else []
+    tensors = [value for value in (*buffers.values(), *states) if isinstance(value, Tensor)]
+    copies = [(value, value.clone()) for value in tensors if not is_lazy(value)]
+    lists = [(value, list(value)) for value in states if isinstance(value, list)]
+
+    def restore() -> None:
+        part.training = training
+        if type(part) is not kind:  # a lazy module has become a real one
+            return
+        for name in part.__dict__.keys() - attributes.keys():
+            del part.__dict__[name]
+        for name, value in attributes.items():
+            part.__dict__[name] = value
+        for name, value in buffers.items():
+            setattr(part, name, value)
+        for value, before in copies:
+            # Unchanged ones may be views or made in inference mode, which cannot be written to.
+            if not torch.equal(value, before):
+                value.copy_(before)
+        for values, earlier in lists:
+            values[:] = earlier
+
+    return restore
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bs_lightning._checks import check_integer
+
 Neighbors = NDArray[np.int32]
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class NNDescentGraph:
         n_neighbors: Neighbours kept per instance (the paper's K); clipped to ``P - 1``.
 
     Raises:
+        TypeError: If ``n_neighbors`` is no integer.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -65,6 +68,9 @@ class NNDescentGraph:
 
         Returns:
             int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+
+        Raises:
+            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
         _check_embeddings(embeddings)
         data = embeddings.detach().float().cpu().numpy()
@@ -98,6 +104,7 @@ class ExactGraph:
         n_neighbors: Neighbours kept per instance (the paper's K); clipped to ``P - 1``.
 
     Raises:
+        TypeError: If ``n_neighbors`` is no integer.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -124,6 +131,9 @@ class ExactGraph:
 
         Returns:
             int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+
+        Raises:
+            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
         _check_embeddings(embeddings)
         unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
@@ -162,6 +172,7 @@ class RandomCandidateGraph:
         n_neighbors: Neighbours kept per instance (the paper's K), at most ``n_candidates``; clipped to ``P - 1``.
 
     Raises:
+        TypeError: If an argument is no integer.
         ValueError: If ``n_neighbors`` is below 1 or above ``n_candidates``.
 
     Example:
@@ -178,7 +189,7 @@ class RandomCandidateGraph:
 
     def __post_init__(self) -> None:
         _check_n_neighbors(self.n_neighbors)
-        if self.n_candidates < self.n_neighbors:
+        if check_integer("n_candidates", self.n_candidates) < self.n_neighbors:
             raise ValueError(
                 f"n_candidates must be at least n_neighbors, {self.n_neighbors}, got {self.n_candidates}. "
                 "The paper draws ten times as many."
@@ -194,6 +205,9 @@ class RandomCandidateGraph:
 
         Returns:
             int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+
+        Raises:
+            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
         size = len(embeddings)
         if self.n_candidates >= size - 1:
@@ -275,7 +289,7 @@ def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed:
 
 
 def _check_n_neighbors(n_neighbors: int) -> None:
-    if n_neighbors < 1:
+    if check_integer("n_neighbors", n_neighbors) < 1:
         raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}. 15 suits a pool.")
 
 

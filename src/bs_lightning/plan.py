@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bs_lightning._checks import check_integer
 from bs_lightning.compose import check_batches
 
 Indices = NDArray[np.int64]
@@ -45,9 +46,7 @@ class BatchLayout:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool):
-            raise TypeError(f"batch_size must be an integer, got {self.batch_size!r}.")
-        if self.batch_size < 2:
+        if check_integer("batch_size", self.batch_size) < 2:
             raise ValueError(
                 f"batch_size must be at least 2, got {self.batch_size}: in a batch of one there are no negatives."
             )
@@ -198,9 +197,10 @@ def check_pool_size(pool_size: int, layout: BatchLayout) -> None:
     """Refuse a pool that cannot hold one global batch.
 
     Raises:
+        TypeError: If it is no integer.
         ValueError: Naming both sizes.
     """
-    if pool_size < layout.global_batch_size:
+    if check_integer("pool_size", pool_size) < layout.global_batch_size:
         raise ValueError(
             f"pool_size must be at least one global batch, {layout.global_batch_size} = batch_size "
             f"{layout.batch_size} x {layout.world_size} processes, got {pool_size}. Ten global batches suit most."

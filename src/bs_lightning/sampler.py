@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler
 
+from bs_lightning._checks import check_integer
 from bs_lightning.plan import BatchLayout, EpochPlan, Pool, PoolPlanner, check_pool_size, pool_seed
 
 
@@ -55,6 +56,7 @@ class PoolBatchSampler(BatchSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        batch_size = check_integer("batch_size", batch_size)
         self.layout = BatchLayout(n_instances, batch_size, world_size, drop_last)
         super().__init__(range(n_instances), batch_size, drop_last)
         if plan_pool is not None and pool_size is None:
@@ -63,11 +65,10 @@ class PoolBatchSampler(BatchSampler):
             check_pool_size(pool_size, self.layout)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
-        check_seed(seed)
         self.pool_size = pool_size
         self.plan_pool = plan_pool
         self.replacement = replacement
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.rank = rank
         self.epoch = 0
         self.served = 0
@@ -179,14 +180,17 @@ def check_same_batches(state: dict[str, Any], layout: BatchLayout) -> None:
             )
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int) -> int:
     """Refuse seeds that are no natural numbers.
+
+    Returns:
+        The seed as a plain integer, which a checkpoint can hold.
 
     Raises:
         TypeError: If ``seed`` is no integer.
         ValueError: If it is negative.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
-    if seed < 0:
+    number = check_integer("seed", seed)
+    if number < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
+    return number

@@ -1,7 +1,11 @@
 """Walk: a neighbour graph -> batches, by random walk with restart (RWR)."""
 
+from numbers import Real
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from bs_lightning._checks import check_integer
 
 
 def rwr_batches(
@@ -37,7 +41,7 @@ def rwr_batches(
         ``replacement`` is ``False``, the ``P % batch_size`` nodes no walk took are left out.
 
     Raises:
-        TypeError: If ``neighbors`` does not hold integers.
+        TypeError: If ``neighbors`` does not hold integers, or an argument is of another type.
         ValueError: If ``neighbors`` is not of shape ``[P, K]`` with entries in ``[0, P)``, or ``batch_size``,
             ``restart_probability`` or ``n_roots`` is out of range.
 
@@ -61,6 +65,7 @@ def rwr_batches(
         raise ValueError(
             f"neighbors must lie in [0, {size}), got {bad}. For 'no edge here' write the row's own number."
         )
+    batch_size, n_roots = check_integer("batch_size", batch_size), check_integer("n_roots", n_roots)
     if not 1 <= batch_size <= size:
         raise ValueError(f"batch_size must be from 1 to the graph's {size} nodes, got {batch_size}.")
     if not 1 <= n_roots <= batch_size:
@@ -71,9 +76,9 @@ def rwr_batches(
 
     batches: NDArray[np.int64] = walk_batches(
         np.ascontiguousarray(graph, dtype=np.int32),
-        int(batch_size),
+        batch_size,
         float(restart_probability),
-        int(n_roots),
+        n_roots,
         bool(replacement),
         np.random.default_rng(seed),
     )
@@ -84,7 +89,10 @@ def check_restart_probability(value: float) -> None:
     """Refuse a restart probability outside ``(0, 1]``.
 
     Raises:
+        TypeError: If it is no number.
         ValueError: Naming the value. At 0 a walk would never come back to its root.
     """
+    if not isinstance(value, Real):
+        raise TypeError(f"restart_probability must be a number, got {value!r}.")
     if not 0 < value <= 1:
         raise ValueError(f"restart_probability must lie in (0, 1], got {value}. The paper uses 0.05 to 0.2.")
