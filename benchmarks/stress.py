@@ -2,9 +2,9 @@
 
     python benchmarks/stress.py --cycles 100
 
-Each cycle starts a run of ``tests/run.py`` in one or two processes with random loader settings, which kills itself
-hard at a random step; the next one goes on with default arguments. A run that has come to its end is compared, batch by
-batch, with an uninterrupted one. Prints how many instances were lost, doubled (within an epoch) and how many batches
+Each cycle goes on, with default arguments, with one of two runs of ``tests/run.py``, in one process or in two, with
+random loader settings, and lets it kill itself hard at a random step. A run that has come to its end is compared, batch
+by batch, with an uninterrupted one. Prints how many instances were lost, doubled (within an epoch) and how many batches
 stood elsewhere; exits with 1 if any.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from processes import batches_by_step, run
 
-N, GLOBAL_BATCH, EPOCHS, SAVE_EVERY = 203, 8, 3, 3
+N, GLOBAL_BATCH, EPOCHS = 203, 8, 3
 STEPS = N // GLOBAL_BATCH * EPOCHS
+SAVE_EVERY = [3, 5]  # within pools and epochs, and at their ends
 LOADERS = [
     {"num_workers": 0},
     {"num_workers": 1, "prefetch_factor": 1},
@@ -50,35 +51,61 @@ def compare(killed: dict[int, list[int]], whole: dict[int, list[int]]) -> tuple[
     return lost, doubled, sum(killed.get(step) != whole[step] for step in whole)
 
 
+class KilledRun:
+    """A run that is killed now and then, in always as many processes."""
+
+    def __init__(self, scratch: Path, world_size: int, rng: random.Random) -> None:
+        self.scratch, self.world_size, self.rng = scratch, world_size, rng
+        self.whole = self.scratch / f"whole{world_size}"
+        run(self.whole, **settings(world_size, LOADERS[0]))
+        self.ended = self.kills = 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.folder = self.scratch / f"killed{self.world_size}-{self.ended}"
+        self.saved = 0
+        self.save_every = self.rng.choice(SAVE_EVERY)
+
+    def kill(self) -> None:
+        """Go on, to be killed at a step that is not far."""
+        step = self.rng.randint(self.saved, min(self.saved + STEPS // 4, STEPS - 1))
+        self.go_on(kill_at=step, fails=True)
+        self.saved = step // self.save_every * self.save_every
+        self.kills += 1
+
+    def end(self) -> tuple[int, int, int]:
+        """Go on to the end and compare; then begin another."""
+        self.go_on()
+        folders = self.folder, self.whole
+        found = compare(*(batches_by_step(folder, self.world_size) for folder in folders))
+        self.ended += 1
+        self.begin()
+        return found
+
+    def go_on(self, **how) -> None:
+        chosen = settings(self.world_size, self.rng.choice(LOADERS))
+        run(self.folder, save_every=self.save_every, **chosen, **how)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=100, help="runs that are killed")
+    parser.add_argument("--cycles", type=int, default=100, help="kills")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     totals = [0, 0, 0]
     with tempfile.TemporaryDirectory() as scratch:
-        whole = {}
-        for world_size in (1, 2):
-            folder = Path(scratch) / f"whole{world_size}"
-            run(folder, **settings(world_size, LOADERS[0]))
-            whole[world_size] = batches_by_step(folder, world_size)
-        cycles = runs = 0
-        while cycles < arguments.cycles:
-            world_size = 1 + runs % 2
-            folder = Path(scratch) / f"killed{runs}"
-            step, runs = 0, runs + 1
-            while cycles < arguments.cycles and step < STEPS - SAVE_EVERY:
-                step = rng.randint(step, min(step + STEPS // 4, STEPS - 1))
-                one = settings(world_size, rng.choice(LOADERS))
-                run(folder, fails=True, kill_at=step, save_every=SAVE_EVERY, **one)
-                step = step // SAVE_EVERY * SAVE_EVERY  # where the last checkpoint was taken
-                cycles += 1
-            run(folder, save_every=SAVE_EVERY, **settings(world_size, rng.choice(LOADERS)))
-            found = compare(batches_by_step(folder, world_size), whole[world_size])
-            totals = [total + new for total, new in zip(totals, found, strict=True)]
-            print(f"{cycles} kills, {runs} runs ended: {totals} lost, doubled, reordered", flush=True)
-    print(f"{cycles} kill-and-resume cycles: {totals[0]} lost, {totals[1]} doubled, {totals[2]} reordered")
+        runs = [KilledRun(Path(scratch), world_size, rng) for world_size in (1, 2)]
+        for cycle in range(arguments.cycles):
+            chosen = runs[cycle] if cycle < 2 else rng.choice(runs)
+            chosen.kill()
+            last = cycle + 1 == arguments.cycles
+            for each in runs:
+                if each.saved >= STEPS - max(SAVE_EVERY) or (last and each.folder.exists()):
+                    totals = [total + new for total, new in zip(totals, each.end(), strict=True)]
+            kills = " and ".join(f"{each.kills} of {each.world_size}" for each in runs)
+            print(f"killed {kills} processes: {totals} lost, doubled, reordered", flush=True)
+    print(f"{arguments.cycles} kill-and-resume cycles: {totals[0]} lost, {totals[1]} doubled, {totals[2]} reordered")
     return int(any(totals))
 
 

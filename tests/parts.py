@@ -1,7 +1,9 @@
 """What the tests of training share: data that knows its indices, a model that notes them, and a Trainer."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import Dataset
@@ -97,3 +99,26 @@ def same_cluster_share(batches: list[list[int]]) -> float:
     """Share of pairs in a batch of the same cluster: 0.1 if uniform."""
     same = [(a % 10 == b % 10) for batch in batches for a in batch for b in batch if a != b]
     return sum(same) / len(same)
+
+
+def rng_states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Bit for bit, whatever they hold."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b)
+    else:
+        assert a == b

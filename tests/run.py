@@ -5,18 +5,22 @@ line ``step:[indices]`` each, and what it saw in ``FOLDER/rank0.json`` when trai
 """
 
 import atexit
+import hashlib
 import json
 import os
+import pickle
+import random
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from parts import Data, Model, fit, walker
+from parts import Data, Model, fit, pool_order, walker
 
 from bs_lightning import ExactGraph, RWRComposer
 
@@ -29,16 +33,27 @@ class Writes(Callback):
 
     def on_fit_end(self, trainer, module):
         weights = [p.full_tensor() if module.sharded else p for p in module.parameters()]
+        optimizer = trainer.optimizers[0].state_dict()["state"]
+        states = [module.state_dict(), optimizer, random.getstate(), np.random.get_state(), torch.get_rng_state()]
         seen = {
             "epochs": module.epochs,
             "encoded": module.encoded,
             "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
             "weights": float(sum(p.sum() for p in weights)),
+            "digest": None if module.sharded else hashlib.sha256(pickle.dumps(as_lists(states))).hexdigest(),
         }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
         if torch.distributed.is_initialized():
             # Lightning does so for NCCL only; without it gloo's threads may abort the process as Python exits.
             atexit.register(torch.distributed.destroy_process_group)
+
+
+def as_lists(value):
+    if isinstance(value, dict):
+        return [[key, as_lists(each)] for key, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [as_lists(each) for each in value]
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
 def no_graph(embeddings, batch_size, *, seed, epoch):
@@ -78,12 +93,15 @@ class Run(Model):
 
 
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
-         kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True, sharded=False,
-         **trainer):  # fmt: skip
+         composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
+         sharded=False, **trainer):  # fmt: skip
     seed_everything(0)
-    composer = no_graph if fail == "graph" else RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
+    walk = no_graph if fail == "graph" else RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
-    callbacks = [Writes(folder), walker(pool_size, composer=composer, warmup_epochs=warmup_epochs, **how)]
+    callbacks = [Writes(folder)]
+    if composer != "none":
+        used = {"walk": walk, "pool order": pool_order}[composer]
+        callbacks.append(walker(pool_size, composer=used, warmup_epochs=warmup_epochs, **how))
     last = folder / "last.ckpt"
     if save_every:
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=save_every, save_last=True))

@@ -93,8 +93,11 @@ def test_two_nodes_of_two_processes_under_torchrun(tmp_path):
 def test_walks_of_each_rank(tmp_path):
     ranks = run(tmp_path, per_rank=True, pool_size=240, n=1003)
     assert_covered(ranks, n=1003)
-    for rank in ranks:
-        assert same_cluster_share(rank["epochs"]["1"]) > 0.3
+    shares = [same_cluster_share(rank["epochs"]["1"]) for rank in ranks]
+    assert min(shares) > 0.3
+    logged = [rank["logged"]["batch_sampler/false_negative_rate"] for rank in ranks]
+    assert logged == pytest.approx([sum(shares) / 2] * 2, abs=1e-4)
+    assert abs(shares[0] - shares[1]) > 1e-3  # a rank's own would not do
     across = [a % 10 == b % 10 for batch in global_batches(ranks, 1) for a in batch[:4] for b in batch[4:]]
     assert sum(across) / len(across) < 0.16
 
@@ -126,28 +129,61 @@ def test_recycling_killed_and_resumed(kind, tmp_path):
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
 
+@pytest.mark.parametrize("how", [{}, {"per_rank": True}, {"sharded": True}], ids=str)
 @pytest.mark.parametrize("fail", ["encode", "graph"])
-def test_all_ranks_stop_where_one_fails(fail, tmp_path):
-    stderr = run(tmp_path, fail=fail, fails=True, timeout=120)
+def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
+    stderr = run(tmp_path, fail=fail, fails=True, timeout=120, **how)
     assert {"encode": "no embedding on rank 1", "graph": "no graph"}[fail] in stderr
-    assert "Another process failed to plan a pool" in stderr
+    if how != {"sharded": True}:
+        assert "Another process failed to plan a pool" in stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "loader",
-    [{"num_workers": 0}, {"num_workers": 2, "prefetch_factor": 8}, {"num_workers": 2, "persistent_workers": True}],
+    ("loader", "save_every", "kills"),
+    [
+        ({"num_workers": 0}, 3, (8, 15, 33)),
+        ({"num_workers": 2, "prefetch_factor": 2}, 3, (9, 19, 29)),
+        ({"num_workers": 2, "prefetch_factor": 8}, 5, (14, 24, 25)),
+        ({"num_workers": 2, "prefetch_factor": 8, "persistent_workers": True}, 5, (15, 24, 40)),
+    ],
     ids=str,
 )
-def test_killed_and_resumed(loader, tmp_path):
-    """Pools of 5 batches of 25 an epoch; killed in mid-pool, at a pool's first batch and in the second epoch."""
-    settings = {"loader": loader, "save_every": 3, "warmup_epochs": 0}
+def test_killed_and_resumed(loader, save_every, kills, tmp_path):
+    """Pools of 5 batches of 25 an epoch; killed in mid-pool, at a pool's first and last batch, and at an epoch's."""
+    settings = {"loader": loader, "save_every": save_every, "warmup_epochs": 0}
     whole = run(tmp_path / "whole", **settings)
-    for kill_at in (8, 16, 33):
+    for kill_at in kills:
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
     killed = run(tmp_path / "killed", **settings)
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
+
+
+@pytest.mark.slow
+def test_resumed_on_another_number_of_processes(tmp_path):
+    """With an equal global batch: the pool in progress goes on, and no instance comes twice in an epoch."""
+    settings = {"save_every": 3, "warmup_epochs": 0}
+    whole = run(tmp_path / "whole", **settings)
+    run(tmp_path / "killed", kill_at=33, fails=True, **settings)
+    one = run(tmp_path / "killed", devices=1, batch_size=8, **settings)
+    before = global_batches(whole, 1)
+    rest = one[0]["epochs"]["1"]
+    assert len(rest) == 50 - 33
+    assert rest[:2] == before[8:10]  # of the pool of steps 30 to 34
+    indices = sum(before[:8] + rest, [])
+    assert len(set(indices)) == len(indices) == 200
+
+
+@pytest.mark.slow
+def test_no_trace_on_two_processes(tmp_path):
+    """Weights, buffers, optimizer and random states of every rank, bit for bit."""
+    settings = {"warmup_epochs": 1, "max_epochs": 3}
+    encoded = run(tmp_path / "encoded", composer="pool order", **settings)
+    plain = run(tmp_path / "plain", composer="none", **settings)
+    assert [rank["digest"] for rank in encoded] == [rank["digest"] for rank in plain]
+    assert encoded[0]["encoded"]
+    assert not plain[0]["encoded"]
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
-from parts import Data, Model, fit, pool_order, trainer, walker
+from parts import Data, Model, assert_equal, fit, pool_order, rng_states, trainer, walker
 from torch.utils.data import DataLoader
 
 
@@ -46,6 +46,13 @@ class Manual(Model):
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
+
+
+class Tuned(Validated):
+    lr = 0.1
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 class Estimates(Model):
@@ -120,6 +127,17 @@ def averaging():
     return [WeightAveraging(avg_fn=get_ema_avg_fn())]
 
 
+def two_fits_and_other_loops(made, model, data):
+    """And then the third fit."""
+    for epochs in (1, 2):
+        made.fit_loop.max_epochs = epochs
+        made.fit(model, datamodule=data)
+    made.validate(model, datamodule=data, verbose=False)
+    made.test(model, datamodule=data, verbose=False)
+    made.predict(model, datamodule=data)
+    made.fit_loop.max_epochs = 4
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -129,6 +147,11 @@ def averaging():
         {"make": lambda: Manual(dropout=0.3)},
         {"beside": averaging},
         {"beside": lambda: [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")]},
+        {"beside": lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1)]},
+        {"flags": {"fast_dev_run": True}},
+        {"around": two_fits_and_other_loops},
+        {"around": lambda made, model, data: Tuner(made).lr_find(model, datamodule=data, num_training=20)},
+        {"around": lambda made, model, data: Tuner(made).scale_batch_size(model, datamodule=data, max_trials=2)},
         pytest.param({"compiled": True}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -138,21 +161,28 @@ def test_no_trace(case, tmp_path):
 
     def run(*callbacks):
         seed_everything(7, verbose=False)
-        model = case.get("make", lambda: Validated(dropout=0.3))()
+        model, data = case.get("make", lambda: Tuned(dropout=0.3))(), ValidatedData()
         callbacks += tuple(case.get("beside", list)())
         flags = case.get("flags", {}) | {"default_root_dir": tmp_path, "enable_checkpointing": True}
-        made = fit(torch.compile(model) if "compiled" in case else model, ValidatedData(), *callbacks, **flags)
-        return model.state_dict(), made.optimizers[0].state_dict()["state"], torch.get_rng_state(), model.epochs
+        made = trainer(*callbacks, **flags)
+        if "around" in case:
+            case["around"](made, model, data)
+        made.fit(torch.compile(model) if "compiled" in case else model, datamodule=data)
+        return model.state_dict(), made.optimizers[0].state_dict()["state"], rng_states(), model.epochs
 
     if "compiled" in case:
         run()  # compiling draws from torch's random state
-    torch.testing.assert_close(run(walker(composer=pool_order, warmup_epochs=1)), run(), rtol=0, atol=0)
+    warmup_epochs = 0 if case.get("flags", {}).get("fast_dev_run") else 1
+    assert_equal(run(walker(None, composer=pool_order, warmup_epochs=warmup_epochs)), run())
 
 
 def test_fast_dev_run():
-    model = Model()
-    fit(model, Data(), walker(), fast_dev_run=True)
+    model, counts = Model(), Counts()
+    fit(model, Data(), walker(embed=counts.embed), fast_dev_run=True)
     assert [len(batch) for batch in model.batches] == [8]
+    assert counts.encoded == 8
+    with pytest.raises(TypeError, match="embed must return a float tensor"):  # even where all is warm-up
+        fit(model, Data(), walker(embed=lambda module, batch: None, warmup_epochs=1), fast_dev_run=True)
 
 
 @pytest.mark.parametrize("overfit", [3, 0.25])
@@ -242,12 +272,6 @@ def test_two_fits_in_a_row_and_the_other_loops_after():
 
 
 def test_lr_find():
-    class Tuned(Model):
-        lr = 0.1
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=self.lr)
-
     model, data = Tuned(), Data()
     made = trainer(walker(), max_epochs=2)
     Tuner(made).lr_find(model, datamodule=data, num_training=20)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, walker
 from processes import batches_by_step, run
@@ -191,6 +191,21 @@ def test_the_seed_is_that_of_the_checkpoint(tmp_path):
     assert resumed.batches == whole.batches[14:]
 
 
+def test_the_seed_is_in_a_checkpoint_from_before_the_first_batch(tmp_path):
+    class SavesAtEpochStart(Callback):
+        def on_train_epoch_start(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"epoch{trainer.current_epoch}.ckpt")
+
+    def run(global_seed, *callbacks, **kwargs):
+        seed_everything(global_seed, verbose=False)
+        fit(model := Exact(), Data(), *callbacks, walker(), max_epochs=1, **kwargs)
+        return sorted(model.batches[0])
+
+    first = run(1, SavesAtEpochStart())
+    assert run(2, ckpt_path=tmp_path / "epoch0.ckpt") == first
+    assert run(2) != first
+
+
 def test_another_pool_size_finishes_the_pool_and_goes_on(tmp_path):
     whole, resumed = Exact(), Exact()
     train(whole, tmp_path, every_step)
@@ -204,13 +219,19 @@ def test_another_pool_size_finishes_the_pool_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("batch_size", "n", "words"),
-    [(4, 100, "global_batch_size=8, now it is 4"), (8, 120, "n_instances=100, now it is 120")],
+    [
+        (4, 100, "global_batch_size=8, now it is 4"),
+        (8, 120, "n_instances=100, now it is 120"),
+        # Of fewer batches Lightning believes that all have been trained.
+        (16, 100, "global_batch_size=8, now it is 16"),
+        (8, 60, "n_instances=100, now it is 60"),
+    ],
 )
 def test_other_sizes_are_refused_in_mid_epoch_and_right_between_epochs(batch_size, n, words, tmp_path):
     train(Exact(), tmp_path, every_step)
     train(Exact(), tmp_path / "epochs", each_epoch)
     with pytest.raises(ValueError, match=f"in the middle of an epoch with {words}.*Resume with"):
-        fit(Exact(), ValidatedData(batch_size, n), walker(), ckpt_path=tmp_path / "step=14.ckpt", max_epochs=EPOCHS)
+        fit(Exact(), ValidatedData(batch_size, n), walker(), ckpt_path=tmp_path / "step=20.ckpt", max_epochs=EPOCHS)
     resumed = Exact()
     fit(
         resumed,
@@ -299,15 +320,21 @@ def test_resuming_is_not_called_unreliable(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize(
-    "loader",
-    [{"num_workers": 2, "prefetch_factor": 8}, pytest.param({"num_workers": 0}, marks=pytest.mark.slow)],
+    ("loader", "kills"),
+    [
+        (LOADERS[1], (14, 16, 24)),
+        pytest.param(LOADERS[0], (14, 16, 24), marks=pytest.mark.slow),
+        pytest.param({"num_workers": 0}, (15, 19, 23), marks=pytest.mark.slow),
+        pytest.param(LOADERS[2], (15, 19, 23), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-def test_killed_and_resumed(loader, tmp_path):
+def test_killed_and_resumed(loader, kills, tmp_path):
+    """At an epoch's and a pool's first and last batch, and between."""
     settings = {"devices": 1, "n": 100, "batch_size": 8, "pool_size": 32, "warmup_epochs": 1, "max_epochs": EPOCHS}
     settings |= {"loader": loader, "save_every": 3}
     whole = run(tmp_path / "whole", **settings)
-    for kill_at in (14, 16, 24):
+    for kill_at in kills:
         run(tmp_path / "killed", fails=True, kill_at=kill_at, **settings)
     killed = run(tmp_path / "killed", **settings)
     assert len(batches_by_step(tmp_path / "whole", 1)) == EPOCHS * 12
@@ -322,7 +349,8 @@ def test_sigterm_while_encoding_leaves_the_model_as_it_was(tmp_path):
 
     def embed(module, batch):
         if not sent:
-            sent.append(True)
+            sent.append(torch.get_rng_state())
+            torch.rand(1)
             os.kill(os.getpid(), signal.SIGTERM)
         return module(batch)
 
@@ -331,6 +359,7 @@ def test_sigterm_while_encoding_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(SIGTERMException):
         fit(model, Data(), walker(embed=embed))
     assert [part.training for part in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), sent[0])
     assert len(model.batches) == 1  # Lightning finishes the step it is about to train
     model.epochs.clear()
     fit(model, Data(), walker(embed=embed), max_epochs=1)

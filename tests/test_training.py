@@ -11,7 +11,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from parts import Data, Model, Points, fit, pool_order, same_cluster_share, trainer, walker
+from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 from bs_lightning.encode import _warn_once
@@ -318,31 +318,11 @@ class Recorder(Callback):
                 "weights": copy.deepcopy(module.state_dict()),
                 "optimizer": copy.deepcopy(trainer.optimizers[0].state_dict()),
                 "modes": [part.training for part in module.modules()],
-                "python": random.getstate(),
-                "numpy": np.random.get_state(),
-                "torch": torch.get_rng_state(),
+                "random": rng_states(),
                 "grad": torch.is_grad_enabled(),
                 "autocast": torch.is_autocast_enabled("cpu"),
             }
         )
-
-
-def assert_equal(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, np.ndarray):
-        assert np.array_equal(a, b)
-    else:
-        assert a == b
 
 
 class Caching(Model):
@@ -395,8 +375,8 @@ def test_an_interrupted_encode_leaves_the_model_as_it_was_and_fits_again(error):
 
     def embed(module, batch):
         if failing:
-            before["torch"] = torch.get_rng_state()
-            torch.rand(1)
+            before["states"] = rng_states()
+            torch.rand(1), np.random.rand(), random.random()
             raise error("stop")
         return module(batch)
 
@@ -405,7 +385,7 @@ def test_an_interrupted_encode_leaves_the_model_as_it_was_and_fits_again(error):
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
         made.fit(model, datamodule=data)
     assert [part.training for part in model.modules()] == modes
-    assert torch.equal(before["torch"], torch.get_rng_state())
+    assert_equal(before["states"], rng_states())
     failing = False
     model.epochs.clear()
     fit(model, data, callback, max_epochs=1)

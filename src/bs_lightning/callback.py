@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -461,6 +462,8 @@ def _failing_together(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Exception as exception:
+        if isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
+            raise  # the others wait within the sharded forward pass that this process has left, not below
         error = exception
     if not trainer.strategy.reduce_boolean_decision(error is None):
         raise error or RuntimeError("Another process failed to plan a pool; its own error says why.")

@@ -156,7 +156,7 @@ class BatchSamplerDataModule(LightningDataModule):
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
         sampler = self.train_sampler
         if sampler is None or not sampler.has_planned:
-            return self.restored_state() or {}
+            return self.restored_state() or ({} if sampler is None else sampler.state_dict())
         return sampler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,9 +222,8 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._datamodule.trainer
         if trainer is None:
             return super().plan()
-        uniform = EpochPlan(self.layout, seed=self.seed, epoch=0)
         if not trainer.training or self._datamodule.train_sampler is not self:
-            return uniform
+            return self._uniform_plan()
 
         _count_epoch(trainer)
         state = self._datamodule.restored_state()
@@ -234,7 +233,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         epoch = 0 if trainer.overfit_batches else trainer.current_epoch
         start = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if self._plan is not None and self._plan.epoch == epoch and self._plan.start < start:
-            return uniform  # a hook or a callback looks into the loader while the epoch is being trained
+            return self._uniform_plan()  # a hook or a callback looks into the loader while the epoch is being trained
         self.epoch = epoch
         callback = find_callback(trainer)
         if callback is not None and callback.should_plan(trainer):
@@ -258,6 +257,10 @@ class TrainerBatchSampler(PoolBatchSampler):
         )
         return self._plan
 
+    def _uniform_plan(self) -> EpochPlan:
+        """For whoever only looks: not the epoch that is being trained, so that looking changes nothing."""
+        return EpochPlan(self.layout, seed=self.seed, epoch=0)
+
     def trained_batch(self) -> Indices:
         """The dataset indices of the global batch that is being trained."""
         assert self._plan is not None
@@ -271,7 +274,8 @@ class TrainerBatchSampler(PoolBatchSampler):
             return self._plan.pool
         state = self._datamodule.restored_state()
         if state is not None:
-            if start > 0:
+            # With larger batches Lightning may take the epoch for ended, and would begin it anew.
+            if start > 0 or (state["epoch"] == self.epoch and 0 < state["served"] < state["n_batches"]):
                 check_same_batches(state, self.layout)
             return pool_from_state(state)
         if start > 0:

@@ -176,7 +176,8 @@ def check_same_batches(state: dict[str, Any], layout: BatchLayout) -> None:
         if was != now:
             raise ValueError(
                 f"The checkpoint was taken in the middle of an epoch with {name}={was}, now it is {now}: instances "
-                f"would be lost or repeated. Resume with {was}, or from a checkpoint taken at an epoch's end."
+                f"would be lost or repeated. Resume with {was}, or from a checkpoint that was taken between two epochs "
+                "(as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
             )
 
 
