@@ -63,8 +63,8 @@ def apply_in_chunks(module: nn.Module, inputs: Tensor, size: int = 1024) -> Tens
     return outputs
 
 
-def convolution(n_in: int, n_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+def convolution(n_in: int, n_out: int, stride: int = 1, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), norm(n_out), nn.ReLU())
 
 
 class Residual(nn.Module):

@@ -2,7 +2,8 @@
 
 import io
 import zipfile
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +50,7 @@ class Omniglot(Task):
     """What both tasks share: the split, the network and retrieval by character."""
 
     main = ("r1_held_back", "map_held_back")
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d
 
     def split(self, data_dir: Path, seed: int) -> tuple[Tensor, Tensor]:
         """Drawings of the characters to train on and of those held back, ``[characters, 20, 1, SIZE, SIZE]``."""
@@ -60,10 +62,10 @@ class Omniglot(Task):
     def encoder(self, width: int) -> nn.Module:
         """``4 * width`` features."""
         return nn.Sequential(
-            convolution(1, width, 2),
-            convolution(width, 2 * width, 2),
-            convolution(2 * width, 2 * width),
-            convolution(2 * width, 4 * width, 2),
+            convolution(1, width, 2, self.norm),
+            convolution(width, 2 * width, 2, self.norm),
+            convolution(2 * width, 2 * width, 1, self.norm),
+            convolution(2 * width, 4 * width, 2, self.norm),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(16 * width, 4 * width),
@@ -116,6 +118,13 @@ class OmniglotPairs(Omniglot):
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         return self.encoder(self.width), nn.Identity()
+
+
+class OmniglotPairsGroupNorm(OmniglotPairs):
+    """The same without batch norm, which takes off each batch's mean and so a part of what makes it hard."""
+
+    name = "omniglot-pairs-groupnorm"
+    norm = partial(nn.GroupNorm, 8)
 
 
 class OmniglotSimCLR(Omniglot):

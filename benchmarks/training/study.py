@@ -24,12 +24,13 @@ from .arms import ARMS, Arm
 from .cifar10 import CIFAR10SimCLR
 from .losses import LOSSES, nt_xent, pair_logits
 from .model import Contrastive, apply_in_chunks
-from .omniglot import OmniglotPairs, OmniglotSimCLR
+from .omniglot import OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR
 from .task import Task
 from .text import TextPairs, TextSimCSE
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (OmniglotPairs, OmniglotSimCLR, CIFAR10SimCLR, TextSimCSE, TextPairs)
+    task.name: task
+    for task in (OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR, CIFAR10SimCLR, TextSimCSE, TextPairs)
 }
 N_MEASURED_BATCHES = 20
 
