@@ -25,6 +25,7 @@ test: lint
 test-all: test
 	$(BIN)/pytest -m slow
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
+	$(BIN)/python examples/digits.py
 
 clean:
 	rm -rf $(VENV) build

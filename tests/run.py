@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,10 @@ def as_lists(value):
     return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
-def no_graph(embeddings, batch_size, *, seed, epoch):
+def no_graph(embeddings, batch_size, *, seed, epoch, per_rank=False):
+    """Fails on one rank: on the only one that composes, or else on rank 1."""
+    if per_rank and torch.distributed.get_rank() == 0:
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
     raise ValueError("no graph")
 
 
@@ -96,7 +100,9 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
          sharded=False, **trainer):  # fmt: skip
     seed_everything(0)
-    walk = no_graph if fail == "graph" else RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
+    walk = RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
+    if fail == "graph":
+        walk = partial(no_graph, per_rank=per_rank)
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
     callbacks = [Writes(folder)]
     if composer != "none":
