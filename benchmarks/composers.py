@@ -97,6 +97,7 @@ def arguments():
             command.add_argument("--instances", type=int, help="use only the first")
     commands.choices["table"].add_argument("--temperature", type=float, default=0.5)
     commands.choices["paper"].add_argument("--repeats", type=int, default=5)
+    commands.choices["scale"].add_argument("--only", nargs="+", choices=[family for family, _ in SCALE], default=[])
     commands.choices["scale"].add_argument("--largest", type=int, default=SIZES[-1])
     commands.choices["scale"].add_argument("--seconds", type=float, default=60, help="a composer stops after as many")
     return parser.parse_args()
@@ -253,7 +254,8 @@ def scale_row(family, label, size, args):
 
 def run_scale(args):
     print(f"Stops at the first N that takes more than {args.seconds:g} s; relative to N {BASE_SIZE}.\n")
-    for family, label in SCALE:
+    chosen = [each for each in SCALE if not args.only or each[0] in args.only]
+    for family, label in chosen:
         rows = []
         for size in SIZES:
             if size <= args.largest and (not rows or rows[-1]["seconds"] <= args.seconds):
@@ -262,7 +264,7 @@ def run_scale(args):
         base = next((row["seconds"] / BASE_SIZE for row in rows if row["N"] == BASE_SIZE), None)
         for row in rows:
             row["time per instance, relative"] = row["seconds"] / row["N"] / base if base else ""
-            show(row, with_header=family == "uniform" and row is rows[0])
+            show(row, with_header=(family, label) == chosen[0] and row is rows[0])
 
 
 def show(row, with_header):
