@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
-from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
+from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
 from bs_lightning.compose import Composer, Graph
 from bs_lightning.presets import public_code
 
@@ -77,6 +77,8 @@ ARMS = {
     # Remedies for false negatives; the last is an oracle, which says what they do
     "skip": Arm(walk(SkippingGraph())),
     "masked": Arm(masked="nearest"),
+    "masked-uniform": Arm(uniform_batches, masked="nearest"),
+    "masked-pool20": Arm(pool=20, masked="nearest"),
     "steady0.1": Arm(steady=0.1),
     "oracle": Arm(masked="labels"),
     "oracle-uniform": uniform(masked="labels"),
