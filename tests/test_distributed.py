@@ -129,8 +129,19 @@ def test_recycling_killed_and_resumed(kind, tmp_path):
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
 
-@pytest.mark.parametrize("how", [{}, {"per_rank": True}, {"sharded": True}], ids=str)
-@pytest.mark.parametrize("fail", ["encode", "graph"])
+@pytest.mark.parametrize(
+    ("fail", "how"),
+    [
+        ("encode", {}),
+        ("graph", {}),
+        ("encode", {"sharded": True}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("graph", {"sharded": True}), ("encode", {"per_rank": True}), ("graph", {"per_rank": True}))
+        ),
+    ],
+    ids=str,
+)
 def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
     stderr = run(tmp_path, fail=fail, fails=True, timeout=120, **how)
     assert {"encode": "no embedding on rank 1", "graph": "no graph"}[fail] in stderr
