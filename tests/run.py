@@ -39,6 +39,7 @@ class Writes(Callback):
         seen = {
             "epochs": module.epochs,
             "encoded": module.encoded,
+            "masks": module.masks,
             "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
             "weights": float(sum(p.sum() for p in weights)),
             "digest": None if module.sharded else hashlib.sha256(pickle.dumps(as_lists(states))).hexdigest(),
@@ -69,7 +70,7 @@ class Run(Model):
 
     def __init__(self, folder, slow_rank, kill_at, sharded, fail):
         super().__init__()
-        self.folder, self.fail, self.encoded = folder, fail, []
+        self.folder, self.fail, self.encoded, self.masks = folder, fail, [], None
         self.slow_rank, self.kill_at, self.sharded = slow_rank, kill_at, sharded
 
     def embed(self, batch):
@@ -92,18 +93,21 @@ class Run(Model):
         self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
         with (self.folder / f"rank{self.global_rank}.txt").open("a") as file:
             file.write(f"{self.global_step}:{batch[0].tolist()}\n")
+        if self.masks is not None:
+            self.masks.append(self.trainer.datamodule.likely_false_negatives().nonzero().tolist())
         z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
         return {"loss": torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z))), "embeddings": z}
 
 
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
-         sharded=False, **trainer):  # fmt: skip
+         sharded=False, mask_nearest=None, **trainer):  # fmt: skip
     seed_everything(0)
     walk = RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
     if fail == "graph":
         walk = partial(no_graph, per_rank=per_rank)
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
+    how["mask_nearest"] = mask_nearest
     callbacks = [Writes(folder)]
     if composer != "none":
         used = {"walk": walk, "pool order": pool_order}[composer]
@@ -113,8 +117,10 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=save_every, save_last=True))
     if sharded:
         trainer["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    model = Run(folder, slow_rank, kill_at, sharded, fail)
+    model.masks = [] if mask_nearest else None
     fit(
-        Run(folder, slow_rank, kill_at, sharded, fail),
+        model,
         Data(batch_size, n, drop_last=drop_last, **loader or {}),
         *callbacks,
         ckpt_path=last if last.exists() else None,

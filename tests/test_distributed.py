@@ -25,8 +25,10 @@ def assert_covered(ranks, epochs=2, n=203, batch_size=4):
 
 
 def test_ddp_with_default_flags(tmp_path):
-    ranks = run(tmp_path, num_sanity_val_steps=0)
+    ranks = run(tmp_path, num_sanity_val_steps=0, mask_nearest=3)
     assert_covered(ranks)
+    assert ranks[0]["masks"] == ranks[1]["masks"]
+    assert any(max(pair) >= 4 for mask in ranks[0]["masks"] for pair in mask)  # of the global batch
     assert ranks[0]["encoded"] == ranks[1]["encoded"]  # equal parts, the same number of calls
     assert sum(ranks[0]["encoded"]) * 2 == 200 * 2  # 25 global batches of 8 in each of two epochs
     assert ranks[0]["weights"] == ranks[1]["weights"]

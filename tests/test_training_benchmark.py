@@ -15,7 +15,7 @@ from scipy import stats
 from bs_lightning.compose import check_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.training import evaluate, losses, remedies, report, study, text
+from benchmarks.training import evaluate, losses, report, study, text
 from benchmarks.training.arms import ARMS
 
 BATCH, TEMPERATURE = 5, 0.3
@@ -61,16 +61,6 @@ def test_masked_pairs_are_no_negatives():
     ]
     loss = losses.nt_xent(first, second, temperature=TEMPERATURE, masked=masked)
     assert float(loss) == pytest.approx(sum(losses_of_parts) / BATCH)
-
-
-def test_mutual_nearest_of_a_pool_are_masked():
-    """There are three pairs of alike, and two alone."""
-    z = torch.eye(8)[[0, 1, 2, 3, 4, 0, 1, 2]] + 0.01 * torch.randn(8, 8)
-    callback = remedies.MaskingCallback(8, study.ARMS["pool10"].composer, n_nearest=1)
-    callback.composer(z, 8, seed=0, epoch=0)
-    callback._position = {10 + position: position for position in range(8)}
-    mask = callback.mask(np.array([15, 12, 10, 13, 17]))
-    assert mask.nonzero().tolist() == [[0, 2], [1, 4], [2, 0], [4, 1]]
 
 
 def test_retrieval_and_recall():

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
-from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
+from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
 from bs_lightning.compose import Composer, Graph
 from bs_lightning.presets import public_code
 
-from .remedies import MaskingCallback, MixedComposer, SkippingGraph, SteadyCallback
+from .remedies import MixedComposer, SkippingGraph, SteadyCallback, UniformComposer
 
 
 def walk(graph: Graph | None = None, restart_probability: float = 0.2, n_roots: int = 1) -> RWRComposer:
@@ -50,11 +50,11 @@ class Arm:
         if self.pool is None:
             return BatchSamplerCallback(None, self.composer, warmup_epochs, refresh_every=100, recycle=self.recycle)
         pool_size = self.pool * batch_size
-        if self.masked == "nearest":
-            return MaskingCallback(pool_size, self.composer, warmup_epochs)
         if self.steady is not None:
             return SteadyCallback(self.steady, pool_size, batch_size, self.composer, warmup_epochs)
-        return BatchSamplerCallback(pool_size, self.composer, warmup_epochs, recycle=self.recycle)
+        mask_nearest = 5 if self.masked == "nearest" else None
+        how = {"recycle": self.recycle, "mask_nearest": mask_nearest}
+        return BatchSamplerCallback(pool_size, self.composer, warmup_epochs, **how)
 
 
 uniform = partial(Arm, composer=None)
@@ -77,7 +77,7 @@ ARMS = {
     # Remedies for false negatives; the last is an oracle, which says what they do
     "skip": Arm(walk(SkippingGraph())),
     "masked": Arm(masked="nearest"),
-    "masked-uniform": Arm(uniform_batches, masked="nearest"),
+    "masked-uniform": Arm(UniformComposer(ExactGraph(5)), masked="nearest"),
     "masked-pool20": Arm(pool=20, masked="nearest"),
     "steady0.1": Arm(steady=0.1),
     "oracle": Arm(masked="labels"),

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Mask = Callable[[NDArray[np.int64]], Tensor | None]
+from bs_lightning import BatchSamplerDataModule
+
+Mask = Callable[[BatchSamplerDataModule], Tensor]
 
 
 class Contrastive(LightningModule):
@@ -20,7 +20,7 @@ class Contrastive(LightningModule):
         encoder: Inputs ``[n, ...]`` -> features ``[n, d]``.
         projector: Features -> what the loss compares.
         loss: ``loss(first, second)`` -> scalar.
-        mask: Dataset indices of a batch -> which pairs are no negatives, bool ``[B, B]``, or ``None``; handed to the
+        mask: The DataModule in training -> which pairs of the batch are no negatives, bool ``[B, B]``; handed to the
             loss as ``masked``.
         learning_rate: Of Adam; falls to zero along a cosine.
         steps: All of training.
@@ -42,7 +42,7 @@ class Contrastive(LightningModule):
 
     def training_step(self, views: Tensor, batch_idx: int) -> dict[str, Tensor]:
         first, second = self.embed(views.flatten(0, 1)).chunk(2)
-        masked = {} if self.mask is None else {"masked": self.mask(self.trainer.datamodule.trained_batch())}
+        masked = {} if self.mask is None else {"masked": self.mask(self.trainer.datamodule)}
         return {"loss": self.loss(first, second, **masked), "embeddings": torch.cat([first, second], dim=1).detach()}
 
     def configure_optimizers(self):

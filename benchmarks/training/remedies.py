@@ -1,16 +1,16 @@
 """Remedies for false negatives that follow from what the sampler alone knows, each a few lines on the callback."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning import BatchSamplerCallback, ExactGraph
-from bs_lightning.compose import Composer
+from bs_lightning.baselines import uniform_batches
+from bs_lightning.compose import Composer, Graph
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,16 @@ class MixedComposer:
         return np.concatenate([composed, others.reshape(n_batches, -1)], axis=1)
 
 
-class MaskingCallback(BatchSamplerCallback):
-    """Knows which instances of a pool are among each other's nearest, so that the loss can leave out these pairs."""
+class UniformComposer:
+    """Uniform batches, and a graph for masks."""
 
-    def __init__(self, *args: Any, n_nearest: int = 5, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.composer = _Remembering(self.composer, n_nearest)
-        self._position: dict[int, int] = {}
-
-    def plan_pool(self, trainer, indices, *, seed: int, epoch: int):
-        self._position = {index: position for position, index in enumerate(indices.tolist())}
-        return super().plan_pool(trainer, indices, seed=seed, epoch=epoch)
-
-    def mask(self, batch: NDArray[np.int64]) -> Tensor | None:
-        """Mutual nearest neighbours, bool ``[B, B]``; ``None`` while batches are uniform."""
-        if not self._position:
-            return None
-        positions = np.array([self._position[index] for index in batch.tolist()])
-        near = (self.composer.nearest[positions][:, :, None] == positions).any(axis=1)
-        return torch.from_numpy(near & near.T)
-
-
-@dataclass
-class _Remembering:
-    composer: Composer
-    n_nearest: int
-    nearest: NDArray[np.int32] = field(init=False)
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.neighbors: NDArray[np.int32] | None = None
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-        self.nearest = ExactGraph(self.n_nearest)(embeddings, seed=seed)
-        return self.composer(embeddings, batch_size, seed=seed, epoch=epoch)
+        self.neighbors = self.graph(embeddings, seed=seed)
+        return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)
 
 
 class SteadyCallback(BatchSamplerCallback):

@@ -81,7 +81,7 @@ def train(task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> tuple[Co
     loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], class_prior=task.class_prior)
     steps = n_epochs * (task.size // batch_size)
     callback = arm.callback(batch_size, n_epochs)
-    mask = None if arm.masked is None else partial(same_label, task.labels) if arm.masked == "labels" else callback.mask
+    mask = {None: None, "labels": same_label, "nearest": Data.likely_false_negatives}[arm.masked]
     model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, mask)
     trainer = Trainer(
         max_epochs=n_epochs,
@@ -101,9 +101,9 @@ def train(task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> tuple[Co
     return model, logged
 
 
-def same_label(labels: Tensor, batch: np.ndarray) -> Tensor:
-    """Which pairs of a batch are false negatives, bool ``[B, B]``."""
-    own = labels[torch.from_numpy(batch)]
+def same_label(data: Data) -> Tensor:
+    """Which pairs of the batch being trained are false negatives, bool ``[B, B]``."""
+    own = data.task.labels[torch.from_numpy(data.trained_batch())]
     return own[:, None] == own
 
 

@@ -22,11 +22,13 @@ from bs_lightning.compose import Composer, RWRComposer, check_batches
 from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
 from bs_lightning.encode import encode, isolated_rng, no_trace
 from bs_lightning.loader import BatchLoader, check_map_style
+from bs_lightning.mask import Pairs, mutual_nearest, pair_mask
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
 from bs_lightning.plan import BatchLayout, Indices, check_pool_size
 
-# A pool's batches as positions in it, what to log of them, and the seconds that each step took.
-_Composed = tuple[Indices, dict[str, float], dict[str, float]]
+# A pool's batches as positions in it, what to log of them, the seconds that each step took, and pairs to mask.
+_Composed = tuple[Indices, dict[str, float], dict[str, float], Pairs]
+_NO_PAIRS: Pairs = np.empty((0, 2), dtype=np.int64)
 
 
 class BatchSamplerCallback(Callback):
@@ -64,6 +66,9 @@ class BatchSamplerCallback(Callback):
         refresh_every: Instead of pools: compose the whole data set, and anew after this many steps (the paper's t).
             Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
+        mask_nearest: Let ``datamodule.likely_false_negatives()`` tell the loss which pairs of a batch are among each
+            other's so many nearest in the pool. Needs a composer with a graph. Better where classes have few instances
+            that look alike without being so; it also takes off the hardest of the true negatives.
         per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
             lets every process compose batches of its own from its share of the pool, for losses that do not.
         embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.
@@ -102,6 +107,7 @@ class BatchSamplerCallback(Callback):
         *,
         refresh_every: int | None = None,
         recycle: bool = False,
+        mask_nearest: int | None = None,
         per_rank: bool = False,
         embed: Callable[[LightningModule, Any], Tensor] | None = None,
         encode_batch_size: int | None = None,
@@ -129,6 +135,16 @@ class BatchSamplerCallback(Callback):
                     f"refresh_every={refresh_every} needs a composer whose batches may share instances, such as "
                     "RWRComposer(..., replacement=True). To see each instance once an epoch use pools."
                 )
+        if mask_nearest is not None:
+            if check_integer("mask_nearest", mask_nearest) < 1:
+                raise ValueError(f"mask_nearest must be at least 1, got {mask_nearest}. 5 suits pools of ten batches.")
+            if per_rank:
+                raise ValueError("mask_nearest needs per_rank=False: checkpoints hold the pairs of one process alone.")
+            if composer is not None and not hasattr(composer, "neighbors"):
+                raise TypeError(
+                    f"mask_nearest={mask_nearest} needs a composer that keeps its graph as `neighbors`, such as "
+                    f"RWRComposer(), got {composer!r}."
+                )
         if recycle and (embed is not None or encode_batch_size is not None):
             raise ValueError("recycle=True encodes nothing: leave out embed and encode_batch_size.")
         self.pool_size = pool_size
@@ -136,6 +152,7 @@ class BatchSamplerCallback(Callback):
         self.recycle = recycle
         self.composer = RWRComposer() if composer is None else composer
         self.warmup_epochs = warmup_epochs
+        self.mask_nearest = mask_nearest
         self.per_rank = per_rank
         self.embed = embed
         self.encode_batch_size = encode_batch_size
@@ -144,6 +161,7 @@ class BatchSamplerCallback(Callback):
         self._load: BatchLoader | None = None
         self._bank: EmbeddingBank | None = None
         self._restored: dict[str, Any] | None = None
+        self._near_pairs = _NO_PAIRS
         self._n_batches = 0
         self._pool_log: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
@@ -194,11 +212,22 @@ class BatchSamplerCallback(Callback):
         seconds = {"encode": time.perf_counter() - start}
 
         compose = self._compose_per_rank if self.per_rank else self._compose_once
-        batches, self._pool_log, spent = compose(trainer, embeddings, indices, seed, epoch)
+        batches, self._pool_log, spent, self._near_pairs = compose(trainer, embeddings, indices, seed, epoch)
         self._n_batches = len(batches)
         for step, value in (seconds | spent).items():
             self._seconds[step] = self._seconds.get(step, 0.0) + value
         return batches
+
+    def mask(self, batch: Indices) -> Tensor:
+        """Which pairs of a batch of dataset indices are mutual nearest neighbours in the pool being served.
+
+        Args:
+            batch: int64 ``[B]``.
+
+        Returns:
+            bool ``[B, B]``.
+        """
+        return pair_mask(self._near_pairs, batch)
 
     def check_data(self, datamodule: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Look at the data before training starts, and take what encoding needs of it.
@@ -243,6 +272,7 @@ class BatchSamplerCallback(Callback):
                 "trainer.fit(model, datamodule=...)."
             )
         self._bank = self._restored = None
+        self._near_pairs = _NO_PAIRS
         can_embed = self.embed is not None or _has_embed(pl_module) or is_overridden("forward", pl_module)
         if not self.recycle and not can_embed:
             raise TypeError(
@@ -304,10 +334,13 @@ class BatchSamplerCallback(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._bank is None else self._bank.state_dict()
+        state = {} if self._bank is None else self._bank.state_dict()
+        return state if self.mask_nearest is None else state | {"near_pairs": torch.from_numpy(self._near_pairs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict or None
+        self._restored = state_dict if "rows" in state_dict else None
+        if "near_pairs" in state_dict:
+            self._near_pairs = state_dict["near_pairs"].numpy()
 
     # How a pool is planned
 
@@ -409,10 +442,10 @@ class BatchSamplerCallback(Callback):
         rank, size = trainer.global_rank, len(embeddings)
         with _failing_together(trainer):
             share = indices[rank * size : (rank + 1) * size]
-            batches, log, seconds = self._compose(trainer, embeddings, share, seed + rank, epoch)
+            batches, log, seconds, _ = self._compose(trainer, embeddings, share, seed + rank, epoch)
         positions = torch.from_numpy(batches + rank * size).to(embeddings.device)
         gathered = trainer.strategy.all_gather(positions).reshape(-1, *batches.shape)
-        return gathered.transpose(0, 1).flatten(1).cpu().numpy(), log, seconds
+        return gathered.transpose(0, 1).flatten(1).cpu().numpy(), log, seconds, _NO_PAIRS
 
     def _compose(self, trainer: Trainer, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         layout = trainer.datamodule.train_sampler.layout
@@ -433,7 +466,10 @@ class BatchSamplerCallback(Callback):
             false_negatives = InBatchFalseNegativeRate(sync_on_compute=False)
             false_negatives.update(labels)
             log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
-        return batches, log, dict(seconds)
+        pairs = _NO_PAIRS
+        if self.mask_nearest is not None:
+            pairs = indices[mutual_nearest(self.composer.neighbors, self.mask_nearest)]
+        return batches, log, dict(seconds), pairs
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

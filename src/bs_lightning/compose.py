@@ -46,6 +46,7 @@ class RWRComposer:
             easy ones.
 
     Attributes:
+        neighbors: The last call's graph, int32 ``[P, K]``; ``None`` before.
         seconds: What the last call spent in ``"graph"`` and ``"walk"``.
 
     Raises:
@@ -79,6 +80,7 @@ class RWRComposer:
         self.restart_probability = restart_probability
         self.replacement = replacement
         self.n_roots = n_roots
+        self.neighbors: Neighbors | None = None
         self.seconds: dict[str, float] = {}
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -106,6 +108,7 @@ class RWRComposer:
                 f"The graph must return a row of neighbours for each of {len(embeddings)} embeddings, got "
                 f"{len(neighbors)} rows."
             )
+        self.neighbors = neighbors
         batches = rwr_batches(
             neighbors,
             batch_size,

@@ -152,6 +152,34 @@ class BatchSamplerDataModule(LightningDataModule):
             raise RuntimeError("trained_batch() can be asked during training only.")
         return sampler.trained_batch()
 
+    def likely_false_negatives(self) -> Tensor:
+        """Which pairs of the global batch that is being trained are mutual nearest neighbours in its pool.
+
+        For losses that leave such pairs out of the negatives; asked for in ``training_step``, with
+        ``BatchSamplerCallback(mask_nearest=...)``.
+
+        Returns:
+            bool of shape ``[B, B]`` on the module's device, in the order of :meth:`trained_batch`, which is that of
+            embeddings gathered from all processes; false on the diagonal, and throughout uniform batches.
+
+        Raises:
+            RuntimeError: If nothing is being trained, or no callback has ``mask_nearest``.
+
+        Example::
+
+            def training_step(self, batch, batch_idx):
+                a, b = (F.normalize(self(view), dim=1) for view in batch)
+                logits = a @ b.T / 0.1
+                logits = logits.masked_fill(self.trainer.datamodule.likely_false_negatives(), -torch.inf)
+                return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
+        """
+        batch = self.trained_batch()
+        assert self.trainer is not None
+        callback = find_callback(self.trainer)
+        if callback is None or callback.mask_nearest is None:
+            raise RuntimeError("likely_false_negatives() needs BatchSamplerCallback(mask_nearest=...), such as 5.")
+        return callback.mask(batch).to(self.trainer.lightning_module.device)
+
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
         sampler = self.train_sampler
