@@ -96,6 +96,19 @@ def test_a_cell_pairs_by_seed(tmp_path):
     assert "| uniform | 2 | 0.3 |" in printed
 
 
+def test_overview_and_plot_show_the_main_results(tmp_path):
+    path, defaults = tmp_path / "results.csv", study.TASKS["omniglot-pairs"].defaults
+    for settings in (defaults, defaults | {"steps": 9}):
+        for arm, seed in (("pool10", 0), ("uniform", 0), ("uniform", 1), ("pool10", 1)):
+            values = {"result/r1_held_back": 0.5 + 0.1 * (arm == "pool10"), "result/map_held_back": 0.25 * seed}
+            study.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **settings, **values})
+    assert "\n".join(report.overview([path])).count("| pool10 | 2 | 0.6 (+0.1 ± ") == 2
+    figure = report.plot([path])  # of a task's own settings only
+    assert [axes.get_title() for axes in figure.axes] == ["omniglot-pairs"]
+    (of_first, _) = figure.axes[0].containers
+    assert of_first.lines[0].get_xdata() == pytest.approx([10])
+
+
 @pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.composer is not None])
 def test_every_arm_composes_a_pool(arm):
     if arm == "b3":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from .arms import ARMS
 from .study import TASKS, read
 
 BASELINE = "uniform"
@@ -117,7 +118,8 @@ def plot(paths: Sequence[Path]):
 
     plt.switch_backend("Agg")
     shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
-    arms = list(dict.fromkeys(row["arm"] for _, rows in shown for row in rows if row["arm"] != BASELINE))
+    run = {row["arm"] for _, rows in shown for row in rows} - {BASELINE}
+    arms = [arm for arm in ARMS if arm in run]
     size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
     figure, panels = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, (settings, rows) in zip(panels[0], shown, strict=True):

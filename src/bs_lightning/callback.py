@@ -67,8 +67,8 @@ class BatchSamplerCallback(Callback):
             Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
         mask_nearest: Let ``datamodule.likely_false_negatives()`` tell the loss which pairs of a batch are among each
-            other's so many nearest in the pool. Needs a composer with a graph. Better where classes have few instances
-            that look alike without being so; it also takes off the hardest of the true negatives.
+            other's so many nearest in the pool. Needs a composer with a graph. For data where look-alikes mostly belong
+            together, as paraphrases do; elsewhere it takes off the hardest of the true negatives.
         per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
             lets every process compose batches of its own from its share of the pool, for losses that do not.
         embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.

@@ -100,6 +100,7 @@ class RWRComposer:
                 of neighbours for each.
         """
         alpha = self.restart_probability
+        self.neighbors = None  # two graphs of a whole data set may not fit
         start = time.perf_counter()
         neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()
