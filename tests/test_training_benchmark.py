@@ -99,10 +99,10 @@ def test_a_cell_pairs_by_seed(tmp_path):
 def test_overview_and_plot_show_the_main_results(tmp_path):
     path, defaults = tmp_path / "results.csv", study.TASKS["omniglot-pairs"].defaults
     for settings in (defaults, defaults | {"steps": 9}):
-        for arm, seed in (("pool10", 0), ("uniform", 0), ("uniform", 1), ("pool10", 1)):
+        for arm, seed in (("pool10", 0), *(("uniform", seed) for seed in range(3)), ("pool10", 1), ("pool10", 2)):
             values = {"result/r1_held_back": 0.5 + 0.1 * (arm == "pool10"), "result/map_held_back": 0.25 * seed}
             study.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **settings, **values})
-    assert "\n".join(report.overview([path])).count("| pool10 | 2 | 0.6 (+0.1 ± ") == 2
+    assert "\n".join(report.overview([path])).count("| pool10 | 3 | 0.6 (+0.1 ± ") == 2
     figure = report.plot([path])  # of a task's own settings only
     assert [axes.get_title() for axes in figure.axes] == ["omniglot-pairs"]
     (of_first, _) = figure.axes[0].containers

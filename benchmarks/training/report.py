@@ -11,6 +11,7 @@ from .arms import ARMS
 from .study import TASKS, read
 
 BASELINE = "uniform"
+MIN_SEEDS = 3  # in plots: the intervals of two are too wide to show
 SECTIONS = {
     "result/": "Results",
     "batch/": "The arm's own batches, of the trained model",
@@ -118,15 +119,17 @@ def plot(paths: Sequence[Path]):
 
     plt.switch_backend("Agg")
     shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
-    run = {row["arm"] for _, rows in shown for row in rows} - {BASELINE}
-    arms = [arm for arm in ARMS if arm in run]
+    runs = [rows for _, rows in shown]
+    arms = [arm for arm in ARMS if any(len({r["seed"] for r in rows if r["arm"] == arm}) >= MIN_SEEDS for rows in runs)]
+    arms.remove(BASELINE)
     size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
     figure, panels = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, (settings, rows) in zip(panels[0], shown, strict=True):
         axes.axvline(0, color="0.6", linewidth=1)
         for number, name in enumerate(TASKS[settings["task"]].main):
             found = {arm: difference(rows, arm, f"result/{name}") for arm in arms}
-            points = [(x, arms.index(arm), half) for arm, each in found.items() if each for x, half, _ in [each]]
+            known = {arm: each for arm, each in found.items() if each and each[2] >= MIN_SEEDS}
+            points = [(x, arms.index(arm), half) for arm, (x, half, _) in known.items()]
             x, y, half = np.array(points).T
             axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
         axes.set(title=settings["task"], xlabel=f"points above {BASELINE}")
