@@ -63,18 +63,24 @@ def test_uniform_batches_are_the_same_with_and_without_the_callback():
     assert sorted(sum(plain.epochs[1], [])) == sorted(sum(warm.epochs[1], []))
 
 
-def test_hardness_is_that_of_the_embeddings_the_batches_were_made_from():
-    seen = []
+def noting(seen):
+    """A composer that notes each pool's embeddings and changes nothing."""
 
     def composer(embeddings, batch_size, *, seed, epoch):
         seen.append(embeddings)
         return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
+    return composer
+
+
+def test_hardness_is_that_of_the_embeddings_the_batches_were_made_from():
+    seen = []
+
     class NoLabels(Data):
         def train_labels(self):
             return None
 
-    made = fit(Model(), NoLabels(8, 64), walker(64, composer=composer), max_epochs=1)
+    made = fit(Model(), NoLabels(8, 64), walker(64, composer=noting(seen)), max_epochs=1)
     batches = seen[0].reshape(8, 8, -1)
     pairs = (batches @ batches.transpose(1, 2))[:, ~torch.eye(8, dtype=torch.bool)]
     assert made.callback_metrics["batch_sampler/hardness"] == pytest.approx(pairs.mean().item(), abs=1e-5)
@@ -85,16 +91,12 @@ def test_hardness_is_that_of_true_negatives_where_labels_are_known():
     """Pools of one and of three batches: each batch counts alike."""
     seen = []
 
-    def composer(embeddings, batch_size, *, seed, epoch):
-        seen.append(embeddings)
-        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
-
     class Unequal(Model):
         def on_train_batch_start(self, batch, batch_idx):
             self.trainer.train_dataloader.batch_sampler._plan.pool_size = 24  # after a first pool of one batch
 
     model = Unequal()
-    made = fit(model, Data(8, 32), walker(8, composer=composer), max_epochs=1)
+    made = fit(model, Data(8, 32), walker(8, composer=noting(seen)), max_epochs=1)
     assert [len(z) for z in seen] == [8, 24]
     similarities = []
     for batch, z in zip(model.batches, torch.cat(seen).reshape(4, 8, -1), strict=True):

@@ -4,7 +4,7 @@
         --results results.csv
     python -m benchmarks.training table --results benchmarks/training/results/*.csv
     python -m benchmarks.training overview --results benchmarks/training/results/*.csv
-    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out docs/training.png
+    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out docs/when-it-helps.png
     python -m benchmarks.training list
 
 `run` adds one row per finished run to the results; a run that is there already is skipped, so an interrupted study goes
