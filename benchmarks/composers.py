@@ -1,7 +1,8 @@
-"""How hard the batches of every composer are, what they cost, and whether the paper's graph is built faithfully.
+"""How hard the batches of every composer are, what they cost, and whether the paper's graph is what the paper says.
 
     python benchmarks/composers.py table --embeddings embeddings.npz
     python benchmarks/composers.py paper --embeddings embeddings.npz
+    python benchmarks/composers.py escape --embeddings embeddings.npz
     python benchmarks/composers.py scale
     python benchmarks/composers.py plot
 
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, RWRComposer, rwr_batches
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
@@ -87,16 +89,17 @@ LOOK["paper's graph"] = ("black", "*")
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("table", "paper", "scale", "plot"):
+    for name in ("table", "paper", "escape", "scale", "plot"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, default=Path("build/composers"), help="folder of CSV files and plots")
         if name != "plot":
             command.add_argument("--batch-size", type=int, default=256)
-        if name in ("table", "paper"):
+        if name in ("table", "paper", "escape"):
             command.add_argument("--embeddings", required=True, help="an .npz file with z [N, d] and perhaps y [N]")
             command.add_argument("--instances", type=int, help="use only the first")
     commands.choices["table"].add_argument("--temperature", type=float, default=0.5)
     commands.choices["paper"].add_argument("--repeats", type=int, default=5)
+    commands.choices["escape"].add_argument("--share", type=float, default=0.1, help="of all instances, in a set")
     commands.choices["scale"].add_argument("--only", nargs="+", choices=[family for family, _ in SCALE], default=[])
     commands.choices["scale"].add_argument("--largest", type=int, default=SIZES[-1])
     commands.choices["scale"].add_argument("--seconds", type=float, default=60, help="a composer stops after as many")
@@ -242,6 +245,42 @@ def run_paper(args):
             show(row, with_header=measure == "seconds")
 
 
+def run_escape(args, n_sets=20, n_steps=500):
+    """How much of a walk leaves the set it starts in, against the bound of Andersen, Chung and Lang (FOCS 2006).
+
+    Sets: what is most similar to an instance, `--share` of all. A step of a walk from a uniformly random member is in
+    expectation outside the set with at most the probability conductance * (1 - alpha) / alpha. The bound is for the
+    steps of one walk on a graph of equal degrees, lazy walks have half of it; batches hold distinct instances, more of
+    which are far away, and the graph's in-degrees differ.
+    """
+    z, _ = load(args)
+    neighbors = RandomCandidateGraph(1000, 100)(z, seed=0)
+    n, k = neighbors.shape
+    step = csr_matrix((np.full(n * k, 1 / k), neighbors.ravel(), np.arange(0, n * k + 1, k)), (n, n)).T.tocsr()
+    centres = np.random.default_rng(0).choice(n, n_sets, replace=False)
+    inside = np.zeros((n, n_sets))
+    for column, centre in enumerate(centres):
+        inside[(z @ z[centre]).topk(round(args.share * n)).indices, column] = 1
+    where, outside = inside / inside.sum(axis=0), []
+    for _ in range(n_steps):
+        outside.append((where * (1 - inside)).sum(axis=0).mean())
+        where = step @ where
+    for alpha in (0.05, 0.1, 0.2, 0.5, 0.8):
+        weights = alpha * (1 - alpha) ** np.arange(n_steps)  # of the number of steps since the last restart
+        batches = rwr_batches(neighbors, args.batch_size, restart_probability=alpha, seed=0, replacement=True)
+        from_inside = inside[batches[:, 0]]  # [number of batches, n_sets]
+        left = 1 - inside[batches].mean(axis=1)
+        row = {
+            "alpha": alpha,
+            "conductance": outside[1],
+            "bound": outside[1] * (1 - alpha) / alpha,
+            "steps outside": float(weights @ outside),
+            "instances of batches outside": float((left * from_inside).sum() / from_inside.sum()),
+        }
+        show(row, with_header=alpha == 0.05)
+        keep(args.out / "escape.csv", {"N": n, "share": args.share, **row})
+
+
 def spread(values):
     return f"{np.mean(values):.4g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
 
@@ -351,7 +390,8 @@ def label_points(axes, rows):
 
 def main():
     args = arguments()
-    {"table": run_table, "paper": run_paper, "scale": run_scale, "plot": run_plot}[args.command](args)
+    commands = {"table": run_table, "paper": run_paper, "escape": run_escape, "scale": run_scale, "plot": run_plot}
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -94,4 +94,6 @@ ARMS = {
     "debiased-pool10": Arm(loss="debiased"),
     "hard": uniform(loss="hard"),
     "hard-pool10": Arm(loss="hard"),
+    "weighted": uniform(loss="weighted"),
+    "weighted-pool10": Arm(loss="weighted"),
 }

@@ -49,7 +49,12 @@ def hard(
     return _corrected(positive, mean, negatives.shape[1], temperature, class_prior)
 
 
-LOSSES = {"nt-xent": nt_xent, "debiased": debiased, "hard": hard}
+def weighted(first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0) -> Tensor:
+    """The hard loss without debiasing; ``class_prior`` is not used."""
+    return hard(first, second, temperature=temperature, class_prior=0.0)
+
+
+LOSSES = {"nt-xent": nt_xent, "debiased": debiased, "hard": hard, "weighted": weighted}
 
 
 def pair_logits(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
