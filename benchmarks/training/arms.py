@@ -65,6 +65,7 @@ ARMS = {
     "pool4": Arm(pool=4),
     "pool10": Arm(),
     "pool20": Arm(pool=20),
+    "pool40": Arm(pool=40),
     "alpha0.05": Arm(walk(restart_probability=0.05)),
     "alpha0.5": Arm(walk(restart_probability=0.5)),
     # A few very hard negatives among easy ones, instead of moderately hard ones throughout
@@ -96,4 +97,5 @@ ARMS = {
     "hard-pool10": Arm(loss="hard"),
     "weighted": uniform(loss="weighted"),
     "weighted-pool10": Arm(loss="weighted"),
+    "weighted-pool20": Arm(pool=20, loss="weighted"),
 }
