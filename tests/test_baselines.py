@@ -1,4 +1,5 @@
 import numpy as np
+import pymetis
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ COMPOSERS = {
     "rwr": RWRComposer(ExactGraph(5)),
     "rwr, 4 roots": RWRComposer(ExactGraph(5), n_roots=4),
 }
+SMALL = COMPOSERS | {"gcbs": GCBSComposer(3), "b3": B3Composer(n_skipped=1, n_neighbors=3, community_size=2)}
 every = pytest.mark.parametrize("name", COMPOSERS)
 hard = pytest.mark.parametrize("name", [name for name in COMPOSERS if name != "uniform"])
 
@@ -36,11 +38,11 @@ def similarity(embeddings, batches):
 
 @every
 @settings(max_examples=25, deadline=None)
-@given(n_batches=st.integers(1, 12), batch_size=st.integers(4, 24), seed=st.integers(0, 2**32 - 1), kind=st.booleans())
+@given(n_batches=st.integers(1, 12), batch_size=st.integers(6, 24), seed=st.integers(0, 2**32 - 1), kind=st.booleans())
 def test_takes_each_instance_once(name, n_batches, batch_size, seed, kind):
     size = n_batches * batch_size
     embeddings = torch.randn(size, 6) if kind else torch.ones(size, 6)  # or of a model that has collapsed
-    composer = COMPOSERS[name]
+    composer = SMALL[name]
     batches = composer(embeddings, batch_size, seed=seed, epoch=0)
     assert batches is check_batches(batches, size, batch_size)
     assert np.array_equal(batches, composer(embeddings, batch_size, seed=seed, epoch=0))
@@ -84,6 +86,14 @@ def test_knn_batches_are_the_nearest_that_are_left():
         left -= set(batch)
 
 
+def test_knn_batches_take_all_zero_embeddings_last():
+    embeddings = clusters(200)
+    zero = torch.arange(0, 200, 10)
+    embeddings[zero] = 0
+    batches = knn_batches(embeddings, 20, seed=3, epoch=0)
+    assert not np.isin(batches[:8, 1:], zero).any()  # a root may be one
+
+
 def test_gcbs_brings_neighbors_together_whatever_the_order():
     """A ring in random order: reverse Cuthill-McKee finds the order along it, from both sides at a time."""
     angle = torch.arange(400) / 400 * 2 * torch.pi
@@ -115,12 +125,33 @@ def test_b3_joins_the_ranks_after_the_nearest():
         assert np.array_equal(joined[-1], ExactGraph(40)(embeddings)[:, 30:])
 
 
+def test_b3_joins_in_both_directions_only(monkeypatch):
+    embeddings, given = clusters(200), []
+    cut = pymetis.part_graph
+
+    def watch(n_parts, adjacency, **kwargs):
+        given.append(adjacency)
+        return cut(n_parts, adjacency, **kwargs)
+
+    monkeypatch.setattr(pymetis, "part_graph", watch)
+    B3Composer(n_skipped=5, n_neighbors=10, community_size=10)(embeddings, 20, seed=0, epoch=0)
+    ranked = [set(row) for row in ExactGraph(15)(embeddings)[:, 5:].tolist()]
+    starts, ends = given[0].adj_starts, given[0].adjacent
+    for node in range(200):
+        joined = {other for other in ranked[node] if node in ranked[other]}
+        assert set(ends[starts[node] : starts[node + 1]].tolist()) == joined
+
+
 def test_b3_fills_batches_with_communities():
     embeddings = clusters(640, n_clusters=20)
     nearest = B3Composer(n_skipped=0, n_neighbors=20, community_size=8)(embeddings, 32, seed=0, epoch=0)
     unit = torch.nn.functional.normalize(embeddings, dim=1)[torch.from_numpy(nearest)]
     alike = (unit @ unit.transpose(1, 2) > 0.8).sum(dim=2).float() - 1
     assert 4 < alike.mean() < 14  # of a community of 8, and not of a batch of 32
+
+
+def compose(composer, size=40, batch_size=4):
+    return composer(torch.randn(size, 4), batch_size, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +161,34 @@ def test_b3_fills_batches_with_communities():
         (lambda: B3Composer(n_skipped=-1), "n_skipped must be at least 0, got -1"),
         (lambda: B3Composer(n_neighbors=0), "n_neighbors must be at least 1, got 0"),
         (lambda: B3Composer(community_size=0), "community_size must be at least 1, got 0"),
-        (
-            lambda: B3Composer(30)(torch.ones(20, 2), 4, seed=0, epoch=0),
-            "n_skipped=30 leaves nothing of the graph's 19 neighbours",
-        ),
+        # Else the batches would be as good as uniform, without a word.
+        (lambda: compose(GCBSComposer(39)), "n_neighbors=39 keeps all pairs of 40 embeddings"),
+        (lambda: compose(B3Composer(9, 30)), "n_skipped=9 and n_neighbors=30 take all neighbours of each of 40"),
+        (lambda: compose(B3Composer(2, 10, 32)), "community_size=32 makes one community of 40 embeddings"),
+        (lambda: compose(B3Composer(9, 10, 8, graph=ExactGraph(9))), "leaves nothing of the graph's 9 neighbours"),
     ],
 )
 def test_refuses_bad_arguments(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GCBSComposer(2.5),
+        lambda: B3Composer(2.5),
+        lambda: B3Composer(graph=3),
+        lambda: compose(knn_batches, batch_size=4.0),
+    ],
+)
+def test_refuses_other_types(make):
+    with pytest.raises(TypeError, match="must be"):
+        make()
+
+
+@pytest.mark.parametrize("name", [name for name in COMPOSERS if "rwr" not in name])
+@pytest.mark.parametrize(("size", "batch_size"), [(40, 16), (40, 100), (40, 0)])
+def test_refuses_what_does_not_fill_batches(name, size, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must divide the number of embeddings, {size}, got {batch_size}"):
+        compose(COMPOSERS[name], size, batch_size)

@@ -51,9 +51,16 @@ def test_the_composer_follows_a_schedule_and_survives_pickling():
         (lambda: LinearDecay(n_epochs=0), "n_epochs must be at least 1 epoch, got 0"),
         (lambda: Staircase(every=0), "every must be at least 1 epoch, got 0"),
         (lambda: Staircase(step=-0.1), "step must not be negative, got -0.1"),
+        (lambda: Staircase(step=float("nan")), "step must not be negative, got nan"),
         (lambda: Staircase(floor=0.3), "floor must not be above start 0.2, got 0.3"),
     ],
 )
 def test_refuses_bad_arguments(make, words):
     with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("make", [lambda: LinearDecay(n_epochs=2.5), lambda: Staircase(every=2.5)])
+def test_refuses_parts_of_epochs(make):
+    with pytest.raises(TypeError, match=r"must be an integer, got 2\.5"):
         make()

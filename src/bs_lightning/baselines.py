@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bs_lightning._checks import check_instance_callable, check_integer
+from bs_lightning._embeddings import check_pool, unit_rows_
 from bs_lightning.compose import Batches, Graph
-from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph, _check_embeddings
+from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
 
 
 def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -29,12 +31,17 @@ def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: in
     Returns:
         int64 of shape ``[P // batch_size, batch_size]``.
 
+    Raises:
+        ValueError: If ``batch_size`` does not divide ``P``, or the embeddings are not of shape ``[P, d]`` or not
+            finite.
+
     Example:
         >>> import torch
         >>> from bs_lightning.baselines import uniform_batches
         >>> uniform_batches(torch.randn(64, 8), 16, seed=0, epoch=0).shape
         (4, 16)
     """
+    check_pool(embeddings, batch_size)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
 
@@ -42,7 +49,7 @@ def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: in
 def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
     """The paper's "kNN sampler": a random instance and its nearest, among those that no earlier batch took.
 
-    The work grows with ``P^2 d / batch_size``.
+    The work grows with ``P^2 d / batch_size``. All-zero embeddings are similar to nothing: they are taken last.
 
     Args:
         embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``, on any device.
@@ -53,6 +60,10 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
     Returns:
         int64 of shape ``[P // batch_size, batch_size]``, each batch's first instance followed by its nearest.
 
+    Raises:
+        ValueError: If ``batch_size`` does not divide ``P``, or the embeddings are not of shape ``[P, d]`` or not
+            finite.
+
     Example:
         >>> import torch
         >>> from bs_lightning.baselines import knn_batches
@@ -61,8 +72,9 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
 
     Source: arXiv 2306.03355, section 4.4.
     """
-    _check_embeddings(embeddings)
-    unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    check_pool(embeddings, batch_size)
+    unit = unit_rows_(embeddings.to(torch.float32, copy=True))
+    isolated = ~unit.any(dim=1)
     order = np.random.default_rng(seed).permutation(len(unit))
     used = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     batches = np.empty((len(unit) // batch_size, batch_size), dtype=np.int64)
@@ -72,7 +84,7 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
         while taken[order[position]]:
             position += 1
         root = order[position]
-        similarity = (unit @ unit[root]).masked_fill_(used, -torch.inf)
+        similarity = (unit @ unit[root]).masked_fill_(isolated, -2.0).masked_fill_(used, -torch.inf)
         similarity[root] = torch.inf
         nearest = similarity.topk(batch_size).indices
         used[nearest] = True
@@ -92,6 +104,7 @@ class GCBSComposer:
 
     Raises:
         ImportError: If scipy is not installed.
+        TypeError: If ``n_neighbors`` is no integer.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -104,22 +117,41 @@ class GCBSComposer:
     ICML 2023, arXiv 2210.12874.
     """
 
-    n_neighbors: int = 100
+    n_neighbors: int = 15
 
     def __post_init__(self) -> None:
         _require("scipy")
-        if self.n_neighbors < 1:
+        if check_integer("n_neighbors", self.n_neighbors) < 1:
             raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors}.")
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
-        """Compose batches, as a composer does; ``epoch`` is not used."""
+        """Compose batches.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``, on any device.
+            batch_size: Instances in a batch.
+            seed: Seed of the sample that the quantile is estimated from.
+            epoch: Not used.
+
+        Returns:
+            int64 of shape ``[P // batch_size, batch_size]``.
+
+        Raises:
+            ValueError: If ``batch_size`` does not divide ``P``, the embeddings are not of shape ``[P, d]`` or not
+                finite, or ``P`` is so small that all pairs would be kept.
+        """
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-        _check_embeddings(embeddings)
+        check_pool(embeddings, batch_size)
         size = len(embeddings)
-        unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+        if self.n_neighbors >= size - 1:
+            raise ValueError(
+                f"n_neighbors={self.n_neighbors} keeps all pairs of {size} embeddings, which orders nothing. Lower it, "
+                "or give larger pools."
+            )
+        unit = unit_rows_(embeddings.to(torch.float32, copy=True))
         threshold = self._threshold(unit, seed)
         rows_per_block = max(1, _BLOCK_ENTRIES // size)
         pieces = []
@@ -134,8 +166,6 @@ class GCBSComposer:
     def _threshold(self, unit: Tensor, seed: int) -> float:
         """The similarity that ``n_neighbors`` others exceed, on average over instances."""
         size = len(unit)
-        if self.n_neighbors >= size - 1:
-            return -torch.inf
         some = torch.from_numpy(np.random.default_rng(seed).permutation(size)[: max(2, 2**21 // size)]).to(unit.device)
         similarity = (unit[some] @ unit.T).flatten()
         above = round(len(similarity) * (self.n_neighbors + 1) / size)  # and each with itself
@@ -146,20 +176,21 @@ class GCBSComposer:
 class B3Composer:
     """B3: communities of a graph that leaves out the very nearest, several of them in a batch.
 
-    The graph joins each instance with those of rank ``n_skipped`` to ``n_skipped + n_neighbors`` in similarity, as the
-    nearest are taken for false negatives; METIS cuts it into communities; batches are filled with communities in random
-    order. B3 ranks by a fixed teacher; here the model itself is the teacher. Needs pymetis
+    The graph joins two instances where each has the other at a rank of ``n_skipped`` to ``n_skipped + n_neighbors`` in
+    similarity, as the nearest are taken for false negatives; METIS cuts it into communities; batches are filled with
+    communities in random order. B3 ranks by a fixed teacher; here the model itself is the teacher. Needs pymetis
     (``pip install bs-lightning[baselines]``).
 
     Args:
         n_skipped: Nearest left out (B3's p).
         n_neighbors: Neighbours kept after them (B3's m).
-        community_size: Instances in a community, about.
+        community_size: Instances in a community, about; the larger, the harder the batches, up to ``batch_size``.
         graph: Ranks the neighbours; ``None`` is ``ExactGraph(n_skipped + n_neighbors)``.
 
     Raises:
         ImportError: If scipy or pymetis is not installed.
-        ValueError: If an argument is out of range, or the embeddings are too few for ``n_skipped``.
+        TypeError: If a number is no integer, or ``graph`` no callable.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -169,7 +200,8 @@ class B3Composer:
         (4, 16)
 
     Source: Thirukovalluru et al., "Breaking the batch barrier (B3) of contrastive learning via smart batch mining",
-    NeurIPS 2025, arXiv 2505.11293; the defaults are in the names of its public models.
+    NeurIPS 2025, arXiv 2505.11293; edges in both directions only, as in its public code; the defaults are in the names
+    of its public models.
     """
 
     n_skipped: int = 30
@@ -180,18 +212,45 @@ class B3Composer:
     def __post_init__(self) -> None:
         _require("scipy", "pymetis")
         for name, least in (("n_skipped", 0), ("n_neighbors", 1), ("community_size", 1)):
-            if getattr(self, name) < least:
+            if check_integer(name, getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.graph is not None:
+            check_instance_callable("graph", self.graph, "ExactGraph(130)")
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
-        """Compose batches, as a composer does; ``epoch`` is not used."""
+        """Compose batches.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``, on any device.
+            batch_size: Instances in a batch.
+            seed: The same seed gives the same batches.
+            epoch: Not used.
+
+        Returns:
+            int64 of shape ``[P // batch_size, batch_size]``.
+
+        Raises:
+            ValueError: If ``batch_size`` does not divide ``P``, the embeddings are not of shape ``[P, d]`` or not
+                finite, or ``P`` is so small that all but the skipped would be joined, or one community would be left.
+        """
+        check_pool(embeddings, batch_size)
+        if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:
+            raise ValueError(
+                f"n_skipped={self.n_skipped} and n_neighbors={self.n_neighbors} take all neighbours of each of "
+                f"{len(embeddings)} embeddings. Lower them, or give larger pools."
+            )
+        if self._n_communities(len(embeddings)) == 1:
+            raise ValueError(
+                f"community_size={self.community_size} makes one community of {len(embeddings)} embeddings. Lower it, "
+                "or give larger pools."
+            )
         graph = ExactGraph(self.n_skipped + self.n_neighbors) if self.graph is None else self.graph
         ranked = graph(embeddings, seed=seed)
         neighbors = ranked[:, self.n_skipped : self.n_skipped + self.n_neighbors]
         if neighbors.shape[1] == 0:
             raise ValueError(
-                f"n_skipped={self.n_skipped} leaves nothing of the graph's {ranked.shape[1]} neighbours for each of "
-                f"{len(embeddings)} embeddings. Lower it, or give larger pools or a graph with more neighbours."
+                f"n_skipped={self.n_skipped} leaves nothing of the graph's {ranked.shape[1]} neighbours. Lower it, or "
+                "give a graph with more neighbours."
             )
         community = self._communities(neighbors, seed)
         rng = np.random.default_rng(seed)
@@ -199,22 +258,22 @@ class B3Composer:
         # Random within a community too, as a batch's end may cut it.
         return np.lexsort((rng.random(len(community)), shuffled)).reshape(-1, batch_size)
 
+    def _n_communities(self, size: int) -> int:
+        return max(1, round(size / self.community_size))
+
     def _communities(self, neighbors: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
-        """Each instance's community, by METIS on the graph with both directions of every edge."""
+        """Each instance's community, by METIS on the edges that the graph has in both directions."""
         import pymetis
         from scipy.sparse import csr_array
 
         size, k = neighbors.shape
-        n_communities = max(1, round(size / self.community_size))
-        if n_communities == 1:
-            return np.zeros(size, dtype=np.int64)
         starts = np.arange(0, size * k + 1, k)
         directed = csr_array((np.ones(size * k, dtype=np.int32), neighbors.ravel(), starts), shape=(size, size))
-        both = (directed + directed.T).tocsr()
+        mutual = directed.multiply(directed.T).tocsr()
         options = pymetis.Options()
         options.seed = seed % 2**31
-        adjacency = pymetis.CSRAdjacency(both.indptr, both.indices)
-        partition = pymetis.part_graph(n_communities, adjacency, options=options)
+        adjacency = pymetis.CSRAdjacency(mutual.indptr, mutual.indices)
+        partition = pymetis.part_graph(self._n_communities(size), adjacency, options=options)
         return np.asarray(partition.vertex_part, dtype=np.int64)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from bs_lightning._embeddings import unit_rows_
 from bs_lightning.loader import Load
 
 Embed = Callable[[Any], Tensor]
@@ -59,18 +60,15 @@ def encode(
     embeddings = torch.cat(pieces)
 
     finite = torch.isfinite(embeddings).all(dim=1)
-    largest = embeddings.abs().amax(dim=1, keepdim=True)
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise ValueError(
             f"The embedding of dataset index {indices[row]} is not finite. Check that instance, or whether training "
             "diverged; lower precisions overflow sooner."
         )
-    if not largest.all():
+    if not embeddings.any(dim=1).all():
         _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
-    # Twice: a norm of very large or small numbers would overflow or vanish.
-    embeddings = embeddings / largest.masked_fill(largest == 0, 1)
-    embeddings = torch.nn.functional.normalize(embeddings, dim=1)
+    unit_rows_(embeddings)
     # Two may be of one instance that the data has twice.
     if len(embeddings) > 2 and torch.allclose(embeddings, embeddings[:1], atol=1e-6):
         _warn_once("A pool's embeddings are all equal: the model has collapsed. Batches are random.")

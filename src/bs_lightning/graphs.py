@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
+from bs_lightning._embeddings import check_embeddings, unit_rows_
 
 Neighbors = NDArray[np.int32]
 
@@ -72,11 +73,11 @@ class NNDescentGraph:
         Raises:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
-        _check_embeddings(embeddings)
-        data = embeddings.detach().float().cpu().numpy()
-        k = min(self.n_neighbors, len(data) - 1)
-        found = self._descend(np.ascontiguousarray(data), k + 1, seed)  # each instance is its own nearest neighbour
-        return _real_neighbors(found, k, np.linalg.norm(data, axis=1) == 0, seed)
+        check_embeddings(embeddings)
+        unit = unit_rows_(embeddings.detach().to("cpu", torch.float32, copy=True))
+        k = min(self.n_neighbors, len(unit) - 1)
+        found = self._descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
+        return _real_neighbors(found, k, ~unit.any(dim=1).numpy(), seed)
 
     @staticmethod
     def _descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
@@ -135,8 +136,8 @@ class ExactGraph:
         Raises:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
-        _check_embeddings(embeddings)
-        unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+        check_embeddings(embeddings)
+        unit = unit_rows_(embeddings.to(torch.float32, copy=True))
         size = len(unit)
         k = min(self.n_neighbors, size - 1)
         isolated = ~unit.any(dim=1)
@@ -212,7 +213,7 @@ class RandomCandidateGraph:
         size = len(embeddings)
         if self.n_candidates >= size - 1:
             return ExactGraph(self.n_neighbors)(embeddings, seed=seed)
-        _check_embeddings(embeddings)
+        check_embeddings(embeddings)
         rng = np.random.default_rng(seed)
         device = embeddings.device
         order = torch.from_numpy(rng.permutation(size)).to(device)
@@ -223,8 +224,7 @@ class RandomCandidateGraph:
         chunk = min(chunk, -(-size // _RUN_BLOCK) * _RUN_BLOCK)
         longest = chunk + max(stop - start for start, stop in runs)
         # As far beyond its end as slices reach, so that each is in one piece.
-        circle = embeddings[order[torch.arange(size + longest, device=device) % size]].float()
-        circle /= circle.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        circle = unit_rows_(embeddings[order[torch.arange(size + longest, device=device) % size]].float())
         isolated = ~circle[:size].any(dim=1)
         found = torch.empty((size, self.n_neighbors), dtype=torch.int32, device=device)
         similarity = torch.empty((chunk, self.n_candidates), device=device)
@@ -291,11 +291,3 @@ def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed:
 def _check_n_neighbors(n_neighbors: int) -> None:
     if check_integer("n_neighbors", n_neighbors) < 1:
         raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}. 15 suits a pool.")
-
-
-def _check_embeddings(embeddings: Tensor) -> None:
-    if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise ValueError(f"embeddings must have shape [P, d] with P >= 2, got {list(embeddings.shape)}.")
-    finite = torch.isfinite(embeddings).all(dim=1)
-    if not finite.all():
-        raise ValueError(f"embeddings must be finite, but row {int((~finite).nonzero()[0])} is not.")

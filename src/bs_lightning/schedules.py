@@ -6,6 +6,7 @@ can give them by ``class_path`` and what holds them can be pickled.
 
 from dataclasses import dataclass
 
+from bs_lightning._checks import check_integer
 from bs_lightning.walk import check_restart_probability
 
 
@@ -19,6 +20,7 @@ class LinearDecay:
         n_epochs: Epochs until ``end`` is reached, at least 1.
 
     Raises:
+        TypeError: If an argument is no number, or one in epochs no integer.
         ValueError: If an argument is out of range.
 
     Example:
@@ -53,6 +55,7 @@ class Staircase:
         floor: The lowest value, in ``(0, start]``.
 
     Raises:
+        TypeError: If an argument is no number, or one in epochs no integer.
         ValueError: If an argument is out of range.
 
     Example:
@@ -73,7 +76,7 @@ class Staircase:
         check_restart_probability(self.start)
         check_restart_probability(self.floor)
         _check_positive("every", self.every)
-        if self.step < 0:
+        if not self.step >= 0:  # NaN too
             raise ValueError(f"step must not be negative, got {self.step}. It is what is taken off every few epochs.")
         if self.floor > self.start:
             raise ValueError(f"floor must not be above start {self.start}, got {self.floor}.")
@@ -83,5 +86,5 @@ class Staircase:
 
 
 def _check_positive(name: str, value: int) -> None:
-    if value < 1:
+    if check_integer(name, value) < 1:
         raise ValueError(f"{name} must be at least 1 epoch, got {value}.")

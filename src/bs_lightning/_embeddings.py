@@ -1,0 +1,49 @@
+"""Checks and scaling of embeddings that several modules share."""
+
+import torch
+from torch import Tensor
+
+from bs_lightning._checks import check_integer
+
+
+def check_embeddings(embeddings: Tensor) -> None:
+    """Refuse what is not of shape ``[P, d]`` with ``P >= 2``, or not finite in float32.
+
+    Raises:
+        ValueError: Naming the shape, or the first row that is not finite.
+    """
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise ValueError(f"embeddings must have shape [P, d] with P >= 2, got {list(embeddings.shape)}.")
+    finite = torch.isfinite(embeddings.float()).all(dim=1)
+    if not finite.all():
+        raise ValueError(f"embeddings must be finite, but row {int((~finite).nonzero()[0])} is not.")
+
+
+def check_pool(embeddings: Tensor, batch_size: int) -> None:
+    """Refuse embeddings that do not make whole batches.
+
+    Raises:
+        TypeError: If ``batch_size`` is no integer.
+        ValueError: If the embeddings are not of shape ``[P, d]``, not finite, or ``P`` is no multiple of
+            ``batch_size``.
+    """
+    check_embeddings(embeddings)
+    if check_integer("batch_size", batch_size) < 1 or len(embeddings) % batch_size:
+        raise ValueError(
+            f"batch_size must divide the number of embeddings, {len(embeddings)}, got {batch_size}. "
+            "Leave out the embeddings that do not fill a batch."
+        )
+
+
+def unit_rows_(rows: Tensor) -> Tensor:
+    """Scale float32 rows ``[P, d]`` to length 1, in place; all-zero rows stay.
+
+    Returns:
+        ``rows``.
+    """
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
+    # First by a power of two, which is exact: a norm of very large or small numbers would overflow or vanish.
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    rows.ldexp_(-exponent)
+    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return rows
