@@ -73,6 +73,10 @@ def arguments() -> argparse.Namespace:
             if key not in defaults:
                 parser.error(f"{args.task} has no setting {key}. It has {', '.join(defaults)}.")
         args.settings = defaults | given
+    elif args.command != "list":
+        for path in args.results:
+            if not path.exists():
+                parser.error(f"--results: there is no file {path}.")
     return args
 
 

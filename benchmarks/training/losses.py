@@ -30,10 +30,14 @@ def nt_xent(
 def debiased(first: Tensor, second: Tensor, *, temperature: float, class_prior: float) -> Tensor:
     """Takes off the negatives' sum what false negatives are expected to add to it.
 
+    At a low temperature nothing may be left of it: a positive that is ``temperature * log(1 / class_prior)`` more
+    similar than the negatives are in the mean outweighs them all, and their gradients vanish.
+
     Source: Chuang et al., "Debiased contrastive learning", NeurIPS 2020, arXiv 2007.00224.
     """
-    positive, negatives = _exponentials(first, second, temperature)
-    return _corrected(positive, negatives.mean(dim=1), negatives.shape[1], temperature, class_prior)
+    positive, negatives = _split(first, second, temperature)
+    log_mean = negatives.logsumexp(dim=1) - math.log(negatives.shape[1])
+    return _corrected(positive, log_mean, negatives.shape[1], temperature, class_prior)
 
 
 def hard(
@@ -43,10 +47,10 @@ def hard(
 
     Source: Robinson et al., "Contrastive learning with hard negative samples", ICLR 2021, arXiv 2010.04592.
     """
-    positive, negatives = _exponentials(first, second, temperature)
-    weights = negatives**concentration
-    mean = (weights * negatives).sum(dim=1) / weights.sum(dim=1)
-    return _corrected(positive, mean, negatives.shape[1], temperature, class_prior)
+    positive, negatives = _split(first, second, temperature)
+    weights = concentration * negatives
+    log_mean = (weights + negatives).logsumexp(dim=1) - weights.logsumexp(dim=1)
+    return _corrected(positive, log_mean, negatives.shape[1], temperature, class_prior)
 
 
 def weighted(first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0) -> Tensor:
@@ -64,16 +68,18 @@ def pair_logits(first: Tensor, second: Tensor, temperature: float) -> tuple[Tens
     return logits, torch.arange(len(unit), device=unit.device).roll(len(first))
 
 
-def _exponentials(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """``exp(similarity / temperature)`` of each view's partner ``[2B]`` and negatives ``[2B, 2B - 2]``."""
+def _split(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Similarity over the temperature of each view's partner ``[2B]`` and negatives ``[2B, 2B - 2]``."""
     logits, partner = pair_logits(first, second, temperature)
     rows = torch.arange(len(logits), device=logits.device)
     is_negative = torch.ones_like(logits, dtype=torch.bool).fill_diagonal_(False)
     is_negative[rows, partner] = False
-    return logits[rows, partner].exp(), logits[is_negative].reshape(len(logits), -1).exp()
+    return logits[rows, partner], logits[is_negative].reshape(len(logits), -1)
 
 
-def _corrected(positive: Tensor, mean: Tensor, n: int, temperature: float, class_prior: float) -> Tensor:
+def _corrected(positive: Tensor, log_mean: Tensor, n: int, temperature: float, class_prior: float) -> Tensor:
     """The loss with the negatives' mean freed from false negatives, as far as it stays possible."""
-    true_mean = ((mean - class_prior * positive) / (1 - class_prior)).clamp_min(math.exp(-1 / temperature))
-    return -(positive / (positive + n * true_mean)).log().mean()
+    left = (1 - class_prior * (positive - log_mean).clamp_max(80).exp()) / (1 - class_prior)  # exp(88) is infinite
+    lowest = torch.tensor(-1 / temperature, dtype=left.dtype, device=left.device)
+    log_true_mean = torch.where(left > 0, log_mean + left.clamp_min(1e-30).log(), lowest).maximum(lowest)
+    return F.softplus(math.log(n) + log_true_mean - positive).mean()

@@ -66,9 +66,12 @@ def tables(paths: Sequence[Path]) -> Iterator[str]:
         yield heading(settings)
         for prefix, title in SECTIONS.items():
             measures = [name for name in rows[0] if name.startswith(prefix) and any(row[name] for row in rows)]
-            if measures:
-                yield f"{title}: mean over the arm's seeds (difference to {BASELINE} by seed ± 95% t-interval).\n"
-                yield table(rows, measures) + "\n"
+            if measures and prefix == "result/":
+                yield f"{title}: the mean of {BASELINE}; the others' difference to it by seed ± 95% t-interval.\n"
+                yield table(rows, measures, []) + "\n"
+            elif measures:
+                yield f"{title}: mean over the arm's seeds.\n"
+                yield table(rows, [], measures) + "\n"
 
 
 def overview(paths: Sequence[Path]) -> Iterator[str]:
@@ -85,14 +88,15 @@ def heading(settings: dict[str, str]) -> str:
     return f"### {task[1]}\n\n" + ", ".join(f"{name} {value}" for name, value in others) + "\n"
 
 
-def table(rows: list[dict[str, str]], measures: list[str], means_only: Sequence[str] = ()) -> str:
-    """One table: a row per arm, a column per measure."""
-    lines = [["arm", "seeds", *(name.split("/")[1] for name in [*measures, *means_only])]]
+def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[str]) -> str:
+    """One table: a row per arm, a column per measure; of some the difference to the baseline."""
+    titles = [name.removeprefix("result/").replace("/", ": ").replace("_", " ") for name in [*compared, *means]]
+    lines = [["arm", "seeds", *titles]]
     lines.append(["---"] * len(lines[0]))
     for arm in dict.fromkeys(row["arm"] for row in rows):
         n_seeds = len({row["seed"] for row in rows if row["arm"] == arm})
-        means = [mean(rows, arm, name) for name in means_only]
-        lines.append([arm, str(n_seeds), *(cell(rows, arm, name) for name in measures), *means])
+        values = [mean(rows, arm, name) for name in means]
+        lines.append([arm, str(n_seeds), *(cell(rows, arm, name) for name in compared), *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -102,12 +106,13 @@ def mean(rows: list[dict[str, str]], arm: str, measure: str) -> str:
 
 
 def cell(rows: list[dict[str, str]], arm: str, measure: str) -> str:
-    """Mean, and the paired difference over the seeds that the baseline has too."""
+    """The baseline's mean; of another arm the difference over the seeds that both have, as their means may not share
+    all."""
     found = difference(rows, arm, measure)
     if found is None:
-        return mean(rows, arm, measure)
+        return mean(rows, arm, measure) if arm == BASELINE else ""
     middle, half, _ = found
-    return f"{mean(rows, arm, measure)} ({middle:+.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}") + ")"
+    return f"{middle:+.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
 
 
 # Plots
@@ -119,9 +124,10 @@ def plot(paths: Sequence[Path]):
 
     plt.switch_backend("Agg")
     shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
-    runs = [rows for _, rows in shown]
-    arms = [arm for arm in ARMS if any(len({r["seed"] for r in rows if r["arm"] == arm}) >= MIN_SEEDS for rows in runs)]
-    arms.remove(BASELINE)
+    arms = [arm for arm in ARMS if any(n_shared(rows, arm) >= MIN_SEEDS for _, rows in shown)]
+    shown = [(settings, rows) for settings, rows in shown if any(n_shared(rows, arm) >= MIN_SEEDS for arm in arms)]
+    if not shown:
+        raise SystemExit(f"Nothing to draw: no arm but {BASELINE} has {MIN_SEEDS} seeds yet at a task's own settings.")
     size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
     figure, panels = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, (settings, rows) in zip(panels[0], shown, strict=True):
@@ -138,6 +144,12 @@ def plot(paths: Sequence[Path]):
     panels[0][0].set_yticks(range(len(arms)), arms)
     panels[0][0].invert_yaxis()
     return figure
+
+
+def n_shared(rows: list[dict[str, str]], arm: str) -> int:
+    """Seeds that an arm, not the baseline, shares with the baseline."""
+    seeds = [{row["seed"] for row in rows if row["arm"] == each} for each in (arm, BASELINE)]
+    return 0 if arm == BASELINE else len(seeds[0] & seeds[1])
 
 
 def has_defaults(settings: dict[str, str]) -> bool:

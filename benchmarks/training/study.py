@@ -16,7 +16,7 @@ from lightning import Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bs_lightning import BatchSamplerDataModule, PoolBatchSampler
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, PoolBatchSampler
 from bs_lightning.encode import no_trace
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
 
@@ -69,15 +69,17 @@ class Data(BatchSamplerDataModule):
         return self.task.labels
 
 
-def train(task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> tuple[Contrastive, Row]:
-    """A trained model, and what the callback logged in the last epoch.
+def train(
+    task: Task, arm: Arm, seed: int, settings: dict[str, Any]
+) -> tuple[Contrastive, BatchSamplerCallback | None, Row]:
+    """A trained model, the callback that it was trained with, and what that logged in the last epoch.
 
     Arms differ in nothing but their batches and loss: the same seed gives the same weights and the same random numbers
     for augmentation, and all train for the same number of steps.
     """
     seed_everything(seed, verbose=False)
     batch_size = settings["batch_size"]
-    n_epochs = round(settings["steps"] / (task.size // batch_size))
+    n_epochs = number_of_epochs(task, settings)
     loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], class_prior=task.class_prior)
     steps = n_epochs * (task.size // batch_size)
     callback = arm.callback(batch_size, n_epochs)
@@ -98,7 +100,11 @@ def train(task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> tuple[Co
         for name, value in trainer.callback_metrics.items()
         if name.startswith("batch_sampler/") and not name.endswith("_seconds")
     }
-    return model, logged
+    return model, callback, logged
+
+
+def number_of_epochs(task: Task, settings: dict[str, Any]) -> int:
+    return round(settings["steps"] / (task.size // settings["batch_size"]))
 
 
 def same_label(data: Data) -> Tensor:
@@ -110,19 +116,26 @@ def same_label(data: Data) -> Tensor:
 # What the batches are like
 
 
-def own_batches(embeddings: Tensor, arm: Arm, batch_size: int, seed: int) -> Tensor:
-    """Some of the batches that the arm makes of a model's embeddings: ``[N_MEASURED_BATCHES, batch_size]``."""
+def own_batches(
+    embeddings: Tensor, callback: BatchSamplerCallback | None, batch_size: int, seed: int, last_epoch: int
+) -> Tensor:
+    """Some of the batches that a callback makes of its model's embeddings, as in the last epoch.
+
+    Returns:
+        int64 ``[N_MEASURED_BATCHES, batch_size]``.
+    """
+    composer = None if callback is None else callback.composer
+    pool_size = len(embeddings) if callback is None or callback.pool_size is None else callback.pool_size
 
     def plan(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-        assert arm.composer is not None
-        return arm.composer(embeddings[indices], batch_size, seed=seed, epoch=epoch)
+        return composer(embeddings[indices], batch_size, seed=seed, epoch=last_epoch)
 
     sampler = PoolBatchSampler(
         len(embeddings),
         batch_size,
-        pool_size=len(embeddings) if arm.pool is None else min(arm.pool * batch_size, len(embeddings)),
-        plan_pool=None if arm.composer is None else plan,
-        replacement=getattr(arm.composer, "replacement", False),
+        pool_size=min(pool_size, len(embeddings)),
+        plan_pool=None if composer is None else plan,
+        replacement=getattr(composer, "replacement", False),
         seed=seed,
     )
     batches = torch.tensor(list(sampler))
@@ -131,7 +144,9 @@ def own_batches(embeddings: Tensor, arm: Arm, batch_size: int, seed: int) -> Ten
     return batches[torch.from_numpy(chosen)]
 
 
-def describe_batches(model: Contrastive, task: Task, arm: Arm, seed: int, settings: dict[str, Any]) -> Row:
+def describe_batches(
+    model: Contrastive, task: Task, callback: BatchSamplerCallback | None, seed: int, settings: dict[str, Any]
+) -> Row:
     """What the trained model makes of some batches of the arm's own, in training mode unless said otherwise.
 
     - ``loss``: NT-Xent, whatever the arm trained with.
@@ -146,7 +161,7 @@ def describe_batches(model: Contrastive, task: Task, arm: Arm, seed: int, settin
     measured: dict[str, list[float]] = defaultdict(list)
     with no_trace(model), torch.no_grad():
         clean = torch.cat([model.embed(task.clean(chunk)) for chunk in torch.arange(task.size).split(1024)])
-        batches = own_batches(clean, arm, size, seed)
+        batches = own_batches(clean, callback, size, seed, number_of_epochs(task, settings) - 1)
         mixed = batches.flatten()[torch.randperm(batches.numel())].reshape(batches.shape)
         model.train()
         for batch, random_batch in zip(batches, mixed, strict=True):
@@ -183,16 +198,15 @@ def run(task_name: str, arm_name: str, seed: int, data_dir: Path, settings: dict
         What was run, then measures: names with a slash.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
-    arm = ARMS[arm_name]
     task = TASKS[task_name](data_dir, seed, settings)
     loaded = time.perf_counter()
-    model, logged = train(task, arm, seed, settings)
+    model, callback, logged = train(task, ARMS[arm_name], seed, settings)
     trained = time.perf_counter()
     results = task.evaluate(partial(apply_in_chunks, model.encoder))
     return {
         **identity(task_name, arm_name, seed, settings),
         **{f"result/{name}": value for name, value in results.items()},
-        **describe_batches(model, task, arm, seed, settings),
+        **describe_batches(model, task, callback, seed, settings),
         **logged,
         "seconds/train": trained - loaded,
         "seconds/all": time.perf_counter() - start,
