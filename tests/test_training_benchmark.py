@@ -105,6 +105,8 @@ def test_a_cell_pairs_by_seed(tmp_path):
     printed = "\n".join(report.tables([path]))
     assert f"| walked | 2 | {difference:+.4f} ± {half:.4f} |" in printed
     assert "| uniform | 2 | 0.3 |" in printed
+    turned = "\n".join(report.tables([path], baseline="walked"))
+    assert f"| uniform | 2 | {-difference:+.4f} ± {half:.4f} |" in turned
 
 
 def test_overview_and_plot_show_the_main_results(tmp_path):

@@ -26,9 +26,9 @@ def main() -> None:
     if args.command == "run":
         run(args)
     elif args.command == "table":
-        print("\n".join(report.tables(args.results)))
+        print("\n".join(report.tables(args.results, args.baseline)))
     elif args.command == "overview":
-        print("\n".join(report.overview(args.results)))
+        print("\n".join(report.overview(args.results, args.baseline)))
     elif args.command == "plot":
         report.plot(args.results).savefig(args.out)
     else:
@@ -62,7 +62,11 @@ def arguments() -> argparse.Namespace:
     ):
         command = commands.add_parser(name, help=words)
         command.add_argument("--results", required=True, type=Path, nargs="+")
-        if name == "plot":
+        if name != "plot":
+            command.add_argument(
+                "--baseline", default=report.BASELINE, choices=ARMS, metavar="ARM", help="compare with"
+            )
+        else:
             command.add_argument("--out", required=True, type=Path, help="PNG file")
     commands.add_parser("list", help="print the tasks, their settings, and the arms")
     args = parser.parse_args()

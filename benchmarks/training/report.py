@@ -48,39 +48,41 @@ def by_seed(rows: list[dict[str, str]], arm: str, measure: str) -> dict[str, flo
     return {row["seed"]: float(row[measure]) for row in rows if row["arm"] == arm and row.get(measure)}
 
 
-def difference(rows: list[dict[str, str]], arm: str, measure: str) -> tuple[float, float, int] | None:
-    """An arm's mean difference to the baseline over the seeds that both have, the half width, and how many they are."""
-    values, baseline = by_seed(rows, arm, measure), by_seed(rows, BASELINE, measure)
-    shared = [seed for seed in values if seed in baseline]
-    if arm == BASELINE or not shared:
+def difference(
+    rows: list[dict[str, str]], arm: str, measure: str, baseline: str = BASELINE
+) -> tuple[float, float, int] | None:
+    """An arm's mean difference to another over the seeds that both have, the half width, and how many they are."""
+    values, others = by_seed(rows, arm, measure), by_seed(rows, baseline, measure)
+    shared = [seed for seed in values if seed in others]
+    if arm == baseline or not shared:
         return None
-    return *paired_interval([values[seed] for seed in shared], [baseline[seed] for seed in shared]), len(shared)
+    return *paired_interval([values[seed] for seed in shared], [others[seed] for seed in shared]), len(shared)
 
 
 # Tables
 
 
-def tables(paths: Sequence[Path]) -> Iterator[str]:
+def tables(paths: Sequence[Path], baseline: str = BASELINE) -> Iterator[str]:
     """Markdown: for each task and its settings, tables of arms by all measures."""
     for settings, rows in studies(paths):
         yield heading(settings)
         for prefix, title in SECTIONS.items():
             measures = [name for name in rows[0] if name.startswith(prefix) and any(row[name] for row in rows)]
             if measures and prefix == "result/":
-                yield f"{title}: the mean of {BASELINE}; the others' difference to it by seed ± 95% t-interval.\n"
-                yield table(rows, measures, []) + "\n"
+                yield f"{title}: the mean of {baseline}; the others' difference to it by seed ± 95% t-interval.\n"
+                yield table(rows, measures, [], baseline) + "\n"
             elif measures:
                 yield f"{title}: mean over the arm's seeds.\n"
-                yield table(rows, [], measures) + "\n"
+                yield table(rows, [], measures, baseline) + "\n"
 
 
-def overview(paths: Sequence[Path]) -> Iterator[str]:
+def overview(paths: Sequence[Path], baseline: str = BASELINE) -> Iterator[str]:
     """Markdown: for each task and its settings, one short table of what matters."""
     why = ["last_epoch/hardness", "batch/hardness", "batch/false_negative_rate", "batch/false_negative_mass"]
     for settings, rows in studies(paths):
         yield heading(settings)
         main = [f"result/{name}" for name in TASKS[settings["task"]].main]
-        yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)]) + "\n"
+        yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)], baseline) + "\n"
 
 
 def heading(settings: dict[str, str]) -> str:
@@ -88,7 +90,7 @@ def heading(settings: dict[str, str]) -> str:
     return f"### {task[1]}\n\n" + ", ".join(f"{name} {value}" for name, value in others) + "\n"
 
 
-def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[str]) -> str:
+def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[str], baseline: str) -> str:
     """One table: a row per arm, a column per measure; of some the difference to the baseline."""
     titles = [name.removeprefix("result/").replace("/", ": ").replace("_", " ") for name in [*compared, *means]]
     lines = [["arm", "seeds", *titles]]
@@ -96,7 +98,7 @@ def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[s
     for arm in dict.fromkeys(row["arm"] for row in rows):
         n_seeds = len({row["seed"] for row in rows if row["arm"] == arm})
         values = [mean(rows, arm, name) for name in means]
-        lines.append([arm, str(n_seeds), *(cell(rows, arm, name) for name in compared), *values])
+        lines.append([arm, str(n_seeds), *(cell(rows, arm, name, baseline) for name in compared), *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -105,12 +107,11 @@ def mean(rows: list[dict[str, str]], arm: str, measure: str) -> str:
     return f"{np.mean(list(values.values())):.4g}" if values else ""
 
 
-def cell(rows: list[dict[str, str]], arm: str, measure: str) -> str:
-    """The baseline's mean; of another arm the difference over the seeds that both have, as their means may not share
-    all."""
-    found = difference(rows, arm, measure)
+def cell(rows: list[dict[str, str]], arm: str, measure: str, baseline: str) -> str:
+    """The baseline's mean; of another arm the difference, as means over other seeds could not be compared."""
+    found = difference(rows, arm, measure, baseline)
     if found is None:
-        return mean(rows, arm, measure) if arm == BASELINE else ""
+        return mean(rows, arm, measure) if arm == baseline else ""
     middle, half, _ = found
     return f"{middle:+.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
 

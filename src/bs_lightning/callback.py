@@ -21,6 +21,7 @@ from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.compose import Composer, RWRComposer, check_batches
 from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
 from bs_lightning.encode import encode, isolated_rng, no_trace
+from bs_lightning.graphs import RandomCandidateGraph
 from bs_lightning.loader import BatchLoader, check_map_style
 from bs_lightning.mask import Pairs, mutual_nearest, pair_mask
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
@@ -67,8 +68,9 @@ class BatchSamplerCallback(Callback):
             Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
         mask_nearest: Let ``datamodule.likely_false_negatives()`` tell the loss which pairs of a batch are among each
-            other's so many nearest in the pool. Needs a composer with a graph. For data where look-alikes mostly belong
-            together, as paraphrases do; elsewhere it takes off the hardest of the true negatives.
+            other's so many nearest in the pool. Needs a composer with a graph of the nearest, not
+            :class:`~bs_lightning.RandomCandidateGraph`. For data where look-alikes mostly belong together, as
+            paraphrases do; elsewhere it takes off the hardest of the true negatives.
         per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
             lets every process compose batches of its own from its share of the pool, for losses that do not.
         embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.
@@ -144,6 +146,12 @@ class BatchSamplerCallback(Callback):
                 raise TypeError(
                     f"mask_nearest={mask_nearest} needs a composer that keeps its graph as `neighbors`, such as "
                     f"RWRComposer(), got {composer!r}."
+                )
+            graph = getattr(composer, "graph", None)
+            if isinstance(graph, RandomCandidateGraph):
+                raise ValueError(
+                    f"mask_nearest={mask_nearest} needs a graph that holds the nearest of the whole pool, such as "
+                    f"NNDescentGraph() or ExactGraph(), got {graph!r}: hardly any two draw each other as candidates."
                 )
         if recycle and (embed is not None or encode_batch_size is not None):
             raise ValueError("recycle=True encodes nothing: leave out embed and encode_batch_size.")
@@ -468,7 +476,9 @@ class BatchSamplerCallback(Callback):
             log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
         pairs = _NO_PAIRS
         if self.mask_nearest is not None:
-            pairs = indices[mutual_nearest(self.composer.neighbors, self.mask_nearest)]
+            near = mutual_nearest(self.composer.neighbors, self.mask_nearest)
+            known = embeddings.any(dim=1).cpu().numpy()  # the neighbours of an all-zero row are random
+            pairs = indices[near[known[near].all(axis=1)]]
         return batches, log, dict(seconds), pairs
 
 

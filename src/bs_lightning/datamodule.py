@@ -145,12 +145,9 @@ class BatchSamplerDataModule(LightningDataModule):
         For callbacks and losses that want to know them, in ``training_step`` and the hooks around it.
 
         Raises:
-            RuntimeError: If nothing is being trained.
+            RuntimeError: If no batch is being trained: in validation, between two batches, before and after an epoch.
         """
-        sampler = self.train_sampler
-        if sampler is None:
-            raise RuntimeError("trained_batch() can be asked during training only.")
-        return sampler.trained_batch()
+        return self._trained_batch("trained_batch")
 
     def likely_false_negatives(self) -> Tensor:
         """Which pairs of the global batch that is being trained are mutual nearest neighbours in its pool.
@@ -163,7 +160,7 @@ class BatchSamplerDataModule(LightningDataModule):
             embeddings gathered from all processes; false on the diagonal, and throughout uniform batches.
 
         Raises:
-            RuntimeError: If nothing is being trained, or no callback has ``mask_nearest``.
+            RuntimeError: If no batch is being trained, as in validation, or no callback has ``mask_nearest``.
 
         Example::
 
@@ -173,7 +170,7 @@ class BatchSamplerDataModule(LightningDataModule):
                 logits = logits.masked_fill(self.trainer.datamodule.likely_false_negatives(), -torch.inf)
                 return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
         """
-        batch = self.trained_batch()
+        batch = self._trained_batch("likely_false_negatives")
         assert self.trainer is not None
         callback = find_callback(self.trainer)
         if callback is None or callback.mask_nearest is None:
@@ -203,6 +200,18 @@ class BatchSamplerDataModule(LightningDataModule):
         """That of the loader that is being trained from; others of :meth:`train_dataloader` do not matter."""
         loader = None if self.trainer is None else self.trainer.train_dataloader
         return loader.batch_sampler if isinstance(loader, _TrainLoader) else None  # type: ignore[return-value]
+
+    def _trained_batch(self, asked: str) -> Indices:
+        sampler = self.train_sampler
+        batch = None if sampler is None else sampler.trained_batch()
+        if batch is None:
+            stage = None if self.trainer is None else self.trainer.state.stage
+            raise RuntimeError(
+                f"{asked}() was called while no batch is being trained (trainer.state.stage is "
+                f"{stage and stage.value!r}). Call it in training_step or in hooks from on_train_batch_start to "
+                "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
+            )
+        return batch
 
 
 class _TrainLoader(PoolLoader):
@@ -244,6 +253,7 @@ class TrainerBatchSampler(PoolBatchSampler):
             world_size=world_size,
         )
         self._datamodule = datamodule
+        self._n_epochs_processed = 0
 
     def plan(self) -> EpochPlan:
         """The rest of the epoch that is being trained; for anybody else a whole uniform epoch."""
@@ -283,18 +293,24 @@ class TrainerBatchSampler(PoolBatchSampler):
             replacement=self.replacement,
             pool=self._current_pool(start),
         )
+        self._n_epochs_processed = trainer.fit_loop.epoch_progress.current.processed
         return self._plan
 
     def _uniform_plan(self) -> EpochPlan:
         """For whoever only looks: not the epoch that is being trained, so that looking changes nothing."""
         return EpochPlan(self.layout, seed=self.seed, epoch=0)
 
-    def trained_batch(self) -> Indices:
-        """The dataset indices of the global batch that is being trained."""
-        assert self._plan is not None
-        assert self._datamodule.trainer is not None
-        number = self._datamodule.trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
-        return self._plan.global_batch(number).astype(np.int64)
+    def trained_batch(self) -> Indices | None:
+        """The dataset indices of the global batch that is being trained; ``None`` if none is."""
+        trainer = self._datamodule.trainer
+        if self._plan is None or trainer is None or not trainer.training:
+            return None
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        epoch_ended = trainer.fit_loop.epoch_progress.current.processed != self._n_epochs_processed
+        # A batch that `on_train_batch_start` ended its epoch with, by returning -1, is never counted as completed.
+        if batches.ready == batches.completed or epoch_ended:
+            return None
+        return self._plan.global_batch(batches.ready - 1).astype(np.int64)
 
     def _current_pool(self, start: int) -> Pool | None:
         """The pool that was being served when this epoch was last left, by this process or one before it."""
