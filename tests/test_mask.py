@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, pool_order, walker
+from parts import Data, Model, Points, fit, pool_order, walker
 
-from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, ExactGraph, RandomCandidateGraph, RWRComposer
 from bs_lightning.mask import mutual_nearest, pair_mask
 
 
@@ -95,10 +96,144 @@ def test_a_resumed_run_masks_the_same(tmp_path):
 
 
 def test_asked_for_in_vain():
+    failed = Data()
     with pytest.raises(RuntimeError, match=r"needs BatchSamplerCallback\(mask_nearest=...\)"):
-        fit(Asks(), Data(), walker())
-    with pytest.raises(RuntimeError, match="can be asked during training only"):
-        Data().likely_false_negatives()
+        fit(Asks(), failed, walker())
+    for data in (failed, Data()):
+        with pytest.raises(RuntimeError, match=r"likely_false_negatives\(\) was called while no batch .*stage is None"):
+            data.likely_false_negatives()
+
+
+class Everything(Data):
+    def others(self):
+        return torch.utils.data.DataLoader(Points(24), batch_size=12)
+
+    val_dataloader = test_dataloader = predict_dataloader = others
+
+
+class Evaluates(Model):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = predict_step = validation_step
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        with pytest.raises(RuntimeError, match="while no batch is being trained"):
+            self.trainer.datamodule.trained_batch()  # that of the batch before would be wrong
+        return batch
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if getattr(self, "ends_early", False) and batch_idx == 4 else None
+
+
+class ByHand(Evaluates):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+class EndsEarly(Evaluates):
+    ends_early = True
+
+
+IN_TURN = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
+OUT_OF_TURN = {
+    "train": ("on_train_start", "on_train_epoch_start", "on_train_epoch_end", "on_train_end"),
+    "sanity_check": ("on_sanity_check_start", "on_validation_batch_start"),
+    "validate": ("on_validation_start", "on_validation_batch_start", "on_validation_batch_end", "on_validation_end"),
+    "test": ("on_test_start", "on_test_batch_start", "on_test_epoch_end"),
+    "predict": ("on_predict_start", "on_predict_batch_start", "on_predict_epoch_end"),
+}
+
+
+class AsksEverywhere(Callback):
+    """Asks in every hook, and is answered only where a batch is being trained."""
+
+    def __init__(self):
+        self.refused, self.answered = set(), set()
+
+
+def asks(hook):
+    def ask(self, trainer, module, *args):
+        data, stage = trainer.datamodule, trainer.state.stage.value
+        if hook in IN_TURN:
+            served = args[-2][0].tolist() if hook.startswith("on_train_batch") else module.batches[-1]
+            for _ in range(2):
+                assert data.trained_batch().tolist() == served
+                assert data.likely_false_negatives().shape == (8, 8)
+            self.answered.add(hook)
+        else:
+            for name in ("trained_batch", "likely_false_negatives"):
+                words = rf"^{name}\(\) was called while no batch .*stage is '{stage}'\)\. Call it in training_step"
+                with pytest.raises(RuntimeError, match=words):
+                    getattr(data, name)()
+            self.refused.add((stage, hook))
+
+    return ask
+
+
+for hook in {*IN_TURN, *sum(OUT_OF_TURN.values(), ())}:
+    setattr(AsksEverywhere, hook, asks(hook))
+
+
+@pytest.mark.parametrize(
+    ("make", "flags"),
+    [
+        (Evaluates, {"val_check_interval": 5, "accumulate_grad_batches": 2}),
+        (Evaluates, {"reload_dataloaders_every_n_epochs": 1}),
+        (ByHand, {"val_check_interval": 5}),
+        (EndsEarly, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_asked_for_out_of_turn(make, flags):
+    everywhere = AsksEverywhere()
+    made = fit(make(), Everything(), walker(mask_nearest=3), everywhere, **flags)
+    for run in (made.validate, made.test, made.predict):
+        run(made.lightning_module, datamodule=made.datamodule)
+    assert everywhere.answered == set(IN_TURN)
+    expected = {(stage, hook) for stage, hooks in OUT_OF_TURN.items() for hook in hooks}
+    assert expected <= everywhere.refused
+    with pytest.raises(RuntimeError, match=r"trained_batch\(\) was called while no batch .*stage is None"):
+        made.datamodule.trained_batch()
+
+
+def test_asked_for_before_a_resumed_run_trains(tmp_path):
+    """Where Lightning has restored the counters of a batch that was not completed when the checkpoint was written."""
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(Evaluates(), Everything(), walker(mask_nearest=3), saves, enable_checkpointing=True)
+    everywhere = AsksEverywhere()
+    fit(Evaluates(), Everything(), walker(mask_nearest=3), everywhere, ckpt_path=tmp_path / "step=5.ckpt")
+    assert ("train", "on_train_start") in everywhere.refused
+    assert everywhere.answered == set(IN_TURN)
+
+
+class Recycles(Asks):
+    """Notes for each step which of its instances had been embedded before its pool was composed."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = []
+
+    def training_step(self, batch, batch_idx):
+        composed = 12 * self.current_epoch + self.trainer.datamodule.state_dict()["pool"]["start"]
+        seen = set(sum(self.batches[:composed], []))
+        self.known.append(torch.tensor([int(index) in seen for index in batch[0]]))
+        return {"loss": super().training_step(batch, batch_idx), "embeddings": self.encoder(batch[1])}
+
+
+@pytest.mark.parametrize("kind", [{}, {"pool_size": None, "refresh_every": 5}], ids=str)
+def test_what_has_no_embedding_yet_has_no_pair(kind):
+    model = Recycles()
+    composer = RWRComposer(ExactGraph(15), replacement="refresh_every" in kind)
+    fit(model, Data(), walker(composer=composer, mask_nearest=15, recycle=True, **kind))
+    for mask, known in zip(model.masks, model.known, strict=True):
+        assert not mask[~known].any()
+    assert torch.stack(model.masks).any()
+    assert not torch.cat(model.known).all()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +246,11 @@ def test_asked_for_in_vain():
             {"mask_nearest": 5, "composer": pool_order},
             TypeError,
             "needs a composer that keeps its graph as `neighbors`",
+        ),
+        (
+            {"mask_nearest": 5, "composer": RWRComposer(RandomCandidateGraph(100, 15))},
+            ValueError,
+            r"mask_nearest=5 needs a graph .* NNDescentGraph\(\) or ExactGraph\(\), got RandomCandidateGraph\(n_cand",
         ),
     ],
 )

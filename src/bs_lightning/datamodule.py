@@ -306,8 +306,8 @@ class TrainerBatchSampler(PoolBatchSampler):
         if self._plan is None or trainer is None or not trainer.training:
             return None
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        # The batch with which `on_train_batch_start` ends an epoch, by returning -1, is never counted as completed.
         epoch_ended = trainer.fit_loop.epoch_progress.current.processed != self._n_epochs_processed
-        # A batch that `on_train_batch_start` ended its epoch with, by returning -1, is never counted as completed.
         if batches.ready == batches.completed or epoch_ended:
             return None
         return self._plan.global_batch(batches.ready - 1).astype(np.int64)
