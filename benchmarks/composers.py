@@ -7,7 +7,9 @@
     python benchmarks/composers.py plot
 
 The file holds `z`, floats [N, d], and perhaps `y`, integers [N]. Each prints markdown and appends to a CSV file under
-`--out`, of which `plot` draws the newest rows. Needs `bs-lightning[baselines]` and matplotlib. Columns of `table`:
+`--out`, of which `plot` draws the newest rows; without `--out` it is that of docs/composers.md's figures, which git
+tracks. Needs `bs-lightning[baselines]` and matplotlib. `table` says in the end which rows say nothing about so few
+instances. Its columns:
 
 - graph, s and batches, s: for an epoch, compiling left out. Composers that do not tell them apart have all in the
   second. Pools leave out what does not fill a pool; their seconds are scaled up to all instances.
@@ -35,6 +37,7 @@ from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, unifor
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
 
 SIZES = [10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_280_000]
+RESULTS = Path(__file__).parent / "results" / "composers"
 BASE_SIZE = 50_000  # `scale` relates time per instance to that at this size
 
 
@@ -65,24 +68,36 @@ def paper(m=1000, k=100, alpha=0.2, replacement=True):
     return RWRComposer(RandomCandidateGraph(m, k), alpha, replacement)
 
 
-TABLE = {  # by family and setting
-    ("uniform", ""): uniform_batches,
-    ("kNN sampler", ""): knn_batches,
-    **{("GCBS, pairs", str(k)): GCBSComposer(k) for k in (10, 100)},
-    **{("B3, skipped", str(n)): B3Composer(n_skipped=n) for n in (30, 0)},
-    **{("pools, P", str(size)): pools(size) for size in (1024, 2560, 5120, 25600)},
-    **{("pools of 2560, roots", str(n)): pools(2560, n) for n in (4, 16)},
-    ("kNN graph, K", "100"): RWRComposer(ExactGraph(100), replacement=True),
-    ("paper's graph", ""): paper(),
-    ("paper's graph, each once", ""): paper(replacement=False),
-    **{("paper's graph, M", str(m)): paper(m=m) for m in (100, 300, 3000)},
-    **{("paper's graph, K", str(k)): paper(k=k) for k in (15, 30)},
-    **{("paper's graph, alpha", str(alpha)): paper(alpha=alpha) for alpha in (0.05, 0.1, 0.5, 0.8)},
-}
-FAMILIES = list(dict.fromkeys(family for family, _ in TABLE))
-SCALE = [("uniform", ""), ("kNN sampler", ""), ("GCBS, pairs", "100"), ("B3, skipped", "30"), ("pools, P", "2560")]
-SCALE += [("paper's graph", ""), ("kNN graph, K", "100")]
-LOOK = {family: (f"C{number % 10}", "oXsDPv^*<op>"[number]) for number, family in enumerate(FAMILIES)}  # in plots
+def table(batch_size):
+    """The composers of `table` by family and label; pools are of whole batches, ten by default in this library."""
+    ten = 10 * batch_size
+    return {
+        ("uniform", ""): uniform_batches,
+        ("kNN sampler", ""): knn_batches,
+        **{("GCBS, pairs", str(k)): GCBSComposer(k) for k in (10, 100)},
+        **{("B3, skipped", str(n)): B3Composer(n_skipped=n) for n in (30, 0)},
+        ("B3, communities of a batch, skipped", "30"): B3Composer(community_size=batch_size),
+        **{("pools, P", str(size)): pools(size) for size in (4 * batch_size, ten, 2 * ten, 10 * ten)},
+        **{("pools of ten batches, roots", str(n)): pools(ten, n) for n in (4, 16)},
+        ("kNN graph, K", "100"): RWRComposer(ExactGraph(100), replacement=True),
+        ("paper's graph", ""): paper(),
+        ("paper's graph, each once", ""): paper(replacement=False),
+        **{("paper's graph, M", str(m)): paper(m=m) for m in (100, 300, 3000)},
+        **{("paper's graph, K", str(k)): paper(k=k) for k in (15, 30)},
+        **{("paper's graph, alpha", str(alpha)): paper(alpha=alpha) for alpha in (0.05, 0.1, 0.5, 0.8)},
+    }
+
+
+def scaled(batch_size):
+    """The families and labels of `scale`."""
+    whole = [("uniform", ""), ("kNN sampler", ""), ("GCBS, pairs", "100"), ("B3, skipped", "30")]
+    return [*whole, ("pools, P", str(10 * batch_size)), ("paper's graph", ""), ("kNN graph, K", "100")]
+
+
+FAMILIES = list(dict.fromkeys(family for family, _ in table(256)))
+SCALED = [family for family, _ in scaled(256)]
+MARKERS = dict(zip(FAMILIES, "oXsDdPv^*<op>", strict=True))
+LOOK = {family: (f"C{number % 10}", MARKERS[family]) for number, family in enumerate(FAMILIES)}  # in plots
 LOOK["paper's graph"] = ("black", "*")
 
 
@@ -91,25 +106,38 @@ def arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("table", "paper", "escape", "scale", "plot"):
         command = commands.add_parser(name)
-        command.add_argument("--out", type=Path, default=Path("build/composers"), help="folder of CSV files and plots")
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of CSV files and plots")
         if name != "plot":
             command.add_argument("--batch-size", type=int, default=256)
         if name in ("table", "paper", "escape"):
             command.add_argument("--embeddings", required=True, help="an .npz file with z [N, d] and perhaps y [N]")
             command.add_argument("--instances", type=int, help="use only the first")
     commands.choices["table"].add_argument("--temperature", type=float, default=0.5)
+    commands.choices["table"].add_argument("--only", nargs="+", default=[], help="families of rows, or rows by name")
     commands.choices["paper"].add_argument("--repeats", type=int, default=5)
     commands.choices["escape"].add_argument("--share", type=float, default=0.1, help="of all instances, in a set")
-    commands.choices["scale"].add_argument("--only", nargs="+", choices=[family for family, _ in SCALE], default=[])
+    commands.choices["scale"].add_argument("--only", nargs="+", choices=SCALED, default=SCALED)
     commands.choices["scale"].add_argument("--largest", type=int, default=SIZES[-1])
     commands.choices["scale"].add_argument("--seconds", type=float, default=60, help="a composer stops after as many")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.command != "plot" and args.batch_size < 2:
+        parser.error(f"--batch-size must be at least 2, got {args.batch_size}. The docs' is 256.")
+    return args
 
 
 def load(args):
     """Normalised embeddings, and labels or None."""
     data = np.load(args.embeddings)
     z = torch.from_numpy(data["z"][: args.instances].astype(np.float32))
+    others = 0 if args.command == "table" else 1000  # the candidates of the graphs of the other two
+    least = max(2 * args.batch_size, others + 2)
+    if len(z) < least:
+        source = f"--embeddings {args.embeddings}" + (f" --instances {args.instances}" if args.instances else "")
+        raise SystemExit(
+            f"{source} has {len(z)} rows, but `{args.command}` needs {least}: two batches of "
+            f"--batch-size {args.batch_size}{f' and more than {others} others' if others else ''}. "
+            "Give more rows, or smaller batches."
+        )
     y = torch.from_numpy(data["y"][: args.instances].astype(np.int64)) if "y" in data else None
     return torch.nn.functional.normalize(z, dim=1), y
 
@@ -135,7 +163,8 @@ def compose(composer, z, batch_size):
     """Batches, seconds, and the growth of memory in bytes. Kernels are compiled before, on a small slice."""
     z = z[: len(z) // batch_size * batch_size]
     inner = getattr(composer, "composer", composer)  # pools may be larger than the slice
-    inner(z[: max(4, 1024 // batch_size) * batch_size], batch_size, seed=0, epoch=0)
+    few = max(4, 1024 // batch_size) * batch_size
+    inner(z[: min(few, getattr(composer, "pool_size", few))], batch_size, seed=0, epoch=0)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     start = time.perf_counter()
@@ -164,14 +193,31 @@ def hardness(batches, z, y, temperature=0.5):
     return {"FN": false, "TN": tn.compute().item(), "FN mass": felt, "root": float(np.mean(root))}
 
 
+def name_of(family, label, batch_size):
+    return f"{family} {label}".strip().replace("ten batches", str(10 * batch_size))
+
+
+def too_few(composer, size):
+    """Why a composer says nothing about so few instances; empty where it does."""
+    pool = getattr(composer, "pool_size", size)
+    graph = getattr(getattr(composer, "composer", composer), "graph", None)
+    if pool > size:
+        return f"a pool is larger than the data's whole batches, {size}"
+    if getattr(graph, "n_candidates", 0) >= size - 1:
+        return f"its graph of {graph.n_candidates} candidates would be the exact one of {size} instances"
+    if getattr(graph, "n_neighbors", 0) >= pool - 1:
+        return f"its graph of {graph.n_neighbors} neighbours would join all of {pool} instances"
+    return ""
+
+
 def table_row(family, label, args):
     z, y = load(args)
-    composer = TABLE[family, label]
+    composer = table(args.batch_size)[family, label]
     batches, seconds, growth = compose(composer, z, args.batch_size)
     steps = getattr(composer, "seconds", {"walk": seconds})
     to_all = len(z) / batches.size
     return {
-        "composer": f"{family} {label}".strip(),
+        "composer": name_of(family, label, args.batch_size),
         "graph, s": steps["graph"] * to_all if "graph" in steps else "",
         "batches, s": steps["walk"] * to_all,
         **hardness(batches, z, y, args.temperature),
@@ -182,11 +228,30 @@ def table_row(family, label, args):
 
 def run_table(args):
     size = len(load(args)[0])
-    for (family, label), composer in TABLE.items():
-        if getattr(composer, "pool_size", 0) <= size:
-            row = alone(table_row, family, label, args)
-            show(row, with_header=family == "uniform")
-            keep(args.out / "table.csv", {**row, "N": size, "family": family, "label": label})
+    names = {(family, label): name_of(family, label, args.batch_size) for family, label in table(args.batch_size)}
+    if unknown := set(args.only) - {*FAMILIES, *names.values()}:
+        raise SystemExit(f"--only {sorted(unknown)}: no such rows. Give a row's name as printed, or of {FAMILIES}.")
+    shown, skipped = 0, []
+    for (family, label), composer in table(args.batch_size).items():
+        name = names[family, label]
+        if args.only and not {family, name} & set(args.only):
+            continue
+        why = too_few(composer, size // args.batch_size * args.batch_size)
+        if not why:
+            try:
+                row = alone(table_row, family, label, args)
+            except ValueError as error:
+                why = error
+        if why:
+            skipped.append(f"- {name}: {why}")
+            continue
+        show(row, with_header=not shown)
+        keep(args.out / "table.csv", {**row, "N": size, "family": family, "label": label})
+        shown += 1
+    if skipped:
+        print("\nSkipped:", *skipped, sep="\n")
+    if not shown:
+        raise SystemExit(f"No row for {size} embeddings and --batch-size {args.batch_size}, see above.")
 
 
 def gathered_graph(z, *, seed, n_candidates=1000, n_neighbors=100, n_blocks=20):
@@ -286,18 +351,24 @@ def spread(values):
 
 
 def scale_row(family, label, size, args):
-    _, seconds, growth = compose(TABLE[family, label], mixture(size), args.batch_size)
-    name = f"{family} {label}".strip()
+    _, seconds, growth = compose(table(args.batch_size)[family, label], mixture(size), args.batch_size)
+    name = name_of(family, label, args.batch_size)
     return {"composer": name, "N": size, "seconds": seconds, "peak, bytes per instance": round(growth / size)}
 
 
 def run_scale(args):
+    sizes = [size for size in SIZES if 10 * args.batch_size <= size <= args.largest]
+    if not sizes:
+        raise SystemExit(
+            f"No N of {SIZES} is between ten batches of --batch-size {args.batch_size} and --largest {args.largest}: "
+            "lower the one or raise the other."
+        )
     print(f"Stops at the first N that takes more than {args.seconds:g} s; relative to N {BASE_SIZE}.\n")
-    chosen = [each for each in SCALE if not args.only or each[0] in args.only]
+    chosen = [each for each in scaled(args.batch_size) if each[0] in args.only]
     for family, label in chosen:
         rows = []
-        for size in SIZES:
-            if size <= args.largest and (not rows or rows[-1]["seconds"] <= args.seconds):
+        for size in sizes:
+            if not rows or rows[-1]["seconds"] <= args.seconds:
                 rows.append(alone(scale_row, family, label, size, args))
                 keep(args.out / "scale.csv", rows[-1])
         base = next((row["seconds"] / BASE_SIZE for row in rows if row["N"] == BASE_SIZE), None)
@@ -317,57 +388,76 @@ def keep(path, row):
     """Append to a CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
+        writer = csv.DictWriter(file, row, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
 
 
 def kept(path):
-    """A CSV file's rows; the last of those with the same composer and N, and none without labels."""
+    """A CSV file's rows in the order of writing; the last of those with the same composer and N."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("FN") != ""]
-    return list({(row["composer"], row["N"]): row for row in rows}.values())
+        newest = {}
+        for row in csv.DictReader(file):
+            newest.pop((row["composer"], row["N"]), None)
+            newest[row["composer"], row["N"]] = row
+    return list(newest.values())
 
 
 def run_plot(args):
     from matplotlib import pyplot as plt
 
     plt.switch_backend("Agg")
+    undrawn = []
     for name, plot in (("table", plot_table), ("scale", plot_scale)):
         path = args.out / f"{name}.csv"
-        if path.exists() and kept(path):
-            plot(kept(path), plt).savefig(path.with_suffix(".png"))
+        rows = kept(path) if path.exists() else []
+        if name == "table":
+            rows = [row for row in rows if row["N"] == rows[-1]["N"] and row["FN"]]
+        if rows:
+            plot(rows, plt).savefig(path.with_suffix(".png"))
             print(path.with_suffix(".png"))
+        elif path.exists():
+            undrawn.append(f"No plot of FN against TN: {path} has no labelled rows. Give `table` an .npz file with y.")
+        else:
+            undrawn.append(f"No {path} to draw. Run `{name}` first, or give its folder as --out.")
+    if len(undrawn) == 2:
+        raise SystemExit("\n".join(undrawn))
+    print(*undrawn, sep="\n", end="\n" if undrawn else "")
 
 
 def plot_table(rows, plt):
-    """FN against TN: every composer on the left, the paper's letters on the right."""
-    rows = [row for row in rows if row["N"] == rows[-1]["N"]]
-    figure, panels = plt.subplots(1, 2, figsize=(14, 8), sharex=True, sharey=True, layout="constrained")
+    """FN against TN: every composer on the left, the paper's letters on the right, if there are any."""
     varied = [f"paper's graph, {letter}" for letter in ("M", "K", "alpha")]
-    both = [[family for family in FAMILIES if family not in varied], ["paper's graph", *varied]]
-    titles = (f"every composer, N {rows[0]['N']}", "the paper's graph: M 1000, K 100, alpha 0.2, one of them varied")
-    for axes, families, title in zip(panels, both, titles, strict=True):
-        for family in families:
-            x, y = ([float(row[of]) for row in rows if row["family"] == family] for of in ("TN", "FN"))
-            axes.scatter(x, y, s=60, c=LOOK[family][0], marker=LOOK[family][1], label=family, zorder=2)
+    families_of = {
+        f"every composer, N {rows[0]['N']}": [family for family in FAMILIES if family not in varied],
+        "the paper's graph: M 1000, K 100, alpha 0.2, one of them varied": ["paper's graph", *varied],
+    }
+    rows_of = {title: [row for row in rows if row["family"] in of] for title, of in families_of.items()}
+    titles = [title for title in rows_of if rows_of[title]]
+    how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, ((*panels,),) = plt.subplots(1, len(titles), figsize=(7 * len(titles), 8), **how)
+    for axes, title in zip(panels, titles, strict=True):
+        for family in FAMILIES:
+            points = [(float(row["TN"]), float(row["FN"])) for row in rows_of[title] if row["family"] == family]
+            if points:
+                colour, marker = LOOK[family]
+                axes.scatter(*zip(*points, strict=True), s=60, c=colour, marker=marker, label=family, zorder=2)
         axes.set(title=title, xlabel="TN: mean similarity of true negatives", ylabel="FN: false-negative rate")
         axes.legend(loc="upper left", frameon=False)
         axes.grid(alpha=0.3)
     figure.draw_without_rendering()  # settles where the points are
-    for axes, families in zip(panels, both, strict=True):
-        label_points(axes, [row for row in rows if row["family"] in families])
+    for axes, title in zip(panels, titles, strict=True):
+        label_points(axes, rows_of[title])
     return figure
 
 
 def plot_scale(rows, plt):
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    for family, label in SCALE:
-        name = f"{family} {label}".strip()
-        line = sorted((int(row["N"]), float(row["seconds"])) for row in rows if row["composer"] == name)
-        colour, marker = LOOK[family]
-        axes.loglog([n for n, _ in line], [s for _, s in line], c=colour, marker=marker, label=name)
+    for family in SCALED:
+        for name in dict.fromkeys(row["composer"] for row in rows if row["composer"].startswith(family)):
+            line = sorted((int(row["N"]), float(row["seconds"])) for row in rows if row["composer"] == name)
+            axes.loglog(*zip(*line, strict=True), c=LOOK[family][0], marker=LOOK[family][1], label=name)
     axes.set(xlabel="N", ylabel="seconds to compose an epoch")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
