@@ -19,18 +19,16 @@ def check_embeddings(embeddings: Tensor) -> None:
         raise ValueError(f"embeddings must be finite, but row {int((~finite).nonzero()[0])} is not.")
 
 
-def check_pool(embeddings: Tensor, batch_size: int) -> None:
-    """Refuse embeddings that do not make whole batches.
+def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
+    """Refuse what does not make whole batches.
 
     Raises:
         TypeError: If ``batch_size`` is no integer.
-        ValueError: If the embeddings are not of shape ``[P, d]``, not finite, or ``P`` is no multiple of
-            ``batch_size``.
+        ValueError: If it does not divide the number of embeddings.
     """
-    check_embeddings(embeddings)
-    if check_integer("batch_size", batch_size) < 1 or len(embeddings) % batch_size:
+    if check_integer("batch_size", batch_size) < 1 or n_embeddings % batch_size:
         raise ValueError(
-            f"batch_size must divide the number of embeddings, {len(embeddings)}, got {batch_size}. "
+            f"batch_size must divide the number of embeddings, {n_embeddings}, got {batch_size}. "
             "Leave out the embeddings that do not fill a batch."
         )
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._embeddings import check_pool, unit_rows_
+from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows_
 from bs_lightning.compose import Batches, Graph
 from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
 
@@ -32,8 +32,7 @@ def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: in
         int64 of shape ``[P // batch_size, batch_size]``.
 
     Raises:
-        ValueError: If ``batch_size`` does not divide ``P``, or the embeddings are not of shape ``[P, d]`` or not
-            finite.
+        ValueError: If ``batch_size`` does not divide ``P``.
 
     Example:
         >>> import torch
@@ -41,7 +40,7 @@ def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: in
         >>> uniform_batches(torch.randn(64, 8), 16, seed=0, epoch=0).shape
         (4, 16)
     """
-    check_pool(embeddings, batch_size)
+    check_whole_batches(len(embeddings), batch_size)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
 
@@ -72,7 +71,8 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
 
     Source: arXiv 2306.03355, section 4.4.
     """
-    check_pool(embeddings, batch_size)
+    check_embeddings(embeddings)
+    check_whole_batches(len(embeddings), batch_size)
     unit = unit_rows_(embeddings.to(torch.float32, copy=True))
     isolated = ~unit.any(dim=1)
     order = np.random.default_rng(seed).permutation(len(unit))
@@ -144,7 +144,8 @@ class GCBSComposer:
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-        check_pool(embeddings, batch_size)
+        check_embeddings(embeddings)
+        check_whole_batches(len(embeddings), batch_size)
         size = len(embeddings)
         if self.n_neighbors >= size - 1:
             raise ValueError(
@@ -233,7 +234,8 @@ class B3Composer:
             ValueError: If ``batch_size`` does not divide ``P``, the embeddings are not of shape ``[P, d]`` or not
                 finite, or ``P`` is so small that all but the skipped would be joined, or one community would be left.
         """
-        check_pool(embeddings, batch_size)
+        check_embeddings(embeddings)
+        check_whole_batches(len(embeddings), batch_size)
         if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:
             raise ValueError(
                 f"n_skipped={self.n_skipped} and n_neighbors={self.n_neighbors} take all neighbours of each of "
