@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("pymetis")
-pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import composers
 

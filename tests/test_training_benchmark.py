@@ -122,6 +122,18 @@ def test_overview_and_plot_show_the_main_results(tmp_path):
     assert of_first.lines[0].get_xdata() == pytest.approx([10])
 
 
+def test_plot_of_uniformity(tmp_path):
+    path, defaults = tmp_path / "results.csv", study.TASKS["omniglot-pairs"].defaults
+    for arm in ("uniform", "pool10", "weighted"):
+        for seed in range(3):
+            row = {"task": "omniglot-pairs", "arm": arm, "seed": seed, **defaults}
+            row["result/map_held_back"] = 0.5 + 0.1 * (arm == "weighted")
+            row["batch/uniformity_mixed"] = -3.0 - 0.5 * (arm == "weighted") + 0.25 * (arm == "pool10")
+            study.append(path, row)
+    (axes,) = report.plot_uniformity([path]).axes
+    assert axes.collections[0].get_offsets().tolist() == [[0, 0], [0.25, 0], pytest.approx([-0.5, 10])]
+
+
 def test_says_that_there_is_nothing_to_draw_yet(tmp_path):
     path, defaults = tmp_path / "results.csv", study.TASKS["omniglot-pairs"].defaults
     for arm, seed in (("uniform", 0), ("uniform", 1), ("uniform", 2), ("pool10", 0), ("pool10", 1), ("pool10", 7)):

@@ -5,6 +5,7 @@
     python -m benchmarks.training table --results benchmarks/training/results/*.csv
     python -m benchmarks.training overview --results benchmarks/training/results/*.csv
     python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out docs/when-it-helps.png
+    python -m benchmarks.training why --results benchmarks/training/results/*.csv --out docs/when-it-helps-why.png
     python -m benchmarks.training list
 
 `run` adds one row per finished run to the results; a run that is there already is skipped, so an interrupted study goes
@@ -31,6 +32,8 @@ def main() -> None:
         print("\n".join(report.overview(args.results, args.baseline)))
     elif args.command == "plot":
         report.plot(args.results).savefig(args.out)
+    elif args.command == "why":
+        report.plot_uniformity(args.results).savefig(args.out)
     else:
         for name, task in study.TASKS.items():
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in task.defaults.items()))
@@ -59,10 +62,11 @@ def arguments() -> argparse.Namespace:
         ("table", "print all that was measured as markdown"),
         ("overview", "print the main results as markdown"),
         ("plot", "draw the main results of the tasks at their own settings"),
+        ("why", "draw what the arms gain against how they change uniformity"),
     ):
         command = commands.add_parser(name, help=words)
         command.add_argument("--results", required=True, type=Path, nargs="+")
-        if name != "plot":
+        if name in ("table", "overview"):
             command.add_argument(
                 "--baseline", default=report.BASELINE, choices=ARMS, metavar="ARM", help="compare with"
             )

@@ -11,6 +11,7 @@ from .arms import ARMS
 from .study import TASKS, read
 
 BASELINE = "uniform"
+NAMED = {"pool10", "pool20", "knn", "masked", "oracle-uniform", "weighted", "weighted-pool10"}  # in plots
 MIN_SEEDS = 3  # in plots: the intervals of two are too wide to show
 SECTIONS = {
     "result/": "Results",
@@ -121,17 +122,10 @@ def cell(rows: list[dict[str, str]], arm: str, measure: str, baseline: str) -> s
 
 def plot(paths: Sequence[Path]):
     """A figure: for each task at its own settings, every arm's differences with their intervals."""
-    from matplotlib import pyplot as plt
-
-    plt.switch_backend("Agg")
-    shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
-    arms = [arm for arm in ARMS if any(n_shared(rows, arm) >= MIN_SEEDS for _, rows in shown)]
-    shown = [(settings, rows) for settings, rows in shown if any(n_shared(rows, arm) >= MIN_SEEDS for arm in arms)]
-    if not shown:
-        raise SystemExit(f"Nothing to draw: no arm but {BASELINE} has {MIN_SEEDS} seeds yet at a task's own settings.")
+    shown, arms = drawn(paths)
     size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
-    figure, panels = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axes, (settings, rows) in zip(panels[0], shown, strict=True):
+    figure, panels = figure_of(shown, size, sharey=True)
+    for axes, (settings, rows) in zip(panels, shown, strict=True):
         axes.axvline(0, color="0.6", linewidth=1)
         for number, name in enumerate(TASKS[settings["task"]].main):
             found = {arm: difference(rows, arm, f"result/{name}") for arm in arms}
@@ -139,12 +133,62 @@ def plot(paths: Sequence[Path]):
             points = [(x, arms.index(arm), half) for arm, (x, half, _) in known.items()]
             x, y, half = np.array(points).T
             axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
-        axes.set(title=settings["task"], xlabel=f"points above {BASELINE}")
-        axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+        axes.set_title(settings["task"], pad=20)
+        axes.set_xlabel(f"points above {BASELINE}")
+        axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.grid(axis="y", alpha=0.3)
-    panels[0][0].set_yticks(range(len(arms)), arms)
-    panels[0][0].invert_yaxis()
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
     return figure
+
+
+def plot_uniformity(paths: Sequence[Path]):
+    """A figure: for each task at its own settings, what every arm gains against how it changes uniformity.
+
+    Without the debiased loss, which may break training and would be far from all others.
+    """
+    shown, arms = drawn(paths)
+    arms = [arm for arm in arms if ARMS[arm].loss != "debiased"]
+    figure, panels = figure_of(shown, (3.2 * len(shown) + 0.5, 3.8))
+    for axes, (settings, rows) in zip(panels, shown, strict=True):
+        measure = TASKS[settings["task"]].main[-1]
+        points = {BASELINE: (0.0, 0.0)}
+        for arm in arms:
+            gain = difference(rows, arm, f"result/{measure}")
+            change = difference(rows, arm, "batch/uniformity_mixed")
+            if gain and change and min(gain[2], change[2]) >= MIN_SEEDS:
+                points[arm] = change[0], 100 * gain[0]
+        x, y = np.array(list(points.values())).T
+        kinds = ["C1" if arm != BASELINE and ARMS[arm].loss != "nt-xent" else "C0" for arm in points]
+        axes.scatter(x, y, c=kinds, s=16)
+        for arm in NAMED & points.keys():
+            axes.annotate(arm, points[arm], xytext=(4, 2), textcoords="offset points", fontsize=7)
+        axes.set_title(f"{settings['task']}, Spearman {stats.spearmanr(x, y).statistic:.2f}", fontsize="medium")
+        axes.set(xlabel="uniformity: change (lower is better)", ylabel=f"{measure}: points above {BASELINE}")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
+    """The studies of tasks at their own settings, and the arms, that have seeds enough.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
+    arms = [arm for arm in ARMS if any(n_shared(rows, arm) >= MIN_SEEDS for _, rows in shown)]
+    shown = [(settings, rows) for settings, rows in shown if any(n_shared(rows, arm) >= MIN_SEEDS for arm in arms)]
+    if not shown:
+        raise SystemExit(f"Nothing to draw: no arm but {BASELINE} has {MIN_SEEDS} seeds yet at a task's own settings.")
+    return shown, arms
+
+
+def figure_of(shown: list[Study], size: tuple[float, float], **how):
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("Agg")
+    figure, panels = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained", **how)
+    return figure, panels[0]
 
 
 def n_shared(rows: list[dict[str, str]], arm: str) -> int:
