@@ -1,6 +1,8 @@
 """The code in README and docs, run as it is printed."""
 
 import re
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,8 @@ class SimCLR(LightningModule):
 
 
 def printed(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return [textwrap.dedent(code) for code in found]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,6 +57,19 @@ def test_the_readmes_use(tmp_path, monkeypatch):
     logged = names["trainer"].callback_metrics
     assert names["trainer"].current_epoch == 5
     assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
+
+
+def test_the_loss_that_is_advised():
+    """It is the study's."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.training.losses import weighted
+
+    names = {}
+    (code,) = printed("docs/when-it-helps.md")
+    exec(code, names)
+    first, second = torch.nn.functional.normalize(torch.randn(2, 6, 4), dim=2)
+    expected = weighted(first, second, temperature=0.2)
+    assert torch.isclose(names["weighted_nt_xent"](first, second, temperature=0.2), expected)
 
 
 def test_the_hand_written_loop():
