@@ -69,7 +69,7 @@ def tables(paths: Sequence[Path], baseline: str = BASELINE) -> Iterator[str]:
         yield heading(settings)
         for prefix, title in SECTIONS.items():
             measures = [name for name in rows[0] if name.startswith(prefix) and any(row[name] for row in rows)]
-            if measures and prefix == "result/":
+            if measures and prefix in ("result/", "batch/"):
                 yield f"{title}: the mean of {baseline}; the others' difference to it by seed ± 95% t-interval.\n"
                 yield table(rows, measures, [], baseline) + "\n"
             elif measures:
