@@ -15,7 +15,7 @@ from scipy import stats
 from bs_lightning.compose import check_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.training import evaluate, losses, report, study, text
+from benchmarks.training import cifar10, evaluate, losses, report, study, text
 from benchmarks.training.arms import ARMS
 
 BATCH, TEMPERATURE = 5, 0.3
@@ -151,6 +151,15 @@ def test_every_arm_composes_a_pool(arm):
     check_batches(batches, 160, 16, replacement=getattr(composer, "replacement", False))
 
 
+def test_resnet18_has_as_many_parameters_as_the_papers():
+    """As torchvision's, with a 3 x 3 convolution at first and without a classifier."""
+    task = object.__new__(cifar10.CIFAR10ResNet18)
+    task.width = 64
+    encoder, projector = task.networks()
+    assert sum(each.numel() for each in encoder.parameters()) == 11_168_832
+    assert projector(encoder(torch.zeros(2, 3, 32, 32))).shape == (2, 64)
+
+
 def test_sentences_that_pairs_join_mean_the_same():
     groups = text.same_meaning(["a", "b", "d"], ["b", "c", "e"])
     assert groups["a"] == groups["b"] == groups["c"] != groups["d"] == groups["e"]
@@ -159,7 +168,7 @@ def test_sentences_that_pairs_join_mean_the_same():
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     runs = []
 
-    def run(task, arm, seed, data_dir, settings):
+    def run(task, arm, seed, data_dir, settings, accelerator):
         if len(runs) == 3:
             raise KeyboardInterrupt
         runs.append((arm, seed))

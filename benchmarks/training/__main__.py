@@ -54,6 +54,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--data-dir", required=True, type=Path)
     run.add_argument("--results", required=True, type=Path, help="CSV file to add to")
     run.add_argument("--threads", type=int, default=1)
+    run.add_argument("--accelerator", default="cpu", help="to train on, as Lightning names it; measured is on the CPU")
     group = run.add_argument_group("settings", "recorded in the results; a task's own defaults: see `list`")
     settings = {key: type(value) for task in study.TASKS.values() for key, value in task.defaults.items()}
     for key, kind in settings.items():
@@ -91,7 +92,8 @@ def arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     threadpool_limits(args.threads)  # scikit-learn's
-    for row in study.run_missing(args.task, args.arms, args.seeds, args.data_dir, args.settings, args.results):
+    given = (args.task, args.arms, args.seeds, args.data_dir, args.settings, args.results, args.accelerator)
+    for row in study.run_missing(*given):
         results = ", ".join(f"{name[7:]} {value:.4f}" for name, value in row.items() if name.startswith("result/"))
         print(f"seed {row['seed']} {row['arm']}: {results}, {row['seconds/all']:.0f} s", flush=True)
 

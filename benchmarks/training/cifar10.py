@@ -82,5 +82,27 @@ class CIFAR10SimCLR(Task):
         return {"linear_probe": linear_probe(*data), "knn": knn_accuracy(*data)}
 
 
+class CIFAR10ResNet18(CIFAR10SimCLR):
+    """All images, and the paper's network, batch size and temperature: for a GPU (``--accelerator gpu``)."""
+
+    name = "cifar10-simclr-resnet18"
+    defaults: ClassVar[dict[str, Any]] = {
+        "steps": 19_500,
+        "batch_size": 256,
+        "temperature": 0.5,
+        "learning_rate": 1e-3,
+        "width": 64,
+        "subset": 50_000,
+    }
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        width = self.width
+        layers: list[nn.Module] = [convolution(3, width)]
+        for n_in, n_out, stride in ((1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 8, 2)):
+            layers += [Residual(n_in * width, n_out * width, stride), Residual(n_out * width, n_out * width, 1)]
+        encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return encoder, perceptron(8 * width, 8 * width, 64)
+
+
 def standardize(pixels: Tensor) -> Tensor:
     return (pixels - MEAN) / DEVIATION

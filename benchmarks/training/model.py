@@ -75,7 +75,9 @@ class Residual(nn.Module):
         self.inner = nn.Sequential(
             convolution(n_in, n_out, stride), nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
         )
-        self.around = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+        self.around: nn.Module = nn.Identity()
+        if stride > 1 or n_in != n_out:
+            self.around = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.inner(x) + self.around(x))

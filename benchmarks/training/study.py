@@ -21,7 +21,7 @@ from bs_lightning.encode import no_trace
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
 
 from .arms import ARMS, Arm
-from .cifar10 import CIFAR10SimCLR
+from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
 from .losses import LOSSES, nt_xent, pair_logits
 from .model import Contrastive, apply_in_chunks
 from .omniglot import OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR
@@ -30,7 +30,15 @@ from .text import TextPairs, TextSimCSE
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR, CIFAR10SimCLR, TextSimCSE, TextPairs)
+    for task in (
+        OmniglotPairs,
+        OmniglotPairsGroupNorm,
+        OmniglotSimCLR,
+        CIFAR10SimCLR,
+        CIFAR10ResNet18,
+        TextSimCSE,
+        TextPairs,
+    )
 }
 N_MEASURED_BATCHES = 20
 
@@ -70,7 +78,7 @@ class Data(BatchSamplerDataModule):
 
 
 def train(
-    task: Task, arm: Arm, seed: int, settings: dict[str, Any]
+    task: Task, arm: Arm, seed: int, settings: dict[str, Any], accelerator: str
 ) -> tuple[Contrastive, BatchSamplerCallback | None, Row]:
     """A trained model, the callback that it was trained with, and what that logged in the last epoch.
 
@@ -88,7 +96,7 @@ def train(
     trainer = Trainer(
         max_epochs=n_epochs,
         callbacks=[] if callback is None else [callback],
-        accelerator="cpu",
+        accelerator=accelerator,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -191,7 +199,9 @@ def false_negative_mass(first: Tensor, second: Tensor, labels: Tensor, temperatu
 # Results
 
 
-def run(task_name: str, arm_name: str, seed: int, data_dir: Path, settings: dict[str, Any]) -> Row:
+def run(
+    task_name: str, arm_name: str, seed: int, data_dir: Path, settings: dict[str, Any], accelerator: str = "cpu"
+) -> Row:
     """Train and measure once.
 
     Returns:
@@ -200,7 +210,7 @@ def run(task_name: str, arm_name: str, seed: int, data_dir: Path, settings: dict
     start, cpu_start = time.perf_counter(), time.process_time()
     task = TASKS[task_name](data_dir, seed, settings)
     loaded = time.perf_counter()
-    model, callback, logged = train(task, ARMS[arm_name], seed, settings)
+    model, callback, logged = train(task, ARMS[arm_name], seed, settings, accelerator)
     trained = time.perf_counter()
     results = task.evaluate(partial(apply_in_chunks, model.encoder))
     return {
@@ -215,7 +225,13 @@ def run(task_name: str, arm_name: str, seed: int, data_dir: Path, settings: dict
 
 
 def run_missing(
-    task: str, arms: list[str], seeds: list[int], data_dir: Path, settings: dict[str, Any], results: Path
+    task: str,
+    arms: list[str],
+    seeds: list[int],
+    data_dir: Path,
+    settings: dict[str, Any],
+    results: Path,
+    accelerator: str = "cpu",
 ) -> Iterator[Row]:
     """Run what is not in ``results`` yet and add it there; all arms of a seed come before the next seed."""
     quiet()
@@ -223,7 +239,7 @@ def run_missing(
     for seed in seeds:
         for arm in arms:
             if row_key(identity(task, arm, seed, settings)) not in done:
-                row = run(task, arm, seed, data_dir, settings)
+                row = run(task, arm, seed, data_dir, settings, accelerator)
                 append(results, row)
                 yield row
 
