@@ -64,8 +64,8 @@ class BatchSamplerCallback(Callback):
         composer: Arranges a pool into batches; :class:`~bs_lightning.RWRComposer` by default. See
             :mod:`bs_lightning.compose` for what a composer is.
         warmup_epochs: Epochs of uniform batches first.
-        refresh_every: Instead of pools: compose the whole data set, and anew after this many steps (the paper's t).
-            Needs a composer with ``replacement=True``.
+        refresh_every: Instead of pools: compose the whole data set at the start of an epoch, and anew after every so
+            many steps of it (the paper's t). Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
         mask_nearest: Let ``datamodule.likely_false_negatives()`` tell the loss which pairs of a batch are among each
             other's so many nearest in the pool. Needs a composer with a graph of the nearest, not
