@@ -228,11 +228,12 @@ def table_row(family, label, args):
 
 def run_table(args):
     size = len(load(args)[0])
-    names = {(family, label): name_of(family, label, args.batch_size) for family, label in table(args.batch_size)}
+    composers = table(args.batch_size)
+    names = {key: name_of(*key, args.batch_size) for key in composers}
     if unknown := set(args.only) - {*FAMILIES, *names.values()}:
         raise SystemExit(f"--only {sorted(unknown)}: no such rows. Give a row's name as printed, or of {FAMILIES}.")
     shown, skipped = 0, []
-    for (family, label), composer in table(args.batch_size).items():
+    for (family, label), composer in composers.items():
         name = names[family, label]
         if args.only and not {family, name} & set(args.only):
             continue

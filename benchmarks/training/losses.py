@@ -80,6 +80,5 @@ def _split(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, T
 def _corrected(positive: Tensor, log_mean: Tensor, n: int, temperature: float, class_prior: float) -> Tensor:
     """The loss with the negatives' mean freed from false negatives, as far as it stays possible."""
     left = (1 - class_prior * (positive - log_mean).clamp_max(80).exp()) / (1 - class_prior)  # exp(88) is infinite
-    lowest = torch.tensor(-1 / temperature, dtype=left.dtype, device=left.device)
-    log_true_mean = torch.where(left > 0, log_mean + left.clamp_min(1e-30).log(), lowest).maximum(lowest)
-    return F.softplus(math.log(n) + log_true_mean - positive).mean()
+    log_true_mean = torch.where(left > 0, log_mean + left.clamp_min(1e-30).log(), -torch.inf)
+    return F.softplus(math.log(n) + log_true_mean.clamp_min(-1 / temperature) - positive).mean()

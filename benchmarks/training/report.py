@@ -128,10 +128,8 @@ def plot(paths: Sequence[Path]):
     for axes, (settings, rows) in zip(panels, shown, strict=True):
         axes.axvline(0, color="0.6", linewidth=1)
         for number, name in enumerate(TASKS[settings["task"]].main):
-            found = {arm: difference(rows, arm, f"result/{name}") for arm in arms}
-            known = {arm: each for arm, each in found.items() if each and each[2] >= MIN_SEEDS}
-            points = [(x, arms.index(arm), half) for arm, (x, half, _) in known.items()]
-            x, y, half = np.array(points).T
+            found = [(drawn_difference(rows, arm, f"result/{name}"), y) for y, arm in enumerate(arms)]
+            x, half, y = np.array([(*each, y) for each, y in found if each]).T
             axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
         axes.set_title(settings["task"], pad=20)
         axes.set_xlabel(f"points above {BASELINE}")
@@ -154,9 +152,9 @@ def plot_uniformity(paths: Sequence[Path]):
         measure = TASKS[settings["task"]].main[-1]
         points = {BASELINE: (0.0, 0.0)}
         for arm in arms:
-            gain = difference(rows, arm, f"result/{measure}")
-            change = difference(rows, arm, "batch/uniformity_mixed")
-            if gain and change and min(gain[2], change[2]) >= MIN_SEEDS:
+            gain = drawn_difference(rows, arm, f"result/{measure}")
+            change = drawn_difference(rows, arm, "batch/uniformity_mixed")
+            if gain and change:
                 points[arm] = change[0], 100 * gain[0]
         x, y = np.array(list(points.values())).T
         kinds = ["C1" if arm != BASELINE and ARMS[arm].loss != "nt-xent" else "C0" for arm in points]
@@ -176,8 +174,12 @@ def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
         SystemExit: If there are none.
     """
     shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
-    arms = [arm for arm in ARMS if any(n_shared(rows, arm) >= MIN_SEEDS for _, rows in shown)]
-    shown = [(settings, rows) for settings, rows in shown if any(n_shared(rows, arm) >= MIN_SEEDS for arm in arms)]
+    known = [
+        {arm for arm in ARMS if drawn_difference(rows, arm, f"result/{TASKS[settings['task']].main[-1]}")}
+        for settings, rows in shown
+    ]
+    shown = [study for study, of_study in zip(shown, known, strict=True) if of_study]
+    arms = [arm for arm in ARMS if any(arm in of_study for of_study in known)]
     if not shown:
         raise SystemExit(f"Nothing to draw: no arm but {BASELINE} has {MIN_SEEDS} seeds yet at a task's own settings.")
     return shown, arms
@@ -191,10 +193,10 @@ def figure_of(shown: list[Study], size: tuple[float, float], **how):
     return figure, panels[0]
 
 
-def n_shared(rows: list[dict[str, str]], arm: str) -> int:
-    """Seeds that an arm, not the baseline, shares with the baseline."""
-    seeds = [{row["seed"] for row in rows if row["arm"] == each} for each in (arm, BASELINE)]
-    return 0 if arm == BASELINE else len(seeds[0] & seeds[1])
+def drawn_difference(rows: list[dict[str, str]], arm: str, measure: str) -> tuple[float, float] | None:
+    """An arm's mean difference to the baseline and its half width, if they share seeds enough."""
+    found = difference(rows, arm, measure)
+    return found[:2] if found and found[2] >= MIN_SEEDS else None
 
 
 def has_defaults(settings: dict[str, str]) -> bool:

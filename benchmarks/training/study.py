@@ -132,8 +132,8 @@ def own_batches(
     Returns:
         int64 ``[N_MEASURED_BATCHES, batch_size]``.
     """
-    composer = None if callback is None else callback.composer
-    pool_size = len(embeddings) if callback is None or callback.pool_size is None else callback.pool_size
+    composer = getattr(callback, "composer", None)
+    pool_size = getattr(callback, "pool_size", None) or len(embeddings)
 
     def plan(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
         return composer(embeddings[indices], batch_size, seed=seed, epoch=last_epoch)

@@ -33,8 +33,13 @@ def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
         )
 
 
+def unit_rows(embeddings: Tensor) -> Tensor:
+    """A copy with rows of length 1, float32 ``[P, d]`` without gradient; all-zero rows stay."""
+    return unit_rows_(embeddings.detach().to(torch.float32, copy=True))
+
+
 def unit_rows_(rows: Tensor) -> Tensor:
-    """Scale float32 rows ``[P, d]`` to length 1, in place; all-zero rows stay.
+    """As :func:`unit_rows`, in place, of float32 rows.
 
     Returns:
         ``rows``.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._embeddings import unit_rows_
+from bs_lightning._embeddings import unit_rows
 
 
 class EmbeddingBank:
@@ -43,7 +43,7 @@ class EmbeddingBank:
             ValueError: If the embeddings are not of shape ``[b, d]``, or ``d`` is not that of earlier ones.
         """
         check_rows(embeddings, indices)
-        unit = unit_rows_(embeddings.detach().to(torch.float32, copy=True)).half()
+        unit = unit_rows(embeddings).half()
         if self._rows is None:
             self._rows = unit.new_zeros(self.n_instances, unit.shape[1])
         if self._rows.shape[1] != unit.shape[1]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows_
+from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows
 from bs_lightning.compose import Batches, Graph
 from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
 
@@ -73,7 +73,7 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
     """
     check_embeddings(embeddings)
     check_whole_batches(len(embeddings), batch_size)
-    unit = unit_rows_(embeddings.to(torch.float32, copy=True))
+    unit = unit_rows(embeddings)
     isolated = ~unit.any(dim=1)
     order = np.random.default_rng(seed).permutation(len(unit))
     used = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
@@ -152,7 +152,7 @@ class GCBSComposer:
                 f"n_neighbors={self.n_neighbors} keeps all pairs of {size} embeddings, which orders nothing. Lower it, "
                 "or give larger pools."
             )
-        unit = unit_rows_(embeddings.to(torch.float32, copy=True))
+        unit = unit_rows(embeddings)
         threshold = self._threshold(unit, seed)
         rows_per_block = max(1, _BLOCK_ENTRIES // size)
         pieces = []

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
-from bs_lightning._embeddings import check_embeddings, unit_rows_
+from bs_lightning._embeddings import check_embeddings, unit_rows, unit_rows_
 
 Neighbors = NDArray[np.int32]
 
@@ -74,7 +74,7 @@ class NNDescentGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
         check_embeddings(embeddings)
-        unit = unit_rows_(embeddings.detach().to("cpu", torch.float32, copy=True))
+        unit = unit_rows(embeddings.cpu())
         k = min(self.n_neighbors, len(unit) - 1)
         found = self._descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
         return _real_neighbors(found, k, ~unit.any(dim=1).numpy(), seed)
@@ -137,7 +137,7 @@ class ExactGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
         """
         check_embeddings(embeddings)
-        unit = unit_rows_(embeddings.to(torch.float32, copy=True))
+        unit = unit_rows(embeddings)
         size = len(unit)
         k = min(self.n_neighbors, size - 1)
         isolated = ~unit.any(dim=1)
