@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from bs_lightning import BatchLoader, PoolBatchSampler, PoolLoader
+from bs_lightning import BatchFetcher, PoolBatchSampler, PoolLoader
 from bs_lightning.loader import check_dataloader_kwargs
 
 LOADERS = [
@@ -192,7 +192,7 @@ def test_uniform_batches():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batch_loader_serves_call_after_call_with_the_same_workers(num_workers):
-    load = BatchLoader(Seeds(), num_workers=num_workers, generator=torch.Generator())
+    load = BatchFetcher(Seeds(), num_workers=num_workers, generator=torch.Generator())
     seeds = set()
     for batches in ([[1, 2], [3]], [[5], [4], [6]], []):
         loaded = list(load(batches))
@@ -216,7 +216,7 @@ def test_refuses_arguments_that_choose_indices(name):
 
 
 def test_refuses_arguments_that_do_not_exist():
-    for make in (make_loader_with, lambda **kwargs: BatchLoader(torch.arange(4), **kwargs)):
+    for make in (make_loader_with, lambda **kwargs: BatchFetcher(torch.arange(4), **kwargs)):
         with pytest.raises(TypeError, match="DataLoader has no argument num_worker=2"):
             make(num_worker=2)
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
-from bs_lightning.encode import _warn_once
+from bs_lightning.encoding import _warn_once
 
 # Batches
 

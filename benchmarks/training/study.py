@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, PoolBatchSampler
-from bs_lightning.encode import no_trace
+from bs_lightning.isolation import no_trace
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
 
 from .arms import ARMS, Arm

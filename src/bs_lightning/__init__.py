@@ -5,16 +5,16 @@ import logging
 from bs_lightning.callback import BatchSamplerCallback
 from bs_lightning.compose import RWRComposer
 from bs_lightning.datamodule import BatchSamplerDataModule
-from bs_lightning.encode import encode
+from bs_lightning.encoding import encode
 from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
-from bs_lightning.loader import BatchLoader, PoolLoader
+from bs_lightning.loader import BatchFetcher, PoolLoader
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.walk import rwr_batches
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BatchLoader",
+    "BatchFetcher",
     "BatchSamplerCallback",
     "BatchSamplerDataModule",
     "ExactGraph",

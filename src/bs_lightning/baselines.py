@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows
-from bs_lightning.compose import Batches, Graph
+from bs_lightning._types import Batches
+from bs_lightning.compose import Graph
 from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
 
 

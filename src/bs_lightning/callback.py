@@ -17,15 +17,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning._checks import check_instance_callable, check_integer
+from bs_lightning._types import Indices, Pairs
 from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.compose import Composer, RWRComposer, check_batches
 from bs_lightning.datamodule import BatchSamplerDataModule, check_trainer
-from bs_lightning.encode import encode, isolated_rng, no_trace
+from bs_lightning.encoding import encode
 from bs_lightning.graphs import RandomCandidateGraph
-from bs_lightning.loader import BatchLoader, check_map_style
-from bs_lightning.mask import Pairs, mutual_nearest, pair_mask
+from bs_lightning.isolation import isolated_rng, no_trace
+from bs_lightning.loader import BatchFetcher, check_map_style
+from bs_lightning.mask import mutual_nearest, pair_mask
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
-from bs_lightning.plan import BatchLayout, Indices, check_pool_size
+from bs_lightning.plan import BatchLayout, check_pool_size
 
 # A pool's batches as positions in it, what to log of them, the seconds that each step took, and pairs to mask.
 _Composed = tuple[Indices, dict[str, float], dict[str, float], Pairs]
@@ -166,7 +168,7 @@ class BatchSamplerCallback(Callback):
         self.encode_batch_size = encode_batch_size
         self._pool_dataset: Dataset[Any] | None = None
         self._labels: Tensor | None = None
-        self._load: BatchLoader | None = None
+        self._load: BatchFetcher | None = None
         self._bank: EmbeddingBank | None = None
         self._restored: dict[str, Any] | None = None
         self._near_pairs = _NO_PAIRS
@@ -375,7 +377,7 @@ class BatchSamplerCallback(Callback):
             assert self._pool_dataset is not None
             kwargs = {"pin_memory": module.device.type == "cuda"} | datamodule.dataloader_kwargs
             kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global one
-            self._load = BatchLoader(self._pool_dataset, **kwargs)
+            self._load = BatchFetcher(self._pool_dataset, **kwargs)
         size = min(self.encode_batch_size or 4 * datamodule.batch_size, len(indices))
         forward = self._forward(module)
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")

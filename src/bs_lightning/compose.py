@@ -11,14 +11,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning.graphs import Neighbors, NNDescentGraph
+from bs_lightning._types import Batches, Neighbors
+from bs_lightning.graphs import NNDescentGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
-
-Batches = NDArray[np.int64]
 
 
 class Graph(Protocol):

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bs_lightning._checks import check_integer
 from bs_lightning._embeddings import check_embeddings, unit_rows, unit_rows_
-
-Neighbors = NDArray[np.int32]
+from bs_lightning._types import Neighbors
 
 _log = logging.getLogger(__name__)
 _BLOCK_ENTRIES = 2**24  # similarities that `ExactGraph` holds at a time: 64 MB of float32

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Load = Callable[[Iterable[list[int]]], Iterator[Any]]
 
 
-class BatchLoader:
+class BatchFetcher:
     """Loads batches of dataset indices, with worker processes that it keeps from call to call.
 
     ``load(batches)`` returns an iterator over the collated batches. One call at a time: a new one ends the last.
@@ -28,8 +28,8 @@ class BatchLoader:
 
     Example:
         >>> import torch
-        >>> from bs_lightning import BatchLoader
-        >>> load = BatchLoader(torch.arange(10) * 10)
+        >>> from bs_lightning import BatchFetcher
+        >>> load = BatchFetcher(torch.arange(10) * 10)
         >>> [batch.tolist() for batch in load([[1, 2], [5]])]
         [[10, 20], [50]]
     """
@@ -98,7 +98,7 @@ class PoolLoader:
         # Lightning sets this attribute where the user left it None, to seed workers differently on every rank.
         self.worker_init_fn = dataloader_kwargs.pop("worker_init_fn", None)
         self._kwargs = dataloader_kwargs
-        self._load: BatchLoader | None = None
+        self._load: BatchFetcher | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -111,7 +111,7 @@ class PoolLoader:
             for batches in sampler.pools():
                 if load is None:
                     kwargs = self._kwargs | {"generator": self._generator(), "worker_init_fn": self.worker_init_fn}
-                    load = BatchLoader(self.dataset, **kwargs)
+                    load = BatchFetcher(self.dataset, **kwargs)
                 for batch in load(batches):
                     sampler.served += 1
                     yield batch

@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
-
-Pairs = NDArray[np.int64]
+from bs_lightning._types import Pairs
 
 
 def mutual_nearest(neighbors: ArrayLike, n_nearest: int) -> Pairs:

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_lightning._checks import check_integer
+from bs_lightning._types import Indices
 from bs_lightning.compose import check_batches
-
-Indices = NDArray[np.int64]
 
 
 class PoolPlanner(Protocol):

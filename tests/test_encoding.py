@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from bs_lightning import BatchLoader, encode
-from bs_lightning.encode import isolated_rng, no_trace
+from bs_lightning import BatchFetcher, encode
+from bs_lightning.isolation import isolated_rng, no_trace
 
 DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3
 
 
 def run(embed=lambda batch: batch, indices=(7, 0, 19, 3, 11), data=DATA, batch_size=2, **kwargs):
-    return encode(indices, BatchLoader(data), embed, batch_size=batch_size, **kwargs)
+    return encode(indices, BatchFetcher(data), embed, batch_size=batch_size, **kwargs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])

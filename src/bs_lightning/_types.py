@@ -1,0 +1,21 @@
+"""The arrays that the library's functions take and return, by name."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+"""Dataset indices, or positions in a pool; any shape."""
+
+Order = NDArray[np.integer[Any]]
+"""A permutation of the dataset, in the smallest integers that hold it."""
+
+Batches = NDArray[np.int64]
+"""Positions in a pool, ``[P // batch_size, batch_size]``."""
+
+Neighbors = NDArray[np.int32]
+"""Each instance's neighbours, ``[P, K]``."""
+
+Pairs = NDArray[np.int64]
+"""Pairs of instances, ``[m, 2]``."""

@@ -1,0 +1,85 @@
+"""Isolation: run code on a module and leave no trace of it in training."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
+
+
+@contextmanager
+def no_trace(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode and, whatever happens inside, leave everything as it was.
+
+    Restores each submodule's train or eval mode, every buffer (batch-norm statistics, queues of a momentum encoder),
+    attributes that were set, the states of ``torchmetrics`` metrics, and the random states of Python, numpy, torch and
+    the current CUDA device.
+
+    Args:
+        module: The module that is going to encode.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.isolation import no_trace
+        >>> norm = torch.nn.BatchNorm1d(3)
+        >>> with no_trace(norm):
+        ...     norm.training
+        False
+        >>> norm.training
+        True
+    """
+    restore = [_snapshot(part) for part in module.modules()]
+    with isolated_rng():
+        try:
+            module.eval()
+            yield
+        finally:
+            with torch.no_grad():
+                for restore_part in restore:
+                    restore_part()
+
+
+def _snapshot(part: nn.Module) -> Callable[[], None]:
+    """Puts a module, without its submodules, back to what it is now."""
+    kind, training = type(part), part.training
+    attributes, buffers = dict(part.__dict__), dict(part._buffers.items())
+    states = list(part.metric_state.values()) if isinstance(part, Metric) else []
+    tensors = [value for value in (*buffers.values(), *states) if isinstance(value, Tensor)]
+    copies = [(value, value.clone()) for value in tensors if not is_lazy(value)]
+    lists = [(value, list(value)) for value in states if isinstance(value, list)]
+
+    def restore() -> None:
+        part.training = training
+        if type(part) is not kind:  # a lazy module has become a real one
+            return
+        for name in part.__dict__.keys() - attributes.keys():
+            del part.__dict__[name]
+        for name, value in attributes.items():
+            part.__dict__[name] = value
+        for name, value in buffers.items():
+            setattr(part, name, value)
+        for value, before in copies:
+            # Unchanged ones may be views or made in inference mode, which cannot be written to.
+            if not torch.equal(value, before):
+                value.copy_(before)
+        for values, earlier in lists:
+            values[:] = earlier
+
+    return restore
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restore the random states of Python, numpy, torch and the current CUDA device, whatever happens inside."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
