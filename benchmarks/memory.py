@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bs_lightning import PoolBatchSampler, rwr_batches
+from bs_lightning import PlannedPool, Planning, PoolBatchSampler, Pools, rwr_batches
 
 BATCH_SIZE = 256
 
@@ -28,12 +28,12 @@ def peak_mb():
 def measure(kind, n_instances, pool_size, n_pools):
     def plan_pool(indices, *, seed, epoch):
         graph = np.random.default_rng(seed).integers(0, len(indices), (len(indices), 15), dtype=np.int32)
-        return rwr_batches(graph, BATCH_SIZE, seed=seed)
+        return PlannedPool(rwr_batches(graph, BATCH_SIZE, seed=seed))
 
     plan_pool(range(pool_size), seed=0, epoch=0)  # loads the kernel
     before = resident_mb()
-    pools = {} if kind == "uniform" else {"pool_size": pool_size, "plan_pool": plan_pool}
-    sampler = PoolBatchSampler(n_instances, BATCH_SIZE, **pools)
+    planning = None if kind == "uniform" else Planning(plan_pool, Pools(pool_size))
+    sampler = PoolBatchSampler(n_instances, BATCH_SIZE, planning=planning)
     for _, batch in zip(range(n_pools * pool_size // BATCH_SIZE), sampler, strict=False):
         assert len(set(batch)) == BATCH_SIZE
     print(f"| {kind} | {peak_mb() - before:.0f} |", flush=True)

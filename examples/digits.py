@@ -23,7 +23,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import Dataset
 
-from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, PoolBatchSampler, RWRComposer
+from bs_lightning import (
+    BatchSamplerCallback,
+    BatchSamplerDataModule,
+    PlannedPool,
+    Planning,
+    PoolBatchSampler,
+    Pools,
+    RWRComposer,
+)
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
 
 BATCH_SIZE = 64
@@ -157,11 +165,10 @@ def epoch_of_batches(embeddings, composer, seed=0):
     """The batches of one epoch as training is served them, with a model that does not change: [n, BATCH_SIZE]."""
 
     def plan(indices, *, seed, epoch):
-        return composer(embeddings[indices], BATCH_SIZE, seed=seed, epoch=epoch)
+        return PlannedPool(composer(embeddings[indices], BATCH_SIZE, seed=seed, epoch=epoch))
 
-    sampler = PoolBatchSampler(
-        len(embeddings), BATCH_SIZE, pool_size=POOL_SIZE, plan_pool=plan if composer else None, seed=seed
-    )
+    planning = Planning(plan, Pools(POOL_SIZE)) if composer else None
+    sampler = PoolBatchSampler(len(embeddings), BATCH_SIZE, planning=planning, seed=seed)
     return torch.tensor(list(sampler))
 
 

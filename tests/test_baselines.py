@@ -8,8 +8,8 @@ from parts import Data, Model, fit, same_cluster_share, walker
 
 from bs_lightning import ExactGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
-from bs_lightning.compose import check_batches
 from bs_lightning.metrics import InBatchSimilarity
+from bs_lightning.plan import check_batches
 
 COMPOSERS = {
     "uniform": uniform_batches,

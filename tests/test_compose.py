@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, rwr_batches
-from bs_lightning.compose import check_batches
 from bs_lightning.metrics import InBatchSimilarity
+from bs_lightning.plan import check_batches
 
 
 def clusters(size=640, n_clusters=10, dim=16):

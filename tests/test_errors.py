@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from parts import Data, Model, Points, fit, pool_order, trainer, walker
 
-from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, Composer, ExactGraph, RWRComposer
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_composers(make, error, words):
 
 
 def test_composers_with_replacement_may_repeat_but_not_within_a_batch():
-    class Composer:
+    class Repeats(Composer):
         replacement = True
 
         def __init__(self, batches):
@@ -279,10 +279,10 @@ def test_composers_with_replacement_may_repeat_but_not_within_a_batch():
             return np.tile(self.batches, (len(embeddings) // batch_size, 1))
 
     model = Model()
-    fit(model, Data(8, 96), walker(composer=Composer(np.arange(8))), max_epochs=1)
+    fit(model, Data(8, 96), walker(composer=Repeats(np.arange(8))), max_epochs=1)
     assert [len(set(batch)) for batch in model.batches] == [8] * 12
     with pytest.raises(ValueError, match="returned position 0 twice within one batch"):
-        fit(Model(), Data(8, 96), walker(composer=Composer(np.zeros(8, dtype=int))))
+        fit(Model(), Data(8, 96), walker(composer=Repeats(np.zeros(8, dtype=int))))
 
 
 def test_a_graph_with_too_few_or_too_many_rows():

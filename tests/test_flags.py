@@ -1,15 +1,15 @@
 """Every flag of the Trainer: each index at most once an epoch, the right number of steps, no pool encoded in vain."""
 
-import math
-
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
-from parts import Data, Model, assert_equal, fit, pool_order, rng_states, trainer, walker
+from parts import Data, Model, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 from torch.utils.data import DataLoader
+
+from bs_lightning import BatchSamplerCallback
 
 
 class Counts(Callback):
@@ -358,11 +358,59 @@ def test_iterating_the_loader_by_hand_disturbs_nothing():
     assert len(set(peeks.seen)) == 96
 
 
-def test_what_lightning_keeps_its_position_in():
-    """The two attributes of Lightning's loops that the plan is read from."""
-    loop = trainer().fit_loop.epoch_loop
-    assert loop.batch_progress.current.ready == 0, (
-        "Lightning has moved the number of the batch being trained from "
-        "fit_loop.epoch_loop.batch_progress.current.ready: change TrainerBatchSampler.plan in datamodule.py."
-    )
-    assert math.isfinite(trainer().current_epoch)
+class EstimatesInSetup(Data):
+    """Its loader is made before the callback's ``setup``."""
+
+    def setup(self, stage):
+        self.n_steps = self.trainer.estimated_stepping_batches
+
+
+@pytest.mark.parametrize("recycle", [False, True])
+def test_a_datamodule_that_asks_for_the_number_of_steps_in_setup(recycle, tmp_path):
+    class Returns(Model):
+        def training_step(self, batch, batch_idx):
+            self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+            z = self.encoder(batch[1])
+            return {"loss": z.square().mean(), "embeddings": z}
+
+    def fitted(data, **kwargs):
+        seed_everything(0)
+        model = Returns()
+        saves = ModelCheckpoint(tmp_path / type(data).__name__, every_n_train_steps=5, save_top_k=-1)
+        fit(model, data, walker(recycle=recycle), saves, max_epochs=3, enable_checkpointing=True, **kwargs)
+        return model.batches
+
+    early, plain = EstimatesInSetup(seed=3), Data(seed=3)
+    whole = fitted(plain)
+    assert fitted(early) == whole
+    assert early.n_steps == 36
+    assert recycle or same_cluster_share(whole) > 0.15
+    checkpoint = tmp_path / "EstimatesInSetup" / "epoch=1-step=20.ckpt"
+    assert fitted(EstimatesInSetup(seed=4), ckpt_path=checkpoint) == whole[20:]
+
+
+def test_a_datamodule_forgets_the_callback_of_its_last_trainer():
+    data, composed, uniform = Data(seed=1), Model(), Model()
+    fit(composed, data, walker(), max_epochs=1)
+    fit(uniform, data, max_epochs=1)
+    assert same_cluster_share(composed.batches) > 0.2 > 0.15 > same_cluster_share(uniform.batches)
+
+
+def test_a_subclass_decides_which_epochs_are_composed_and_from_how_large_pools():
+    class EverySecond(BatchSamplerCallback):
+        def should_plan(self, trainer):
+            return trainer.current_epoch % 2 == 1
+
+        def resolve_pool_size(self, layout):
+            sizes.append(layout.global_batch_size)
+            return 24
+
+    sizes, pools = [], []
+
+    def noting(embeddings, batch_size, *, seed, epoch):
+        pools.append((epoch, len(embeddings)))
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(Model(), Data(), EverySecond(composer=noting, warmup_epochs=0), max_epochs=4)
+    assert pools == [(epoch, 24) for epoch in (1, 3) for _ in range(4)]
+    assert set(sizes) == {8}

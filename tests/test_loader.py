@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from bs_lightning import BatchFetcher, PoolBatchSampler, PoolLoader
+from bs_lightning import BatchFetcher, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
 from bs_lightning.loader import check_dataloader_kwargs
 
 LOADERS = [
@@ -39,14 +39,14 @@ class Fetches(Dataset):
 
 
 def planner(indices, *, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, 8)
+    return PlannedPool(np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, 8))
 
 
 def make(plan_pool=planner, dataset=None, rank=0, **kwargs):
     """12 batches of 8, planned in pools of 4 batches."""
     world = {"rank": rank, "world_size": rank + 1}
     size = 8 // world["world_size"]
-    sampler = PoolBatchSampler(96, size, pool_size=32, plan_pool=plan_pool, seed=1, **world)
+    sampler = PoolBatchSampler(96, size, planning=Planning(plan_pool, Pools(32)), seed=1, **world)
     return PoolLoader(torch.arange(96) if dataset is None else dataset, sampler, **kwargs)
 
 

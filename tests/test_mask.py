@@ -241,16 +241,15 @@ def test_what_has_no_embedding_yet_has_no_pair(kind):
     [
         ({"mask_nearest": 0}, ValueError, "mask_nearest must be at least 1, got 0"),
         ({"mask_nearest": 2.5}, TypeError, "mask_nearest must be an integer, got 2.5"),
-        ({"mask_nearest": 5, "per_rank": True}, ValueError, "mask_nearest needs per_rank=False"),
         (
             {"mask_nearest": 5, "composer": pool_order},
             TypeError,
-            "needs a composer that keeps its graph as `neighbors`",
+            "mask_nearest=5 needs a composer that finds each instance's nearest in the whole pool",
         ),
         (
             {"mask_nearest": 5, "composer": RWRComposer(RandomCandidateGraph(100, 15))},
-            ValueError,
-            r"mask_nearest=5 needs a graph .* NNDescentGraph\(\) or ExactGraph\(\), got RandomCandidateGraph\(n_cand",
+            TypeError,
+            r"NNDescentGraph\(\) or ExactGraph\(\), got RWRComposer\(RandomCandidateGraph\(n_candidates=100",
         ),
     ],
 )

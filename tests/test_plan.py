@@ -3,7 +3,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bs_lightning.plan import BatchLayout, EpochPlan, permutation
+from bs_lightning.layout import BatchLayout
+from bs_lightning.plan import EpochPlan, PlannedPool, Planning, Pools, WholeData, permutation
 
 
 @st.composite
@@ -20,8 +21,8 @@ def plans(draw):
     layout = draw(layouts())
     arguments = {"seed": draw(st.integers(0, 2**64)), "epoch": draw(st.integers(0, 1000))}
     if draw(st.booleans()):
-        arguments["plan_pool"] = Shuffle(layout)
-        arguments["pool_size"] = draw(st.integers(layout.global_batch_size, 300))
+        cut = Pools(draw(st.integers(layout.global_batch_size, 300)))
+        arguments["planning"] = Planning(Shuffle(layout), cut)
     return layout, arguments
 
 
@@ -34,7 +35,7 @@ class Shuffle:
 
     def __call__(self, indices, *, seed, epoch):
         self.lengths.append(len(indices))
-        return np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, self.size)
+        return PlannedPool(np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, self.size))
 
 
 def batches(layout, **arguments):
@@ -85,7 +86,7 @@ def test_goes_on_anywhere_with_the_same_batches(plan, data):
 
 def test_a_pool_of_another_epoch_is_not_served():
     layout = BatchLayout(90, 10)
-    arguments = {"seed": 0, "pool_size": 30, "plan_pool": Shuffle(layout)}
+    arguments = {"seed": 0, "planning": Planning(Shuffle(layout), Pools(30))}
     before = EpochPlan(layout, epoch=0, **arguments)
     next(iter(before))
     assert batches(layout, epoch=1, pool=before.pool, **arguments) == batches(layout, epoch=1, **arguments)
@@ -95,7 +96,7 @@ def test_a_pool_of_another_epoch_is_not_served():
 @given(layouts(), st.integers(0, 300))
 def test_pools_are_near_equal_multiples_of_the_batch(layout, extra):
     planner, size = Shuffle(layout), layout.global_batch_size
-    list(EpochPlan(layout, seed=0, epoch=0, pool_size=size + extra, plan_pool=planner))
+    list(EpochPlan(layout, seed=0, epoch=0, planning=Planning(planner, Pools(size + extra))))
     n_batches = np.divide(planner.lengths, size)
     assert np.array_equal(n_batches, n_batches.astype(int))
     assert n_batches.sum() == layout.n_full
@@ -110,9 +111,9 @@ def test_identity_planner_serves_the_uniform_batches(plan):
     uniform = {"seed": arguments["seed"], "epoch": arguments["epoch"]}
 
     def identity(indices, *, seed, epoch):
-        return np.arange(len(indices)).reshape(-1, layout.global_batch_size)
+        return PlannedPool(np.arange(len(indices)).reshape(-1, layout.global_batch_size))
 
-    pooled = batches(layout, **uniform, pool_size=3 * layout.global_batch_size, plan_pool=identity)
+    pooled = batches(layout, **uniform, planning=Planning(identity, Pools(3 * layout.global_batch_size)))
     assert pooled == batches(layout, **uniform)
     order = permutation(layout.n_instances, **uniform).tolist()
     assert flat(pooled) == order[: layout.n_full * layout.global_batch_size + layout.n_last]
@@ -131,7 +132,8 @@ def test_stop_ends_the_epoch_early(plan, stop):
 @pytest.mark.parametrize("pool_size", [None, 40])
 def test_every_epoch_is_another_and_drops_another_remainder(pool_size):
     layout = BatchLayout(109, 10)
-    epochs = [batches(layout, seed=0, epoch=e, pool_size=pool_size, plan_pool=Shuffle(layout)) for e in range(4)]
+    planning = None if pool_size is None else Planning(Shuffle(layout), Pools(pool_size))
+    epochs = [batches(layout, seed=0, epoch=e, planning=planning) for e in range(4)]
     assert len({str(epoch) for epoch in epochs}) == 4
     assert len({frozenset(range(109)) - set(flat(epoch)) for epoch in epochs}) == 4
     assert batches(layout, seed=0, epoch=1) != batches(layout, seed=1, epoch=1)
@@ -143,9 +145,9 @@ def test_pools_are_planned_when_asked_for_each_with_its_own_seed():
 
     def planner(indices, *, seed, epoch):
         calls.append((len(indices), seed, epoch))
-        return np.arange(len(indices)).reshape(-1, 10)
+        return PlannedPool(np.arange(len(indices)).reshape(-1, 10))
 
-    pools = iter(EpochPlan(BatchLayout(90, 10), seed=1, epoch=5, pool_size=30, plan_pool=planner))
+    pools = iter(EpochPlan(BatchLayout(90, 10), seed=1, epoch=5, planning=Planning(planner, Pools(30))))
     for n_planned in (1, 2, 3):
         next(pools)
         assert len(calls) == n_planned
@@ -158,20 +160,20 @@ def test_pools_are_planned_when_asked_for_each_with_its_own_seed():
 
 def test_planned_batches_are_checked():
     def doubling(indices, *, seed, epoch):
-        return np.zeros((len(indices) // 10, 10), int)
+        return PlannedPool(np.zeros((len(indices) // 10, 10), int))
 
-    arguments = {"seed": 0, "epoch": 0, "pool_size": 30, "plan_pool": doubling}
+    arguments = {"seed": 0, "epoch": 0}
     with pytest.raises(ValueError, match="position 0 twice"):
-        next(iter(EpochPlan(BatchLayout(90, 10), **arguments)))
+        next(iter(EpochPlan(BatchLayout(90, 10), planning=Planning(doubling, Pools(30)), **arguments)))
     with pytest.raises(ValueError, match="position 0 twice within one batch"):
-        next(iter(EpochPlan(BatchLayout(90, 10), replacement=True, **arguments)))
+        next(iter(EpochPlan(BatchLayout(90, 10), planning=Planning(doubling, Pools(30), True), **arguments)))
 
 
 def test_with_replacement_batches_share_instances_of_their_pool():
     def same_batch(indices, *, seed, epoch):
-        return np.tile(np.arange(10), (len(indices) // 10, 1))
+        return PlannedPool(np.tile(np.arange(10), (len(indices) // 10, 1)))
 
-    plan = EpochPlan(BatchLayout(90, 10), seed=0, epoch=0, pool_size=30, plan_pool=same_batch, replacement=True)
+    plan = EpochPlan(BatchLayout(90, 10), seed=0, epoch=0, planning=Planning(same_batch, Pools(30), replacement=True))
     pools = [[batch.tolist() for batch in pool] for pool in plan]
     assert all(pool == [pool[0]] * 3 for pool in pools)
     assert len(set(flat(flat(pools)))) == 30
@@ -197,5 +199,40 @@ def test_layout_refuses(arguments, error, words):
 
 
 def test_refuses_a_pool_smaller_than_a_global_batch():
+    layout = BatchLayout(90, 4, 2)
     with pytest.raises(ValueError, match="at least one global batch, 8 = batch_size 4 x 2 processes, got 7"):
-        EpochPlan(BatchLayout(90, 4, 2), seed=0, epoch=0, pool_size=7)
+        EpochPlan(layout, seed=0, epoch=0, planning=Planning(Shuffle(layout), Pools(7)))
+
+
+def test_refuses_a_planner_that_returns_bare_batches():
+    def bare(indices, *, seed, epoch):
+        return np.arange(len(indices)).reshape(-1, 10)
+
+    with pytest.raises(TypeError, match=r"plan_pool must return a PlannedPool\(batches\), got ndarray"):
+        next(iter(EpochPlan(BatchLayout(90, 10), seed=0, epoch=0, planning=Planning(bare, Pools(30)))))
+
+
+def test_the_whole_dataset_is_planned_again_every_few_batches():
+    planned = []
+
+    def planner(indices, *, seed, epoch):
+        batches = np.random.default_rng(seed).integers(0, 9, (9, 1)) * 10 + np.arange(10)
+        planned.append(indices[batches].tolist())
+        near = np.stack([np.arange(89), np.arange(1, 90)], axis=1)
+        return PlannedPool(batches, near)
+
+    plan = EpochPlan(BatchLayout(95, 10), seed=0, epoch=0, planning=Planning(planner, WholeData(4), replacement=True))
+    for number, batches in enumerate(plan):
+        assert [batch.tolist() for batch in batches] == planned[number][: len(batches)]
+        assert len(batches) == (4, 4, 1)[number]
+        assert len(plan.pool.batches) == len(batches)  # the state holds what is served
+        assert set(plan.pool.pairs.ravel()) == set(np.ravel(batches))
+    assert [sorted(sum(each, [])) == sorted(sum(planned[0], [])) for each in planned] == [True, False, False]
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_the_whole_dataset_refuses(every):
+    with pytest.raises(ValueError, match=f"refresh_every must be at least 1 step, got {every}"):
+        WholeData(every)
+    with pytest.raises(ValueError, match="refresh_every=5 needs a composer whose batches may share instances"):
+        Planning(Shuffle(BatchLayout(90, 10)), WholeData(5))

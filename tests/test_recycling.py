@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, pool_order, same_cluster_share, walker
 
-from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, Composer, ExactGraph, RWRComposer
 from bs_lightning.bank import EmbeddingBank
 from bs_lightning.presets import public_code
 
@@ -71,7 +71,7 @@ def test_composes_from_what_training_computed(kind, loader):
     model, seen = Returns(), []
     compose = kind.get("composer", RWRComposer(ExactGraph(5)))
 
-    class Watches:
+    class Watches(Composer):
         replacement = compose.replacement
 
         def __call__(self, embeddings, batch_size, *, seed, epoch):

@@ -7,23 +7,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from bs_lightning import PoolBatchSampler
+from bs_lightning import PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
 
 
 def planner(batch_size):
     """Shuffles pools into batches of ``batch_size``."""
 
     def plan_pool(indices, *, seed, epoch):
-        return np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, batch_size)
+        return PlannedPool(np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, batch_size))
 
     return plan_pool
 
 
 def sampler(n_instances=100, batch_size=4, pool_size=16, world_size=1, **kwargs):
-    plan_pool = planner(batch_size * world_size)
-    return PoolBatchSampler(
-        n_instances, batch_size, pool_size=pool_size, plan_pool=plan_pool, world_size=world_size, **kwargs
-    )
+    planning = Planning(planner(batch_size * world_size), Pools(pool_size))
+    return PoolBatchSampler(n_instances, batch_size, planning=planning, world_size=world_size, **kwargs)
 
 
 def through_a_file(state):
@@ -46,8 +44,8 @@ def test_ranks_serve_slices_of_the_same_batches(batch_size, world_size, extra, d
     assume(drop_last or not 0 < n_instances % size < 2 * world_size)
 
     def make(batch_size, **ranks):
-        pools = {} if uniform else {"pool_size": 3 * size, "plan_pool": planner(size)}
-        return PoolBatchSampler(n_instances, batch_size, drop_last=drop_last, seed=3, **pools, **ranks)
+        planning = None if uniform else Planning(planner(size), Pools(3 * size))
+        return PoolBatchSampler(n_instances, batch_size, planning=planning, drop_last=drop_last, seed=3, **ranks)
 
     whole = make(size)
     ranks = [make(batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -120,13 +118,13 @@ def test_a_restored_pool_is_not_planned_again():
         calls.append(len(indices))
         return planner(4)(indices, seed=seed, epoch=epoch)
 
-    made = PoolBatchSampler(96, 4, pool_size=32, plan_pool=plan_pool)
+    made = PoolBatchSampler(96, 4, planning=Planning(plan_pool, Pools(32)))
     batches = iter(made)
     for _ in range(11):
         next(batches)
     state = made.state_dict()
     calls.clear()
-    restored = resumed(PoolBatchSampler(96, 4, pool_size=32, plan_pool=plan_pool), state)
+    restored = resumed(PoolBatchSampler(96, 4, planning=Planning(plan_pool, Pools(32))), state)
     assert next(iter(restored)) == next(batches)
     assert calls == []
 
@@ -196,9 +194,8 @@ def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
         ({"batch_size": 4.0}, TypeError, "batch_size must be an integer, got 4.0"),
         ({"n_instances": 3}, ValueError, "has 3 instances, fewer than one global batch of batch_size 4 x 1"),
         ({"n_instances": 7, "world_size": 2}, ValueError, "fewer than one global batch of batch_size 4 x 2"),
-        ({"pool_size": None}, ValueError, "pool_size must be given with plan_pool"),
         (
-            {"pool_size": 3},
+            {"planning": Planning(planner(4), Pools(3))},
             ValueError,
             "pool_size must be at least one global batch, 4 = batch_size 4 x 1 processes, got 3",
         ),
@@ -210,6 +207,43 @@ def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
     ],
 )
 def test_refuses_bad_arguments(arguments, error, words):
-    plan_pool = planner(4)
+    planning = Planning(planner(4), Pools(16))
     with pytest.raises(error, match=words):
-        PoolBatchSampler(**{"n_instances": 100, "batch_size": 4, "pool_size": 16, "plan_pool": plan_pool} | arguments)
+        PoolBatchSampler(**{"n_instances": 100, "batch_size": 4, "planning": planning} | arguments)
+
+
+def test_the_mask_of_a_hand_written_loop():
+    """The pairs of a pool travel with it: through its batches, a checkpoint, and no further."""
+
+    def plan_pool(indices, *, seed, epoch):
+        batches = np.random.default_rng(seed).permutation(len(indices)).reshape(-1, 4)
+        near = np.stack([np.arange(0, len(indices), 2), np.arange(1, len(indices), 2)], axis=1)
+        pairs.extend(frozenset(pair) for pair in indices[near].tolist())
+        return PlannedPool(batches, near)
+
+    def served(made, batches):
+        for batch in batches:
+            assert made.trained_batch().tolist() == batch.tolist()
+            mask = made.likely_false_negatives()
+            assert mask.tolist() == [[frozenset((a, b)) in pairs for b in batch.tolist()] for a in batch.tolist()]
+            yield mask.any().item()
+
+    def make():
+        return PoolBatchSampler(98, 4, planning=Planning(plan_pool, Pools(32)), drop_last=False)
+
+    pairs = []
+    made = make()
+    assert made.trained_batch() is None
+    assert made.likely_false_negatives() is None
+    masks = list(served(made, PoolLoader(torch.arange(98), made)))
+    assert len(masks) == 25
+    assert any(masks)
+
+    batches = served(made, PoolLoader(torch.arange(98), made))
+    for _ in range(10):
+        next(batches)
+    restored = resumed(make(), made.state_dict())
+    assert list(served(restored, PoolLoader(torch.arange(98), restored))) == masks[10:]
+    uniform = PoolBatchSampler(98, 4)
+    next(iter(PoolLoader(torch.arange(98), uniform)))
+    assert not uniform.likely_false_negatives().any()

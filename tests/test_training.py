@@ -4,6 +4,7 @@ import copy
 import random
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 
-from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
 from bs_lightning.encoding import _warn_once
 
 # Batches
@@ -93,7 +94,8 @@ def test_hardness_is_that_of_true_negatives_where_labels_are_known():
 
     class Unequal(Model):
         def on_train_batch_start(self, batch, batch_idx):
-            self.trainer.train_dataloader.batch_sampler._plan.pool_size = 24  # after a first pool of one batch
+            plan = self.trainer.train_dataloader.batch_sampler._plan  # after a first pool of one batch
+            plan.planning = replace(plan.planning, cut=Pools(24))
 
     model = Unequal()
     made = fit(model, Data(8, 32), walker(8, composer=noting(seen)), max_epochs=1)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bs_lightning.compose import check_batches
+from bs_lightning.plan import check_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.training import cifar10, evaluate, losses, report, study, text

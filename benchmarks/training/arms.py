@@ -8,7 +8,7 @@ from functools import partial
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
-from bs_lightning.compose import Composer, Graph
+from bs_lightning.compose import ComposeFunction, Graph
 from bs_lightning.presets import public_code
 
 from .remedies import MixedComposer, SkippingGraph, SteadyCallback, UniformComposer
@@ -34,7 +34,7 @@ class Arm:
         steady: Hardness to hold by adapting the pool size; ``None`` keeps the pool size.
     """
 
-    composer: Composer | None = field(default_factory=walk)
+    composer: ComposeFunction | None = field(default_factory=walk)
     pool: int | None = 10
     uniform_part: float = 0.0
     loss: str = "nt-xent"

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning import BatchSamplerCallback, ExactGraph
+from bs_lightning import BatchSamplerCallback, Composer, ExactGraph
 from bs_lightning.baselines import uniform_batches
-from bs_lightning.compose import Composer, Graph
+from bs_lightning.compose import ComposeFunction, Graph
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SkippingGraph:
 class MixedComposer:
     """Each batch is half composed and half uniform."""
 
-    composer: Composer
+    composer: ComposeFunction
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
         n_batches, n_composed = len(embeddings) // batch_size, batch_size // 2
@@ -38,12 +38,13 @@ class MixedComposer:
         return np.concatenate([composed, others.reshape(n_batches, -1)], axis=1)
 
 
-class UniformComposer:
+class UniformComposer(Composer):
     """Uniform batches, and a graph for masks."""
+
+    finds_nearest = True
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.neighbors: NDArray[np.int32] | None = None
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
         self.neighbors = self.graph(embeddings, seed=seed)

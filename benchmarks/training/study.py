@@ -16,7 +16,14 @@ from lightning import Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, PoolBatchSampler
+from bs_lightning import (
+    BatchSamplerCallback,
+    BatchSamplerDataModule,
+    PlannedPool,
+    Planning,
+    PoolBatchSampler,
+    Pools,
+)
 from bs_lightning.isolation import no_trace
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
 
@@ -135,17 +142,13 @@ def own_batches(
     composer = getattr(callback, "composer", None)
     pool_size = getattr(callback, "pool_size", None) or len(embeddings)
 
-    def plan(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-        return composer(embeddings[indices], batch_size, seed=seed, epoch=last_epoch)
+    def plan(indices: np.ndarray, *, seed: int, epoch: int) -> PlannedPool:
+        return PlannedPool(composer(embeddings[indices], batch_size, seed=seed, epoch=last_epoch))
 
-    sampler = PoolBatchSampler(
-        len(embeddings),
-        batch_size,
-        pool_size=min(pool_size, len(embeddings)),
-        plan_pool=None if composer is None else plan,
-        replacement=getattr(composer, "replacement", False),
-        seed=seed,
-    )
+    planning = None
+    if composer is not None:
+        planning = Planning(plan, Pools(min(pool_size, len(embeddings))), composer.replacement)
+    sampler = PoolBatchSampler(len(embeddings), batch_size, planning=planning, seed=seed)
     batches = torch.tensor(list(sampler))
     # Not the first: a pool's first walks are harder than its last.
     chosen = np.random.default_rng(seed).permutation(len(batches))[:N_MEASURED_BATCHES]

@@ -2,12 +2,13 @@
 
 import logging
 
-from bs_lightning.callback import BatchSamplerCallback
-from bs_lightning.compose import RWRComposer
-from bs_lightning.datamodule import BatchSamplerDataModule
+from bs_lightning.compose import Composer, RWRComposer
 from bs_lightning.encoding import encode
 from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
 from bs_lightning.loader import BatchFetcher, PoolLoader
+from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plugin.callback import BatchSamplerCallback
+from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.walk import rwr_batches
 
@@ -17,12 +18,17 @@ __all__ = [
     "BatchFetcher",
     "BatchSamplerCallback",
     "BatchSamplerDataModule",
+    "Composer",
     "ExactGraph",
     "NNDescentGraph",
+    "PlannedPool",
+    "Planning",
     "PoolBatchSampler",
     "PoolLoader",
+    "Pools",
     "RWRComposer",
     "RandomCandidateGraph",
+    "WholeData",
     "encode",
     "rwr_batches",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows
 from bs_lightning._types import Batches
-from bs_lightning.compose import Graph
+from bs_lightning.compose import Composer, Graph
 from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
 
 
@@ -94,7 +94,7 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
 
 
 @dataclass(frozen=True)
-class GCBSComposer:
+class GCBSComposer(Composer):
     """Global contrastive batch sampling: the most similar pairs are brought together by reordering.
 
     The pairs above a quantile of all similarities make a sparse graph; reverse Cuthill-McKee orders it so that its
@@ -175,7 +175,7 @@ class GCBSComposer:
 
 
 @dataclass(frozen=True)
-class B3Composer:
+class B3Composer(Composer):
     """B3: communities of a graph that leaves out the very nearest, several of them in a batch.
 
     The graph joins two instances where each has the other at a rank of ``n_skipped`` to ``n_skipped + n_neighbors`` in

@@ -1,21 +1,21 @@
 """Compose: a pool's embeddings -> its batches.
 
-This is the one seam by which everything about batches is varied. A composer is any callable
-``(embeddings, batch_size, *, seed, epoch) -> int64 [P // batch_size, batch_size]`` of positions in the pool, for
-embeddings of shape ``[P, d]`` with ``P`` a multiple of ``batch_size``. It uses each position once, unless it has an
-attribute ``replacement`` that is true; then only a single batch must not repeat one.
+Everything about batches is varied here. A composer is a subclass of :class:`Composer`, or a plain function
+``(embeddings, batch_size, *, seed, epoch)`` that returns positions in the pool, int64 ``[P // batch_size,
+batch_size]``, and uses each position once.
 """
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning._types import Batches, Neighbors
-from bs_lightning.graphs import NNDescentGraph
+from bs_lightning.graphs import NNDescentGraph, RandomCandidateGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
 
@@ -25,13 +25,81 @@ class Graph(Protocol):
     def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors: ...
 
 
-class Composer(Protocol):
+class ComposeFunction(Protocol):
     """Embeddings ``[P, d]`` -> batches int64 ``[P // batch_size, batch_size]``."""
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches: ...
 
 
-class RWRComposer:
+class Composer(ABC):
+    """Base class of composers: override :meth:`__call__`, and of the rest what differs.
+
+    Attributes:
+        replacement: Whether different batches may share instances. A single batch never repeats one.
+        finds_nearest: Whether ``neighbors`` holds each instance's nearest in the whole pool after a call.
+            ``BatchSamplerCallback(mask_nearest=...)`` needs such a composer.
+        neighbors: The last call's neighbours, int32 ``[P, K]``, each row nearest first; ``None`` if there are none.
+        seconds: What the last call spent in each of its steps, by the step's name. The callback logs them. If it is
+            empty, the callback logs the whole call as ``"compose"``.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from bs_lightning.compose import Composer
+        >>> class InOrder(Composer):
+        ...     def __call__(self, embeddings, batch_size, *, seed, epoch):
+        ...         return np.arange(len(embeddings)).reshape(-1, batch_size)
+        >>> InOrder()(torch.randn(6, 2), 3, seed=0, epoch=0).tolist()
+        [[0, 1, 2], [3, 4, 5]]
+    """
+
+    replacement: bool = False
+    neighbors: Neighbors | None = None
+    seconds: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def finds_nearest(self) -> bool:
+        return False
+
+    def check_batch_size(self, batch_size: int) -> None:  # noqa: B027, most composers serve any
+        """Refuse a batch size that this composer cannot serve. Called before training starts."""
+
+    @abstractmethod
+    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
+        """Compose a pool's batches.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``.
+            batch_size: Instances in a batch; under several processes, in a global batch.
+            seed: The same seed must give the same batches.
+            epoch: The epoch's number.
+
+        Returns:
+            int64 of shape ``[P // batch_size, batch_size]``, positions in the pool.
+        """
+
+
+class _Function(Composer):
+    """A plain function as a composer."""
+
+    def __init__(self, function: ComposeFunction) -> None:
+        self.function = function
+
+    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
+        return self.function(embeddings, batch_size, seed=seed, epoch=epoch)
+
+
+def as_composer(composer: Composer | ComposeFunction) -> Composer:
+    """Return a composer as it is, and a plain function as a composer with the defaults of :class:`Composer`.
+
+    Raises:
+        TypeError: If ``composer`` is not callable, or is a class instead of an object.
+    """
+    check_instance_callable("composer", composer, "RWRComposer()")
+    return composer if isinstance(composer, Composer) else _Function(composer)
+
+
+class RWRComposer(Composer):
     """Batches that random walks with restart visit on a neighbour graph: BatchSampler's way.
 
     Args:
@@ -44,7 +112,7 @@ class RWRComposer:
             easy ones.
 
     Attributes:
-        neighbors: The last call's graph, int32 ``[P, K]``; ``None`` before.
+        neighbors: The last call's graph, int32 ``[P, K]``; ``None`` before the first call.
         seconds: What the last call spent in ``"graph"`` and ``"walk"``.
 
     Raises:
@@ -78,8 +146,22 @@ class RWRComposer:
         self.restart_probability = restart_probability
         self.replacement = replacement
         self.n_roots = n_roots
-        self.neighbors: Neighbors | None = None
-        self.seconds: dict[str, float] = {}
+
+    @property
+    def finds_nearest(self) -> bool:
+        return not isinstance(self.graph, RandomCandidateGraph)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse batches of fewer instances than roots.
+
+        Raises:
+            ValueError: Naming both numbers.
+        """
+        if self.n_roots > batch_size:
+            raise ValueError(f"n_roots must be at most the {batch_size} instances of a batch, got {self.n_roots}.")
+
+    def __repr__(self) -> str:
+        return f"RWRComposer({self.graph!r})"
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Compose a pool's batches.
@@ -98,7 +180,7 @@ class RWRComposer:
                 of neighbours for each.
         """
         alpha = self.restart_probability
-        self.neighbors = None  # two graphs of a whole data set may not fit
+        self.neighbors = None  # two graphs of a whole dataset may not fit
         start = time.perf_counter()
         neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()
@@ -116,50 +198,5 @@ class RWRComposer:
             seed=seed,
             replacement=self.replacement,
         )
-        self.seconds.update(graph=built - start, walk=time.perf_counter() - built)
+        self.seconds = {"graph": built - start, "walk": time.perf_counter() - built}
         return batches
-
-
-def check_batches(batches: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> Batches:
-    """Refuse what is no composition of a pool, whoever made it.
-
-    Args:
-        batches: What a composer returned.
-        pool_size: Instances in the pool, a multiple of ``batch_size``.
-        batch_size: Instances in a batch.
-        replacement: Whether different batches may share instances.
-
-    Returns:
-        The batches as int64 of shape ``[pool_size // batch_size, batch_size]``.
-
-    Raises:
-        TypeError: If they are not integers.
-        ValueError: If they have another shape, lie outside ``[0, pool_size)``, or repeat a position.
-    """
-    try:
-        array = np.asarray(batches)
-    except ValueError as error:  # rows of unequal length
-        raise ValueError(f"The composer must return an array of positions in the pool: {error}") from None
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"The composer must return integer positions in the pool, got dtype {array.dtype}.")
-    shape = (pool_size // batch_size, batch_size)
-    if array.shape != shape:
-        raise ValueError(
-            f"The composer must return batches of shape {list(shape)} for a pool of {pool_size} and batches of "
-            f"{batch_size}, got {list(array.shape)}."
-        )
-    if array.min() < 0 or array.max() >= pool_size:
-        bad = int(array.min()) if array.min() < 0 else int(array.max())
-        raise ValueError(f"The composer must return positions in [0, {pool_size}), got {bad}.")
-    rows = np.sort(array if replacement else array.reshape(1, -1), axis=1)
-    repeated = rows[:, 1:] == rows[:, :-1]
-    if repeated.any():
-        raise ValueError(
-            f"The composer returned position {int(rows[:, 1:][repeated][0])} twice"
-            + (
-                " within one batch."
-                if replacement
-                else ". If batches may share instances, give it `replacement = True`."
-            )
-        )
-    return array.astype(np.int64, copy=False)

@@ -1,7 +1,7 @@
 """Plan: which instances make the batches of one epoch, pool after pool.
 
-An epoch is a random permutation of the data. Its batches are consecutive pieces of it, unless pools are planned: then
-each pool's piece is handed, when its first batch is about to be trained, to a planner that rearranges it.
+An epoch is a random permutation of the dataset. Its batches are consecutive pieces of the permutation. Where a planner
+is given, it rearranges each pool when the pool's first batch is about to be trained.
 """
 
 from collections.abc import Iterator
@@ -9,114 +9,180 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from bs_lightning._checks import check_integer
-from bs_lightning._types import Indices
-from bs_lightning.compose import check_batches
+from bs_lightning._types import Batches, Indices, Order, Pairs
+from bs_lightning.layout import BatchLayout
+
+NO_PAIRS: Pairs = np.empty((0, 2), dtype=np.int64)
+
+
+class PlannedPool(NamedTuple):
+    """What a planner returns for a pool. All numbers are positions in the pool."""
+
+    batches: Batches
+    """The pool's global batches, int64 ``[P // global_batch_size, global_batch_size]``."""
+    pairs: Pairs = NO_PAIRS
+    """Pairs that are likely false negatives, int64 ``[m, 2]``. The loss may leave them out."""
 
 
 class PoolPlanner(Protocol):
-    """A pool's dataset indices ``[P]`` -> its batches, int64 ``[P // global_batch_size, global_batch_size]`` of
-    positions in the pool."""
+    """Arranges a pool, given as dataset indices int64 ``[P]``, into batches."""
 
-    def __call__(self, indices: Indices, *, seed: int, epoch: int) -> Indices: ...
+    def __call__(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool: ...
 
 
 @dataclass(frozen=True)
-class BatchLayout:
-    """How many batches an epoch has, and which part of each a process serves.
+class Pools:
+    """Cuts an epoch into pools and plans each pool when its first batch is due.
 
     Args:
-        n_instances: Instances in the data set (the paper's N).
-        batch_size: Instances per batch and process, at least 2.
-        world_size: Processes that serve a slice each of every global batch.
-        drop_last: ``False`` serves what the global batches leave over as one smaller, uniform batch at the end.
+        size: Instances per pool, at least one global batch. Pools are near-equal multiples of the global batch, so
+            their size differs a little from this number.
 
     Raises:
-        TypeError: If ``batch_size`` is no integer.
-        ValueError: If ``batch_size`` is below 2, the data set is smaller than a global batch, or a last batch would
-            leave a process with fewer than two instances.
+        TypeError: If ``size`` is not an integer.
     """
 
-    n_instances: int
-    batch_size: int
-    world_size: int = 1
-    drop_last: bool = True
+    size: int
 
     def __post_init__(self) -> None:
-        if check_integer("batch_size", self.batch_size) < 2:
+        check_integer("pool_size", self.size)
+
+    def check(self, layout: BatchLayout) -> None:
+        """Refuse pools that cannot hold one global batch.
+
+        Raises:
+            ValueError: Naming both sizes.
+        """
+        if self.size < layout.global_batch_size:
             raise ValueError(
-                f"batch_size must be at least 2, got {self.batch_size}: in a batch of one there are no negatives."
-            )
-        if self.world_size < 1:
-            raise ValueError(f"world_size must be at least 1, got {self.world_size}.")
-        if self.n_instances < self.global_batch_size:
-            raise ValueError(
-                f"The data set has {self.n_instances} instances, fewer than one global batch of "
-                f"batch_size {self.batch_size} x {self.world_size} processes. Lower batch_size."
-            )
-        if 0 < self.n_last < 2 * self.world_size:
-            raise ValueError(
-                f"drop_last=False would leave a last batch of {self.n_last} instances for {self.world_size} "
-                "processes, fewer than two for each. Use drop_last=True or another batch_size."
+                f"pool_size must be at least one global batch, {layout.global_batch_size} = batch_size "
+                f"{layout.batch_size} x {layout.world_size} processes, got {self.size}. Ten global batches suit most."
             )
 
-    @property
-    def global_batch_size(self) -> int:
-        """Instances that all processes together train on in one step."""
-        return self.batch_size * self.world_size
+    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
+        """The batches to plan together from batch ``start`` on, and the batch before which they end.
 
-    @property
-    def n_full(self) -> int:
-        """Full global batches in an epoch."""
-        return self.n_instances // self.global_batch_size
+        It depends on what remains alone, so that a resumed epoch cuts the same pools.
+        """
+        remaining = stop - start
+        n_pools = max(1, int(remaining * layout.global_batch_size / self.size + 0.5))
+        end = start - (-remaining // n_pools)
+        return slice(start, end), end
 
-    @property
-    def n_last(self) -> int:
-        """Instances in the smaller batch at the epoch's end, 0 if there is none."""
-        return 0 if self.drop_last else self.n_instances % self.global_batch_size
 
-    @property
-    def n_batches(self) -> int:
-        """Batches in an epoch."""
-        return self.n_full + (self.n_last > 0)
+@dataclass(frozen=True)
+class WholeData:
+    """Plans the whole dataset at the start of an epoch, and again after every few batches.
 
-    def slice(self, batch: NDArray[np.integer[Any]], rank: int) -> NDArray[np.integer[Any]]:
-        """The contiguous part of a global batch that process ``rank`` serves."""
-        part: NDArray[np.integer[Any]] = np.array_split(batch, self.world_size)[rank]
-        return part
+    Args:
+        every: Batches that are served from one plan, at least 1 (the paper's t).
+
+    Raises:
+        TypeError: If ``every`` is not an integer.
+        ValueError: If ``every`` is below 1.
+
+    Source: the refresh interval of arXiv 2306.03355.
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        if check_integer("refresh_every", self.every) < 1:
+            raise ValueError(f"refresh_every must be at least 1 step, got {self.every}. The paper's is 100.")
+
+    def check(self, layout: BatchLayout) -> None:
+        """Every layout will do."""
+
+    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
+        """All full batches of the epoch, and the batch before which the next plan begins."""
+        return slice(0, layout.n_full), min(start + self.every, stop)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How an epoch's batches are composed.
+
+    Args:
+        plan_pool: Arranges a pool into batches. It gets the pool's dataset indices, int64 ``[P]``, a seed and the
+            epoch, and returns a :class:`PlannedPool`.
+        cut: What is planned together: :class:`Pools` or :class:`WholeData`.
+        replacement: Whether different batches may share instances.
+
+    Raises:
+        ValueError: If ``cut`` is :class:`WholeData` and ``replacement`` is ``False``.
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning import PlannedPool, Planning, PoolBatchSampler, Pools
+        >>> def keep_order(indices, *, seed, epoch):
+        ...     return PlannedPool(np.arange(len(indices)).reshape(-1, 4))
+        >>> len(PoolBatchSampler(40, batch_size=4, planning=Planning(keep_order, Pools(16))))
+        10
+    """
+
+    plan_pool: PoolPlanner
+    cut: Pools | WholeData
+    replacement: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cut, WholeData) and not self.replacement:
+            raise ValueError(
+                f"refresh_every={self.cut.every} needs a composer whose batches may share instances, such as "
+                "RWRComposer(..., replacement=True). To serve each instance once an epoch, use pools."
+            )
 
 
 class Pool(NamedTuple):
-    """A planned pool: its place in the epoch and the dataset indices of its global batches."""
+    """A planned pool: its place in the epoch, its batches, and its likely false negatives."""
 
     epoch: int
-    start: int  # the first batch's number in the epoch
-    batches: Indices  # [n, global_batch_size]
+    start: int
+    """The number of the pool's first batch in the epoch."""
+    batches: Indices
+    """Dataset indices, int64 ``[n, global_batch_size]``."""
+    pairs: Pairs
+    """Pairs of dataset indices, int64 ``[m, 2]``, that are likely false negatives."""
 
     def serves(self, epoch: int, batch: int) -> bool:
+        """Whether batch number ``batch`` of ``epoch`` is one of this pool."""
         return self.epoch == epoch and self.start <= batch < self.start + len(self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pool as tensors and plain numbers."""
+        return {
+            "epoch": self.epoch,
+            "start": self.start,
+            "batches": torch.from_numpy(self.batches),
+            "pairs": torch.from_numpy(self.pairs),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Pool":
+        """The pool whose :meth:`state_dict` this is."""
+        batches, pairs = (state[name].cpu().numpy() for name in ("batches", "pairs"))
+        return cls(state["epoch"], state["start"], batches, pairs)
 
 
 class EpochPlan:
-    """One epoch's global batches; iterating plans each pool when its first batch is asked for.
+    """One epoch's global batches. Iterating over it plans each pool when the pool's first batch is asked for.
 
     Args:
         layout: The epoch's sizes.
         seed: Seed of the permutation and of every pool's planner.
         epoch: The epoch's number.
         start: The first batch to serve.
-        stop: The batch before which the epoch ends; ``None`` is all.
-        pool_size: Instances per pool, about: pools are near-equal multiples of the global batch.
-        refresh_every: Instead of pools: plan the whole data set, and anew after this many batches. For planners whose
-            batches may share instances.
-        plan_pool: Rearranges a pool. ``None`` serves the permutation as it is: uniform batches.
-        replacement: Whether the planner's batches may share instances.
-        pool: A pool planned before, as a checkpoint had it; served if ``start`` falls into it.
+        stop: The batch before which the epoch ends; ``None`` serves all.
+        planning: How batches are composed; ``None`` serves the permutation as it is: uniform batches.
+        pool: A pool planned earlier, as a checkpoint had it. It is served if ``start`` falls into it.
 
     Attributes:
-        pool: The pool being served, ``None`` in an epoch of uniform batches.
+        pool: The pool being served; ``None`` in an epoch of uniform batches.
+
+    Raises:
+        ValueError: If ``planning`` cuts pools that are smaller than a global batch.
     """
 
     def __init__(
@@ -127,27 +193,21 @@ class EpochPlan:
         epoch: int,
         start: int = 0,
         stop: int | None = None,
-        pool_size: int | None = None,
-        refresh_every: int | None = None,
-        plan_pool: PoolPlanner | None = None,
-        replacement: bool = False,
+        planning: Planning | None = None,
         pool: Pool | None = None,
     ) -> None:
-        if pool_size is not None:
-            check_pool_size(pool_size, layout)
+        if planning is not None:
+            planning.cut.check(layout)
         self.layout = layout
         self.seed = seed
         self.epoch = epoch
         self.start = start
         self.stop = layout.n_batches if stop is None else min(stop, layout.n_batches)
-        self.pool_size = pool_size
-        self.refresh_every = refresh_every
-        self.plan_pool = plan_pool
-        self.replacement = replacement
+        self.planning = planning
         self.pool = pool
         self._order = permutation(layout.n_instances, seed, epoch)
 
-    def global_batch(self, batch: int) -> NDArray[np.integer[Any]]:
+    def global_batch(self, batch: int) -> Order:
         """The dataset indices of batch number ``batch``, which must have been planned."""
         if self.pool is not None and self.pool.serves(self.epoch, batch):
             planned: Indices = self.pool.batches[batch - self.pool.start]
@@ -155,61 +215,95 @@ class EpochPlan:
         size = self.layout.global_batch_size
         return self._order[batch * size : (batch + 1) * size]
 
-    def __iter__(self) -> Iterator[list[NDArray[np.integer[Any]]]]:
-        """Each pool's batches that are still to be served, planned at this moment."""
+    def pairs(self, batch: int) -> Pairs:
+        """The likely false negatives of the pool that serves batch number ``batch``, as pairs of dataset indices."""
+        return self.pool.pairs if self.pool is not None and self.pool.serves(self.epoch, batch) else NO_PAIRS
+
+    def __iter__(self) -> Iterator[list[Order]]:
+        """Yield each pool's batches that are still to be served; the pool is planned at this moment."""
         size = self.layout.global_batch_size
-        order = self._order
         full_stop = min(self.stop, self.layout.n_full)
         batch = self.start
         while batch < full_stop:
             if self.pool is None or not self.pool.serves(self.epoch, batch):
                 self.pool = None
-                end = batch + self._next_pool_length(full_stop - batch)
-                piece = order[batch * size : end * size]
-                if self.plan_pool is None:
-                    yield list(piece.reshape(-1, size))
-                    batch = end
+                if self.planning is None:
+                    yield list(self._order[batch * size : full_stop * size].reshape(-1, size))
+                    batch = full_stop
                     continue
-                if self.refresh_every is not None:
-                    piece = order[: self.layout.n_full * size]
-                indices = piece.astype(np.int64)
-                planned = self.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, batch), epoch=self.epoch)
-                positions = check_batches(planned, len(indices), size, replacement=self.replacement)
-                self.pool = Pool(self.epoch, batch, indices[positions[: end - batch]])
+                self.pool = self._plan_pool(self.planning, batch, full_stop)
             end = min(self.pool.start + len(self.pool.batches), full_stop)
             yield list(self.pool.batches[batch - self.pool.start : end - self.pool.start])
             batch = end
         if batch < self.stop:
-            yield [order[self.layout.n_full * size :]]
+            yield [self._order[self.layout.n_full * size :]]
 
-    def _next_pool_length(self, remaining: int) -> int:
-        """Batches in the next pool. It depends on what remains alone, so that a resumed epoch cuts the same pools."""
-        if self.refresh_every is not None:
-            return min(self.refresh_every, remaining)
-        if self.pool_size is None or self.plan_pool is None:
-            return remaining
-        n_pools = max(1, int(remaining * self.layout.global_batch_size / self.pool_size + 0.5))
-        return -(-remaining // n_pools)
+    def _plan_pool(self, planning: Planning, start: int, stop: int) -> Pool:
+        """Plan the pool that begins at batch ``start``."""
+        size = self.layout.global_batch_size
+        planned_together, end = planning.cut.next_pool(start, stop, self.layout)
+        piece = self._order[planned_together.start * size : planned_together.stop * size]
+        indices = piece.astype(np.int64)
+        planned = planning.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, start), epoch=self.epoch)
+        if not isinstance(planned, PlannedPool):
+            raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
+        positions = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
+        batches = indices[positions[: end - start]]
+        pairs = indices[planned.pairs]
+        if len(batches) < len(positions):  # the state holds what is served, and no more
+            pairs = pairs[np.isin(pairs, batches).all(axis=1)]
+        return Pool(self.epoch, start, batches, pairs)
 
 
-def check_pool_size(pool_size: int, layout: BatchLayout) -> None:
-    """Refuse a pool that cannot hold one global batch.
+def check_batches(batches: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> Batches:
+    """Refuse what is no composition of a pool, whoever made it.
+
+    Args:
+        batches: What a composer returned.
+        pool_size: Instances in the pool, a multiple of ``batch_size``.
+        batch_size: Instances in a batch.
+        replacement: Whether different batches may share instances.
+
+    Returns:
+        The batches as int64 of shape ``[pool_size // batch_size, batch_size]``.
 
     Raises:
-        TypeError: If it is no integer.
-        ValueError: Naming both sizes.
+        TypeError: If they are not integers.
+        ValueError: If they have another shape, lie outside ``[0, pool_size)``, or repeat a position.
     """
-    if check_integer("pool_size", pool_size) < layout.global_batch_size:
+    try:
+        array = np.asarray(batches)
+    except ValueError as error:  # rows of unequal length
+        raise ValueError(f"The composer must return an array of positions in the pool: {error}") from None
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"The composer must return integer positions in the pool, got dtype {array.dtype}.")
+    shape = (pool_size // batch_size, batch_size)
+    if array.shape != shape:
         raise ValueError(
-            f"pool_size must be at least one global batch, {layout.global_batch_size} = batch_size "
-            f"{layout.batch_size} x {layout.world_size} processes, got {pool_size}. Ten global batches suit most."
+            f"The composer must return batches of shape {list(shape)} for a pool of {pool_size} and batches of "
+            f"{batch_size}, got {list(array.shape)}."
         )
+    if array.min() < 0 or array.max() >= pool_size:
+        bad = int(array.min()) if array.min() < 0 else int(array.max())
+        raise ValueError(f"The composer must return positions in [0, {pool_size}), got {bad}.")
+    rows = np.sort(array if replacement else array.reshape(1, -1), axis=1)
+    repeated = rows[:, 1:] == rows[:, :-1]
+    if repeated.any():
+        raise ValueError(
+            f"The composer returned position {int(rows[:, 1:][repeated][0])} twice"
+            + (
+                " within one batch."
+                if replacement
+                else ". If batches may share instances, give it `replacement = True`."
+            )
+        )
+    return array.astype(np.int64, copy=False)
 
 
-def permutation(n_instances: int, seed: int, epoch: int) -> NDArray[np.integer[Any]]:
+def permutation(n_instances: int, seed: int, epoch: int) -> Order:
     """The random order of the data in one epoch, in the smallest integers that hold it."""
     dtype = np.int32 if n_instances <= np.iinfo(np.int32).max else np.int64
-    order: NDArray[np.integer[Any]] = np.arange(n_instances, dtype=dtype)
+    order: Order = np.arange(n_instances, dtype=dtype)
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
 

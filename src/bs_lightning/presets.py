@@ -1,8 +1,8 @@
 """Presets: callbacks with published settings."""
 
-from bs_lightning.callback import BatchSamplerCallback
 from bs_lightning.compose import RWRComposer
 from bs_lightning.graphs import RandomCandidateGraph
+from bs_lightning.plugin.callback import BatchSamplerCallback
 from bs_lightning.schedules import Staircase
 
 

@@ -3,28 +3,29 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+import numpy as np
+from torch import Tensor
 from torch.utils.data import BatchSampler
 
 from bs_lightning._checks import check_integer
-from bs_lightning.plan import BatchLayout, EpochPlan, Pool, PoolPlanner, check_pool_size, pool_seed
+from bs_lightning._types import Indices
+from bs_lightning.layout import BatchLayout
+from bs_lightning.mask import pair_mask
+from bs_lightning.plan import EpochPlan, Planning, Pool, pool_seed
 
 
 class PoolBatchSampler(BatchSampler):
     """Serves an epoch pool after pool, each planned when its first batch is asked for.
 
     With :class:`~bs_lightning.PoolLoader` that is when the batch is about to be trained. A plain ``DataLoader`` works
-    too; with workers it asks ``num_workers * prefetch_factor`` batches ahead.
+    too. With workers it asks for batches ``num_workers * prefetch_factor`` ahead.
 
     Args:
-        n_instances: Length of the data set.
+        n_instances: Length of the dataset.
         batch_size: Instances per batch and process.
-        pool_size: Instances per pool, about; at least one global batch.
-        plan_pool: ``plan_pool(indices, seed=..., epoch=...)`` gets a pool's dataset indices, int64 ``[P]``, and
-            returns its batches as positions in it, int64 ``[P // global batch, global batch]``. ``None`` serves
-            uniform batches.
+        planning: How batches are composed: a planner, and what it plans together. ``None`` serves uniform batches.
+            You may set the attribute between two epochs.
         drop_last: ``False`` serves the remainder as a smaller, uniform batch at the end.
-        replacement: Whether the planned batches may share instances.
         seed: The same seed gives the same pools.
         rank: This process's number.
         world_size: Processes that serve a slice each of every global batch.
@@ -48,10 +49,8 @@ class PoolBatchSampler(BatchSampler):
         n_instances: int,
         batch_size: int,
         *,
-        pool_size: int | None = None,
-        plan_pool: PoolPlanner | None = None,
+        planning: Planning | None = None,
         drop_last: bool = True,
-        replacement: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -59,15 +58,11 @@ class PoolBatchSampler(BatchSampler):
         batch_size = check_integer("batch_size", batch_size)
         self.layout = BatchLayout(n_instances, batch_size, world_size, drop_last)
         super().__init__(range(n_instances), batch_size, drop_last)
-        if plan_pool is not None and pool_size is None:
-            raise ValueError("pool_size must be given with plan_pool: how many instances to plan together.")
-        if plan_pool is not None and pool_size is not None:
-            check_pool_size(pool_size, self.layout)
+        if planning is not None:
+            planning.cut.check(self.layout)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
-        self.pool_size = pool_size
-        self.plan_pool = plan_pool
-        self.replacement = replacement
+        self.planning = planning
         self.seed = check_seed(seed)
         self.rank = rank
         self.epoch = 0
@@ -116,12 +111,35 @@ class PoolBatchSampler(BatchSampler):
             seed=self.seed,
             epoch=self.epoch,
             start=start,
-            pool_size=self.pool_size,
-            plan_pool=self.plan_pool,
-            replacement=self.replacement,
-            pool=None if state is None else pool_from_state(state),
+            planning=self.planning,
+            pool=None if state is None else restored_pool(state),
         )
         return self._plan
+
+    def trained_batch(self) -> Indices | None:
+        """The dataset indices of the global batch that was served last, int64 ``[B]``; ``None`` before the first.
+
+        It is the batch being trained where :class:`~bs_lightning.PoolLoader` loads. The workers of a plain
+        ``DataLoader`` are served ahead of training.
+        """
+        batch = self._trained_batch_number()
+        return None if batch is None or self._plan is None else self._plan.global_batch(batch).astype(np.int64)
+
+    def likely_false_negatives(self) -> Tensor | None:
+        """Which pairs of :meth:`trained_batch` the planner called likely false negatives.
+
+        Returns:
+            bool ``[B, B]``, symmetric, false on the diagonal and throughout uniform batches; ``None`` before the first
+            batch.
+        """
+        batch = self._trained_batch_number()
+        if batch is None or self._plan is None:
+            return None
+        return pair_mask(self._plan.pairs(batch), self._plan.global_batch(batch))
+
+    def _trained_batch_number(self) -> int | None:
+        """The number in its epoch of the batch that was served last."""
+        return None if self._plan is None or self.served <= self._plan.start else self.served - 1
 
     def worker_seed(self) -> int:
         """Seed for the data loader's workers in this epoch, another on every rank."""
@@ -130,7 +148,7 @@ class PoolBatchSampler(BatchSampler):
     def state_dict(self) -> dict[str, Any]:
         """Where training is: tensors and plain Python, as large as a pool."""
         if self._loaded is not None:  # nothing was served since
-            pool = pool_from_state(self._loaded)
+            pool = restored_pool(self._loaded)
         else:
             pool = None if self._plan is None else self._plan.pool
         return {
@@ -140,9 +158,7 @@ class PoolBatchSampler(BatchSampler):
             "n_batches": len(self),
             "epoch": self.epoch,
             "served": self.served,
-            "pool": None
-            if pool is None
-            else {"epoch": pool.epoch, "start": pool.start, "batches": torch.from_numpy(pool.batches)},
+            "pool": None if pool is None else pool.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,10 +175,9 @@ class PoolBatchSampler(BatchSampler):
         self.served = state_dict["served"]
 
 
-def pool_from_state(state: dict[str, Any]) -> Pool | None:
-    """The pool that was being served when a state was taken."""
-    pool = state["pool"]
-    return None if pool is None else Pool(pool["epoch"], pool["start"], pool["batches"].cpu().numpy())
+def restored_pool(state: dict[str, Any]) -> Pool | None:
+    """The pool that was being served when a sampler's state was taken."""
+    return None if state["pool"] is None else Pool.from_state(state["pool"])
 
 
 def check_same_batches(state: dict[str, Any], layout: BatchLayout) -> None:

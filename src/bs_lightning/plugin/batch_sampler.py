@@ -1,0 +1,129 @@
+"""Batch sampler and loader of a Trainer: they serve the epoch and position at which the Trainer is."""
+
+from typing import Any, Protocol
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import BatchSampler
+
+from bs_lightning.layout import BatchLayout
+from bs_lightning.loader import PoolLoader
+from bs_lightning.plan import EpochPlan, Planning, Pool
+from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, next_batch
+from bs_lightning.sampler import PoolBatchSampler, check_same_batches, restored_pool
+
+
+class TrainedData(Protocol):
+    """What the batch sampler asks of the DataModule."""
+
+    @property
+    def trainer(self) -> Trainer | None: ...
+
+    @property
+    def train_sampler(self) -> BatchSampler | None: ...
+
+    def planning(self, layout: BatchLayout) -> Planning | None: ...
+
+    def restored_state(self) -> dict[str, Any] | None: ...
+
+
+class TrainerBatchSampler(PoolBatchSampler):
+    """Serves the epoch and position at which a DataModule's Trainer is.
+
+    Args:
+        data: The DataModule.
+        n_instances: Length of the dataset.
+        batch_size: Instances per batch and process.
+        **layout: ``drop_last``, ``seed``, ``rank`` and ``world_size`` of
+            :class:`~bs_lightning.PoolBatchSampler`.
+    """
+
+    def __init__(self, data: TrainedData, n_instances: int, batch_size: int, **layout: Any) -> None:
+        super().__init__(n_instances, batch_size, **layout)
+        self._data = data
+        self._n_epochs_processed = 0
+
+    def plan(self) -> EpochPlan:
+        """Plan the rest of the epoch being trained. Anyone else who iterates gets a uniform epoch."""
+        trainer = self._data.trainer
+        if trainer is None:
+            return super().plan()
+        if not trainer.training or self._data.train_sampler is not self:
+            return self._uniform_plan()
+
+        count_epoch(trainer)
+        state = self._data.restored_state()
+        if state is not None:
+            self.seed = int(state["seed"])
+        # With `overfit_batches` every epoch has the same batches.
+        epoch = 0 if trainer.overfit_batches else trainer.current_epoch
+        start = next_batch(trainer)
+        if self._plan is not None and self._plan.epoch == epoch and self._plan.start < start:
+            return self._uniform_plan()  # a hook or a callback looks into the loader while the epoch is being trained
+        self.epoch = epoch
+        self._plan = EpochPlan(
+            self.layout,
+            seed=self.seed,
+            epoch=epoch,
+            start=start,
+            stop=int(trainer.num_training_batches),
+            planning=self._data.planning(self.layout),
+            pool=self._current_pool(start),
+        )
+        self._n_epochs_processed = epochs_processed(trainer)
+        return self._plan
+
+    def _trained_batch_number(self) -> int | None:
+        """The number in its epoch of the batch being trained."""
+        trainer = self._data.trainer
+        if self._plan is None or trainer is None or not trainer.training:
+            return None
+        # The batch with which `on_train_batch_start` ends an epoch, by returning -1, is never counted as completed.
+        epoch_ended = epochs_processed(trainer) != self._n_epochs_processed
+        return None if epoch_ended else batch_in_training(trainer)
+
+    def _uniform_plan(self) -> EpochPlan:
+        """A throwaway uniform plan for anyone who iterates the loader outside the training loop."""
+        return EpochPlan(self.layout, seed=self.seed, epoch=0)
+
+    def _current_pool(self, start: int) -> Pool | None:
+        """The pool that was being served when this epoch was last left, by this process or an earlier one."""
+        if self._plan is not None:
+            return self._plan.pool
+        state = self._data.restored_state()
+        if state is not None:
+            # With larger batches Lightning may take the epoch for ended, and would begin it again.
+            if start > 0 or (state["epoch"] == self.epoch and 0 < state["served"] < state["n_batches"]):
+                check_same_batches(state, self.layout)
+            return restored_pool(state)
+        if start > 0:
+            rank_zero_warn(
+                "Resuming in the middle of an epoch from a checkpoint without the state of BatchSamplerDataModule: "
+                "the rest of this epoch is planned anew and may repeat instances. (Does your DataModule override "
+                "state_dict() or load_state_dict() without calling super()?)"
+            )
+        return None
+
+
+class TrainerLoader(PoolLoader):
+    """The loader that a DataModule gives to a Trainer.
+
+    Under Lightning the state is part of the DataModule's: a module that reads ``trainer.estimated_stepping_batches`` in
+    ``configure_optimizers`` gets its loader before Lightning restores loaders. The two methods for the state only tell
+    Lightning that resuming in the middle of an epoch is taken care of.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    @property
+    def _iterator(self) -> None:
+        """Lightning sets this attribute to ``None`` when a fit ends, to end the workers."""
+        return None
+
+    @_iterator.setter
+    def _iterator(self, _: None) -> None:
+        self.close()

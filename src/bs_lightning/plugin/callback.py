@@ -1,0 +1,292 @@
+"""The callback: Lightning's side of the model, which decides when and how pools are planned."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from bs_lightning._checks import check_integer
+from bs_lightning._types import Indices
+from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer
+from bs_lightning.layout import BatchLayout
+from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plugin.datamodule import BatchSamplerDataModule
+from bs_lightning.plugin.loops import check_trainer
+from bs_lightning.plugin.planner import TrainerPlanner
+from bs_lightning.plugin.sources import Embed, EmbeddingSource, EncodedEmbeddings, RecycledEmbeddings
+
+
+class BatchSamplerCallback(Callback):
+    """Composes hard batches for in-batch contrastive learning, with the model as it is being trained.
+
+    Add it to the Trainer, and give ``fit`` a :class:`~bs_lightning.BatchSamplerDataModule`. Nothing else changes. The
+    first epoch has uniform batches. Later, each epoch's random permutation is cut into pools. When a pool's first batch
+    is about to be trained, the pool is embedded with the current weights, and the composer arranges it into batches: by
+    default, a random walk with restart on a neighbour graph. Every instance is still seen once an epoch, but for the
+    remainder of less than one batch that ``drop_last`` drops.
+
+    A pool batch is loaded from ``pool_dataset()`` and passed through ``on_before_batch_transfer`` and
+    ``transfer_batch_to_device``. It is embedded by ``embed``, else ``pl_module.embed(batch)``, else
+    ``pl_module(batch)``, under the Trainer's precision, in eval mode and without gradients. The hook
+    ``on_after_batch_transfer``, where augmentations on the GPU live, is not run. Encoding leaves no trace in training.
+
+    With ``recycle=True`` nothing is encoded. ``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``, one row
+    for each instance of the process's batch. Pools are composed from each instance's last row, kept in float16
+    (``2 N d`` bytes), which is up to an epoch old. An instance without a row yet is similar to nothing, so with
+    ``warmup_epochs=0`` the first epoch is uniform all the same. Checkpoints hold the rows, so that a resumed run goes
+    on exactly. Put callbacks that save in ``on_train_batch_end`` behind this one.
+
+    The module logs at each epoch's end:
+
+    - ``batch_sampler/hardness``: mean cosine similarity of the negatives in a batch, in the embeddings that the batches
+      were made from. Where labels are known, only true negatives count.
+    - ``batch_sampler/false_negative_rate``: share of a batch's pairs with equal labels, where labels are known.
+    - ``batch_sampler/encode_seconds`` and the composer's own steps, such as ``batch_sampler/graph_seconds`` and
+      ``batch_sampler/walk_seconds``.
+    - ``batch_sampler/time_share``: the part of the epoch that all these steps took.
+
+    To decide differently which epochs are composed, or from how large pools, subclass the callback and override
+    :meth:`should_plan` or :meth:`resolve_pool_size`.
+
+    Args:
+        pool_size: About how many instances are planned together: the main knob. Larger pools make harder batches with
+            more false negatives. At least one global batch; ``None`` is ten global batches.
+        composer: Arranges a pool into batches: a :class:`~bs_lightning.compose.Composer`, or a function
+            ``(embeddings, batch_size, *, seed, epoch)``. ``None`` is :class:`~bs_lightning.RWRComposer`.
+        warmup_epochs: How many uniform epochs come first.
+        refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this many
+            steps (the paper's t). Needs a composer with ``replacement=True``.
+        recycle: Compose from the embeddings that training computes, instead of encoding.
+        mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
+            nearest neighbours in the pool. ``datamodule.likely_false_negatives()`` then gives the loss a mask. Use it
+            where look-alikes mostly belong together, as paraphrases do. Elsewhere it removes the hardest true
+            negatives. Needs a composer that finds the nearest of the whole pool, so not
+            :class:`~bs_lightning.RandomCandidateGraph`.
+        per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
+            lets every process compose its own batches from its share of the pool, for losses that do not.
+        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.
+        encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``, which
+            fits where training fits.
+
+    Raises:
+        ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
+            arguments exclude each other.
+        TypeError: If ``composer`` or ``embed`` is not callable, or an argument is of another type.
+
+    Example::
+
+        from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule
+        from lightning import Trainer
+
+        class Data(BatchSamplerDataModule):
+            def train_dataset(self):
+                return TwoViews(self.images)    # item i: two augmentations of image i
+
+            def pool_dataset(self):
+                return Plain(self.images)       # item i: image i as it is
+
+        trainer = Trainer(callbacks=[BatchSamplerCallback()], max_epochs=100)
+        trainer.fit(SimCLR(), datamodule=Data(batch_size=256, num_workers=8))
+
+    Source: "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and Graphs", KDD 2023,
+    arXiv 2306.03355; pools are this library's.
+    """
+
+    def __init__(
+        self,
+        pool_size: int | None = None,
+        composer: Composer | ComposeFunction | None = None,
+        warmup_epochs: int = 1,
+        *,
+        refresh_every: int | None = None,
+        recycle: bool = False,
+        mask_nearest: int | None = None,
+        per_rank: bool = False,
+        embed: Embed | None = None,
+        encode_batch_size: int | None = None,
+    ) -> None:
+        if pool_size is not None and check_integer("pool_size", pool_size) < 2:
+            raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
+        if check_integer("warmup_epochs", warmup_epochs) < 0:
+            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. 0 walks from the start.")
+        if embed is not None and not callable(embed):
+            raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
+        if encode_batch_size is not None and check_integer("encode_batch_size", encode_batch_size) < 1:
+            raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
+        if recycle and (embed is not None or encode_batch_size is not None):
+            raise ValueError("recycle=True encodes nothing: leave out embed and encode_batch_size.")
+        self.pool_size = pool_size
+        self.composer = RWRComposer() if composer is None else as_composer(composer)
+        self.warmup_epochs = warmup_epochs
+        self.refresh_every = refresh_every
+        self.recycle = recycle
+        self.mask_nearest = mask_nearest
+        self.per_rank = per_rank
+        self.embed = embed
+        self.encode_batch_size = encode_batch_size
+        if mask_nearest is not None:
+            if check_integer("mask_nearest", mask_nearest) < 1:
+                raise ValueError(f"mask_nearest must be at least 1, got {mask_nearest}. 5 suits pools of ten batches.")
+            if not self.composer.finds_nearest:
+                raise TypeError(
+                    f"mask_nearest={mask_nearest} needs a composer that finds each instance's nearest in the whole "
+                    f"pool, such as RWRComposer() with NNDescentGraph() or ExactGraph(), got {composer!r}."
+                )
+        if refresh_every is not None:
+            if pool_size is not None:
+                raise ValueError(
+                    f"refresh_every={refresh_every} composes the whole dataset, so pool_size must be left out, got "
+                    f"{pool_size}. Each pool is refreshed at its start anyway."
+                )
+            Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # refused now if ever
+        self._planner: TrainerPlanner | None = None
+        self._epoch_start = 0.0
+
+    # What you may override
+
+    def should_plan(self, trainer: Trainer) -> bool:
+        """Whether the current epoch's batches are composed: after warm-up, and not with ``overfit_batches``.
+
+        Args:
+            trainer: The Trainer, at the start of an epoch or where it resumes in the middle of one. It is asked in
+                every process, and every process must answer alike.
+        """
+        return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
+
+    def resolve_pool_size(self, layout: BatchLayout) -> int:
+        """The current epoch's pool size in instances: ``pool_size``, or ten global batches.
+
+        Args:
+            layout: The epoch's sizes, such as ``layout.global_batch_size``.
+        """
+        return 10 * layout.global_batch_size if self.pool_size is None else self.pool_size
+
+    # What the DataModule asks
+
+    @property
+    def finds_false_negatives(self) -> bool:
+        """Whether planned pools come with pairs that the loss may leave out."""
+        return self.mask_nearest is not None
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        """Look at the data before training starts, and take what planning needs of it.
+
+        Raises:
+            TypeError: If ``pool_dataset()`` is iterable-style.
+            ValueError: If ``pool_size`` is smaller than a global batch, or ``pool_dataset()`` or ``train_labels()``
+                differs in length from ``train_dataset()``.
+        """
+        assert self._planner is not None
+        self._cut(layout).check(layout)
+        self._planner.attach(data, layout)
+
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
+        assert self._planner is not None
+        if not self.should_plan(self._planner.trainer):
+            return None
+        return Planning(self._plan_pool, self._cut(layout), self.composer.replacement)
+
+    def _cut(self, layout: BatchLayout) -> Pools | WholeData:
+        """What is planned together."""
+        return Pools(self.resolve_pool_size(layout)) if self.refresh_every is None else WholeData(self.refresh_every)
+
+    def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
+        assert self._planner is not None
+        return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_trainer(trainer)
+        data = trainer.datamodule
+        if not isinstance(data, BatchSamplerDataModule):
+            got = "none" if data is None else type(data).__name__
+            raise TypeError(
+                f"BatchSamplerCallback needs a BatchSamplerDataModule, got {got}. Subclass it and pass it as "
+                "trainer.fit(model, datamodule=...)."
+            )
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        if replicas != trainer.world_size:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} trains {replicas} replicas on {trainer.world_size} processes. "
+                "BatchSamplerCallback needs a whole replica in each process (no tensor parallelism)."
+            )
+        if trainer.overfit_batches:
+            rank_zero_info("BatchSamplerCallback: with overfit_batches the same uniform batches come every epoch.")
+        source: EmbeddingSource
+        if self.recycle:
+            source = RecycledEmbeddings(trainer, self.per_rank)
+        else:
+            source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
+        self._planner = TrainerPlanner(
+            trainer, source, self.composer, per_rank=self.per_rank, mask_nearest=self.mask_nearest
+        )
+        data.register_planner(self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._planner is not None
+        if trainer.datamodule.train_sampler is None:
+            raise TypeError(
+                f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
+                "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
+            )
+        last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+        if last <= self.warmup_epochs and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"BatchSamplerCallback composes no batch: all of max_epochs={trainer.max_epochs} are within "
+                f"warmup_epochs={self.warmup_epochs}."
+            )
+        elif trainer.current_epoch < self.warmup_epochs:
+            self._planner.rehearse()
+        self._start_epoch()  # resumed in mid-epoch, there is no `on_train_epoch_start`
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_epoch()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # A pool is planned between two batches, where Lightning allows no logging.
+        assert self._planner is not None
+        log, n_batches = self._planner.take_log()
+        if log:
+            pl_module.log_dict(log, on_step=False, on_epoch=True, batch_size=n_batches, sync_dist=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._planner is not None
+        self._planner.source.keep(outputs)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._planner is not None
+        spent = self._planner.seconds
+        if spent:
+            share = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
+            seconds = {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
+            pl_module.log_dict(seconds | {"batch_sampler/time_share": share}, sync_dist=True)
+        self._planner.source.end_epoch()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._planner is None else self._planner.source.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._planner is not None:
+            self._planner.source.load_state_dict(state_dict)
+
+    def _start_epoch(self) -> None:
+        assert self._planner is not None
+        self._planner.start_epoch()
+        self._epoch_start = time.perf_counter()
+
+    def _close(self) -> None:
+        if self._planner is not None:
+            self._planner.source.close()

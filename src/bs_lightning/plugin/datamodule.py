@@ -1,0 +1,256 @@
+"""The DataModule: Lightning's side of the data, which serves the plan."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bs_lightning._types import Indices
+from bs_lightning.layout import BatchLayout
+from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
+from bs_lightning.plan import Planning
+from bs_lightning.plugin.batch_sampler import TrainerBatchSampler, TrainerLoader
+from bs_lightning.plugin.loops import check_trainer
+from bs_lightning.sampler import check_seed
+
+_T = TypeVar("_T")
+
+
+class BatchPlanner(Protocol):
+    """What the DataModule asks of the callback that plans its batches."""
+
+    @property
+    def finds_false_negatives(self) -> bool:
+        """Whether planned pools come with pairs that the loss may leave out."""
+        ...
+
+    def attach(self, data: "BatchSamplerDataModule", layout: BatchLayout) -> None:
+        """Look at the data before training starts, and take what planning needs of it."""
+        ...
+
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
+        ...
+
+
+class BatchSamplerDataModule(LightningDataModule):
+    """A DataModule whose training batches a :class:`~bs_lightning.BatchSamplerCallback` composes.
+
+    Subclass it and override :meth:`train_dataset`. Where what is trained on is not what should be encoded, say two
+    augmented views, override :meth:`pool_dataset` too. Everything else (``setup``, ``prepare_data``,
+    ``val_dataloader`` and so on) is as in any ``LightningDataModule``.
+
+    Without the callback, and in its warm-up epochs, the batches are uniform: consecutive pieces of a random
+    permutation, another each epoch.
+
+    Args:
+        batch_size: Instances per batch and process. Read when training data is asked for, so that
+            ``Tuner.scale_batch_size`` can change it.
+        drop_last: ``True`` drops the remainder of less than one global batch, a random one each epoch. ``False``
+            serves it as a smaller, uniform batch at the epoch's end.
+        seed: The same seed gives the same permutations and walks. ``None`` takes the global seed that
+            ``seed_everything`` set, rank 0's on all ranks.
+        **dataloader_kwargs: For training and pool loader alike, those of :class:`torch.utils.data.DataLoader` that do
+            not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers`` and so on.
+
+    Raises:
+        TypeError: If a subclass overrides ``train_dataloader``, or ``seed`` is no integer.
+        ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, or ``seed`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning import BatchSamplerDataModule
+        >>> class Data(BatchSamplerDataModule):
+        ...     def train_dataset(self):
+        ...         return torch.arange(100.0).reshape(50, 2)
+        >>> len(Data(batch_size=16, num_workers=0).train_dataloader())
+        3
+    """
+
+    def __init__(
+        self, batch_size: int, *, drop_last: bool = True, seed: int | None = None, **dataloader_kwargs: Any
+    ) -> None:
+        super().__init__()
+        check_dataloader_kwargs(dataloader_kwargs)
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.seed = None if seed is None else check_seed(seed)
+        self.dataloader_kwargs = dataloader_kwargs
+        self._train_dataset: Dataset[Any] | None = None
+        self._checkpoint: tuple[Any, dict[str, Any]] | None = None
+        self._planner: BatchPlanner | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.train_dataloader is not BatchSamplerDataModule.train_dataloader:
+            raise TypeError(
+                f"{cls.__name__} must not override train_dataloader: the batches that BatchSamplerCallback composes "
+                "would be bypassed. Return the data set from train_dataset() and give DataLoader's arguments to "
+                "super().__init__(batch_size, num_workers=..., ...)."
+            )
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer, once ``fit`` has attached it."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        check_trainer(trainer)
+        self._trainer = trainer
+        self._planner = None  # the callback of this Trainer registers in its `setup`
+
+    def register_planner(self, planner: BatchPlanner) -> None:
+        """Let ``planner`` plan the batches of the current Trainer. ``BatchSamplerCallback.setup`` calls it."""
+        self._planner = planner
+        # A `setup` of the DataModule that reads `trainer.estimated_stepping_batches` has made the loader already.
+        if self.train_sampler is not None:
+            planner.attach(self, self.train_sampler.layout)
+
+    def train_dataset(self) -> Dataset[Any]:
+        """The map-style data set to train on. Must be overridden; called once per ``train_dataloader``.
+
+        Raises:
+            NotImplementedError: If it is not overridden.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override train_dataset().")
+
+    def pool_dataset(self) -> Dataset[Any]:
+        """The data set to encode: of the same length and order, one clean view. The training data by default."""
+        return self.train_dataset() if self._train_dataset is None else self._train_dataset
+
+    def train_labels(self) -> Tensor | Sequence[int] | None:
+        """Labels, integers of shape ``[N]``, for the false-negative metric alone; ``dataset.targets`` by default.
+
+        ``None`` where there are none: the metric is not logged then. Labels that mean "unknown" count as a class.
+        """
+        return getattr(self._train_dataset, "targets", None)
+
+    def train_dataloader(self) -> PoolLoader:
+        """The loader that serves the plan. Not to be overridden.
+
+        Raises:
+            TypeError: If the data set is iterable-style, ``batch_size`` no integer, or ``training_step`` takes
+                ``dataloader_iter``.
+            ValueError: If ``batch_size`` is below 2 or the data set is smaller than a global batch.
+        """
+        for name in ("train_dataset", "pool_dataset", "train_labels"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
+                    "Keep yours under another name, and return it there."
+                )
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise TypeError(
+                f"{type(module).__name__}.training_step must take (batch, batch_idx): one that takes dataloader_iter "
+                "fetches batches itself, and which of them is being trained cannot be known."
+            )
+        dataset = self.train_dataset()
+        check_map_style(dataset, "train_dataset()")
+        self._train_dataset = dataset
+        ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        sampler = TrainerBatchSampler(
+            self,
+            len(dataset),  # type: ignore[arg-type]
+            self.batch_size,
+            drop_last=self.drop_last,
+            seed=self._resolve_seed(),
+            rank=ranks["rank"] if ranks else 0,
+            world_size=ranks["num_replicas"] if ranks else 1,
+        )
+        if self._planner is not None:
+            self._planner.attach(self, sampler.layout)
+        return TrainerLoader(dataset, sampler, **self.dataloader_kwargs)
+
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
+        return None if self._planner is None else self._planner.planning(layout)
+
+    def trained_batch(self) -> Indices:
+        """The dataset indices of the global batch being trained, int64 ``[B]``. A process's slice of it is contiguous.
+
+        Ask for them in ``training_step`` and the hooks around it.
+
+        Raises:
+            RuntimeError: If no batch is being trained: in validation, between two batches, before and after an epoch.
+        """
+        sampler = self.train_sampler
+        return self._in_training("trained_batch", None if sampler is None else sampler.trained_batch())
+
+    def likely_false_negatives(self) -> Tensor:
+        """Which pairs of the global batch being trained are likely false negatives.
+
+        Ask for it in ``training_step``, with ``BatchSamplerCallback(mask_nearest=...)``, and leave these pairs out of
+        the loss's negatives.
+
+        Returns:
+            bool of shape ``[B, B]`` on the module's device, in the order of :meth:`trained_batch`. Embeddings that are
+            gathered from all processes have the same order. False on the diagonal, and throughout uniform batches.
+
+        Raises:
+            RuntimeError: If no batch is being trained, as in validation, or no callback has ``mask_nearest``.
+
+        Example::
+
+            def training_step(self, batch, batch_idx):
+                a, b = (F.normalize(self(view), dim=1) for view in batch)
+                logits = a @ b.T / 0.1
+                logits = logits.masked_fill(self.trainer.datamodule.likely_false_negatives(), -torch.inf)
+                return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
+        """
+        sampler = self.train_sampler
+        mask = self._in_training(
+            "likely_false_negatives", None if sampler is None else sampler.likely_false_negatives()
+        )
+        if self._planner is None or not self._planner.finds_false_negatives:
+            raise RuntimeError("likely_false_negatives() needs BatchSamplerCallback(mask_nearest=...), such as 5.")
+        module: LightningModule = self.trainer.lightning_module  # type: ignore[union-attr]
+        return mask.to(module.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
+        sampler = self.train_sampler
+        if sampler is None or not sampler.has_planned:
+            return self.restored_state() or ({} if sampler is None else sampler.state_dict())
+        return sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the pool that was being served. Call it where you override it."""
+        self._checkpoint = (None if self.trainer is None else self.trainer.ckpt_path, state_dict)
+
+    def restored_state(self) -> dict[str, Any] | None:
+        """Our state in the checkpoint that the current fit was resumed from, if it was and has it."""
+        if self._checkpoint is None or self.trainer is None or self.trainer.ckpt_path is None:
+            return None
+        path, state = self._checkpoint
+        return state if path == self.trainer.ckpt_path and "n_batches" in state else None
+
+    @property
+    def train_sampler(self) -> TrainerBatchSampler | None:
+        """The batch sampler of the loader the Trainer is training from, or ``None``."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return loader.batch_sampler if isinstance(loader, TrainerLoader) else None  # type: ignore[return-value]
+
+    def _in_training(self, asked: str, value: _T | None) -> _T:
+        """Refuse to answer a question about the batch being trained while there is none."""
+        if value is None:
+            stage = None if self.trainer is None else self.trainer.state.stage
+            raise RuntimeError(
+                f"{asked}() was called while no batch is being trained (trainer.state.stage is "
+                f"{stage and stage.value!r}). Call it in training_step or in hooks from on_train_batch_start to "
+                "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
+            )
+        return value
+
+    def _resolve_seed(self) -> int:
+        """The seed that was given, else the global seed of rank 0."""
+        if self.seed is not None:
+            return self.seed
+        seed = torch.initial_seed()
+        trainer = self.trainer
+        return seed if trainer is None or not trainer.training else trainer.strategy.broadcast(seed)

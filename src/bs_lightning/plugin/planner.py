@@ -1,0 +1,171 @@
+"""Planner: a pool's dataset indices -> its batches, composed from embeddings by the processes of a Trainer."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from bs_lightning._types import Indices
+from bs_lightning.compose import Composer
+from bs_lightning.isolation import isolated_rng
+from bs_lightning.layout import BatchLayout
+from bs_lightning.mask import mutual_nearest
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches
+from bs_lightning.plugin.datamodule import BatchSamplerDataModule
+from bs_lightning.plugin.processes import failing_together, gather, own_share
+from bs_lightning.plugin.sources import EmbeddingSource, check_length
+
+
+class _Composed(NamedTuple):
+    """A pool's batches, what to log of them, and the seconds that each step took."""
+
+    pool: PlannedPool
+    log: dict[str, float]
+    seconds: dict[str, float]
+
+
+class TrainerPlanner:
+    """Plans pools for a Trainer, and remembers what to log of them.
+
+    Args:
+        trainer: The Trainer.
+        source: Where embeddings come from.
+        composer: Arranges a pool into batches.
+        per_rank: Whether each process composes batches of its own share of a pool.
+        mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
+            nearest neighbours in the pool. ``None`` looks for none.
+
+    Attributes:
+        seconds: What each step took in this epoch.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        source: EmbeddingSource,
+        composer: Composer,
+        *,
+        per_rank: bool,
+        mask_nearest: int | None,
+    ) -> None:
+        self.trainer = trainer
+        self.source = source
+        self.seconds: dict[str, float] = {}
+        self._composer = composer
+        self._per_rank = per_rank
+        self._mask_nearest = mask_nearest
+        self._batch_size = 0
+        self._labels: Tensor | None = None
+        self._log: dict[str, float] = {}
+        self._n_batches = 0
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        """Look at the data before training starts, and take what planning needs of it."""
+        self._batch_size = layout.batch_size if self._per_rank else layout.global_batch_size
+        self._composer.check_batch_size(self._batch_size)
+        self.source.attach(data, layout)
+        labels = data.train_labels()
+        self._labels = None if labels is None else _as_labels(labels)
+        if labels is not None:
+            check_length("train_labels()", labels, layout)
+
+    def rehearse(self) -> None:
+        """Embed two instances per process, so that what cannot work fails now and not after the warm-up."""
+        self.source.read(np.arange(2 * self.trainer.world_size))
+        self.source.end_epoch()
+
+    def start_epoch(self) -> None:
+        """Forget what was noted of the last epoch."""
+        self._log = {}
+        self.seconds = {}
+
+    def take_log(self) -> tuple[dict[str, float], int]:
+        """What is to be logged of a pool planned since the last call, and its number of batches."""
+        log, self._log = self._log, {}
+        return log, self._n_batches
+
+    def plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
+        """Embed a pool with the current weights and compose its batches. Every process calls it.
+
+        Args:
+            indices: Dataset indices of the pool, int64 ``[P]``.
+            seed: The pool's seed.
+            epoch: The epoch's number.
+
+        Returns:
+            The pool's global batches, the same in every process.
+        """
+        start = time.perf_counter()
+        embeddings = self.source.read(indices)
+        if embeddings.is_cuda:
+            torch.cuda.synchronize(embeddings.device)
+        encode_seconds = time.perf_counter() - start
+        compose = self._compose_per_rank if self._per_rank else self._compose_once
+        pool, self._log, seconds = compose(embeddings, indices, seed, epoch)
+        self._n_batches = len(pool.batches)
+        for step, spent in {"encode": encode_seconds, **seconds}.items():
+            self.seconds[step] = self.seconds.get(step, 0.0) + spent
+        return pool
+
+    def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+        """One process composes global batches of the whole pool and tells the others."""
+        composed: Any = None
+        with failing_together(self.trainer):
+            if self.trainer.is_global_zero:
+                composed = self._compose(embeddings, indices, seed, epoch)
+        return self.trainer.strategy.broadcast(composed)  # type: ignore[no-any-return]
+
+    def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+        """Each process composes batches of its share. Side by side they are the global batches."""
+        trainer = self.trainer
+        with failing_together(trainer):
+            share = own_share(trainer, indices)
+            composed = self._compose(embeddings, share, seed + trainer.global_rank, epoch)
+        pools = gather(trainer, composed.pool)
+        starts = range(0, len(indices), len(share))
+        batches = np.concatenate([pool.batches + start for pool, start in zip(pools, starts, strict=True)], axis=1)
+        pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
+        return composed._replace(pool=PlannedPool(batches, pairs))
+
+    def _compose(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+        """Compose batches in this process alone."""
+        composer = self._composer
+        start = time.perf_counter()
+        with isolated_rng():
+            returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch)
+        seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
+        batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
+        pairs = NO_PAIRS
+        if self._mask_nearest is not None:
+            assert composer.neighbors is not None
+            near = mutual_nearest(composer.neighbors, self._mask_nearest)
+            known = embeddings.any(dim=1).cpu().numpy()  # the neighbours of an all-zero row are random
+            pairs = near[known[near].all(axis=1)]
+        return _Composed(PlannedPool(batches, pairs), self._describe(embeddings, indices, batches), seconds)
+
+    def _describe(self, embeddings: Tensor, indices: Indices, batches: Indices) -> dict[str, float]:
+        """What is logged of composed batches."""
+        positions = torch.from_numpy(batches)
+        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
+        similarity = InBatchSimilarity(sync_on_compute=False).to(embeddings.device)
+        similarity.update(embeddings[positions.to(embeddings.device)], labels)
+        log = {"batch_sampler/hardness": float(similarity.compute())}
+        if labels is not None:
+            false_negatives = InBatchFalseNegativeRate(sync_on_compute=False)
+            false_negatives.update(labels)
+            log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
+        return log
+
+
+def _as_labels(labels: Any) -> Tensor:
+    array = np.asarray(labels)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise ValueError(
+            f"train_labels() must be integers of shape [N], got {array.dtype} of shape {list(array.shape)}. Override "
+            "it to return class numbers, or None: they only serve the false-negative metric."
+        )
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,51 @@
+"""Processes: what a Trainer's processes tell each other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from bs_lightning._types import Indices
+
+_T = TypeVar("_T")
+
+
+def own_share(trainer: Trainer, indices: Indices) -> Indices:
+    """This process's contiguous part of a pool."""
+    return np.split(indices, trainer.world_size)[trainer.global_rank]
+
+
+def gather(trainer: Trainer, value: _T) -> list[_T]:
+    """The values of all processes, by rank. Each process must call it."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[_T | None] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+@contextmanager
+def failing_together(trainer: Trainer) -> Iterator[None]:
+    """Stop all processes where one fails, so that none waits for it forever.
+
+    Raises:
+        RuntimeError: In the processes that did not fail, with the error of one that did.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as exception:
+        if isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
+            raise  # the others wait within the sharded forward pass that this process has left, not below
+        error = exception
+    if trainer.strategy.reduce_boolean_decision(error is None):
+        return
+    texts = gather(trainer, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+    raise RuntimeError(f"The process of rank {rank} failed to plan a pool. {text}")

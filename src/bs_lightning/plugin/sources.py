@@ -1,0 +1,275 @@
+"""Sources: where the embeddings of a pool come from, encoded by the model or recycled from training."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bs_lightning._types import Indices
+from bs_lightning.bank import EmbeddingBank, check_rows
+from bs_lightning.encoding import encode
+from bs_lightning.isolation import no_trace
+from bs_lightning.layout import BatchLayout
+from bs_lightning.loader import BatchFetcher, check_map_style
+from bs_lightning.plugin.datamodule import BatchSamplerDataModule
+from bs_lightning.plugin.processes import failing_together, own_share
+
+Embed = Callable[[LightningModule, Any], Tensor]
+
+
+class EmbeddingSource(Protocol):
+    """Gives a pool's embeddings to the process or processes that compose it."""
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        """Look at the data before training starts."""
+        ...
+
+    def read(self, indices: Indices) -> Tensor:
+        """Embed a pool. Every process calls it with all of the pool.
+
+        Args:
+            indices: Dataset indices, int64 ``[P]``.
+
+        Returns:
+            Floats of shape ``[P, d]``, in the processes that compose. Where each process composes its own share of the
+            pool, the share's.
+        """
+        ...
+
+    def keep(self, outputs: Any) -> None:
+        """Look at what ``training_step`` has returned."""
+        ...
+
+    def end_epoch(self) -> None:
+        """Free what need not live over epochs."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what a checkpoint held."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes."""
+        ...
+
+
+class EncodedEmbeddings:
+    """Embeds each pool with the current weights: one forward pass, shared out over processes.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``. ``None`` takes ``pl_module.embed(batch)``,
+            else ``pl_module(batch)``.
+        batch_size: Instances embedded at a time; ``None`` is four times the DataModule's ``batch_size``.
+        per_rank: Whether each process composes its own share, so that embeddings are not gathered.
+
+    Raises:
+        TypeError: If there is nothing to embed with.
+    """
+
+    def __init__(self, trainer: Trainer, embed: Embed | None, batch_size: int | None, per_rank: bool) -> None:
+        module = trainer.lightning_module
+        if embed is not None:
+            self._embed: Callable[[Any], Tensor] = partial(embed, module)
+        # A layer may have the name, too.
+        elif callable(getattr(type(module), "embed", None)):
+            self._embed = module.embed  # type: ignore[assignment]
+        elif is_overridden("forward", module):
+            self._embed = module
+        else:
+            raise TypeError(
+                f"{type(module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
+                "embeddings [b, d], or give BatchSamplerCallback(embed=...)."
+            )
+        self._trainer = trainer
+        self._batch_size = batch_size
+        self._per_rank = per_rank
+        self._dataset: Dataset[Any] | None = None
+        self._fetch: BatchFetcher | None = None
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        dataset = data.pool_dataset()
+        check_map_style(dataset, "pool_dataset()")
+        check_length("pool_dataset()", dataset, layout)
+        self.close()
+        self._dataset = dataset
+
+    def read(self, indices: Indices) -> Tensor:
+        with failing_together(self._trainer):
+            embeddings = self._encode(own_share(self._trainer, indices))
+        if self._per_rank:
+            return embeddings
+        return self._trainer.strategy.all_gather(embeddings).flatten(0, -2)
+
+    def keep(self, outputs: Any) -> None:
+        pass
+
+    def end_epoch(self) -> None:
+        if not self._trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
+            self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._fetch is not None:
+            self._fetch.close()
+            self._fetch = None
+
+    def _encode(self, indices: Indices) -> Tensor:
+        trainer = self._trainer
+        module, data = trainer.lightning_module, trainer.datamodule
+        if self._fetch is None:
+            assert self._dataset is not None
+            kwargs = {"pin_memory": module.device.type == "cuda"} | data.dataloader_kwargs
+            kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global one
+            self._fetch = BatchFetcher(self._dataset, **kwargs)
+        size = min(self._batch_size or 4 * data.batch_size, len(indices))
+        before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
+        transfer = _batch_hook(trainer, "transfer_batch_to_device")
+
+        def embed(batch: Any) -> Tensor:
+            batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            batch = transfer(batch, module.device, 0)
+            try:
+                with trainer.precision_plugin.forward_context():
+                    return self._embed(batch)
+            except Exception as error:
+                error.add_note(
+                    f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}. Give the "
+                    "module a method embed(batch) that takes what pool_dataset() gives."
+                )
+                raise
+
+        with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
+            # What a model logs in `forward` is of training, and Lightning allows no logging here. `no_trace` ends it.
+            module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
+            if trainer.world_size > 1:
+                # Batch norm's statistics differ between ranks until DDP's next forward pass, and only rank 0's are in
+                # a checkpoint: one pool is embedded by one model.
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            return encode(indices.tolist(), self._fetch, embed, batch_size=size, advance=advance)
+
+
+class RecycledEmbeddings:
+    """Keeps each instance's last embedding, as ``training_step`` returned it, and encodes nothing.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        per_rank: Whether each process composes its own share. If not, only one process keeps embeddings.
+    """
+
+    def __init__(self, trainer: Trainer, per_rank: bool) -> None:
+        self._trainer = trainer
+        self._per_rank = per_rank
+        self._bank: EmbeddingBank | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        composes = self._per_rank or self._trainer.is_global_zero
+        if composes and (self._bank is None or self._bank.n_instances != layout.n_instances):
+            self._bank = EmbeddingBank(layout.n_instances)
+        self._restore()
+
+    def read(self, indices: Indices) -> Tensor:
+        with failing_together(self._trainer):
+            if self._bank is None:
+                return torch.empty(0)  # a different process composes
+            asked = own_share(self._trainer, indices) if self._per_rank else indices
+            return self._bank.read(torch.from_numpy(asked))
+
+    def keep(self, outputs: Any) -> None:
+        if not outputs:
+            return  # `training_step` has skipped the batch
+        embeddings = outputs.get("embeddings") if isinstance(outputs, dict) else None
+        if not isinstance(embeddings, Tensor):
+            raise TypeError(
+                "recycle=True needs training_step to return {'loss': ..., 'embeddings': tensor of shape [b, d]}, got "
+                f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
+            )
+        trainer = self._trainer
+        batch = trainer.datamodule.trained_batch()
+        layout = trainer.datamodule.train_sampler.layout
+        check_rows(embeddings, layout.slice(batch, trainer.global_rank))
+        if len(batch) % trainer.world_size:
+            return  # the epoch's last, smaller batch, of which processes have unequal parts
+        if trainer.world_size > 1:
+            embeddings = trainer.strategy.all_gather(embeddings.detach()).flatten(0, 1)
+        if self._bank is not None:
+            self._bank.write(torch.from_numpy(batch), embeddings)
+
+    def end_epoch(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._bank is None else self._bank.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+        self._restore()
+
+    def close(self) -> None:
+        pass
+
+    def _restore(self) -> None:
+        """Fill the bank from a checkpoint, once both are there."""
+        if self._bank is not None and self._restored:
+            self._bank.load_state_dict(self._restored)
+            self._restored = None
+
+
+def check_length(name: str, values: Any, layout: BatchLayout) -> None:
+    """Refuse a dataset or labels that differ in length from the dataset that is trained on.
+
+    Raises:
+        ValueError: Naming both lengths.
+    """
+    if len(values) != layout.n_instances:
+        raise ValueError(
+            f"{name} must have the length and order of train_dataset(), {layout.n_instances}, got length {len(values)}."
+        )
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _batch_hook(trainer: Trainer, name: str) -> Callable[..., Any]:
+    """The DataModule's hook if it overrides it, else the module's: Lightning's rule."""
+    owner = trainer.datamodule if is_overridden(name, trainer.datamodule) else trainer.lightning_module
+    return getattr(owner, name)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _progress(trainer: Trainer, total: int) -> Iterator[Callable[[], None]]:
+    """A bar for encoding below the Trainer's, where it has one."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.progress is not None:
+        progress = bar.progress
+        task = progress.add_task("Encoding", total=total)
+        try:
+            yield lambda: progress.advance(task)
+        finally:
+            progress.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar):
+        with bar.init_validation_tqdm() as tqdm:
+            tqdm.set_description("Encoding")
+            tqdm.reset(total)
+            yield lambda: tqdm.update() and None
+    else:
+        yield lambda: None

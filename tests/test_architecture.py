@@ -1,0 +1,117 @@
+"""The shape of the package: who imports whom, and what is asked of Lightning."""
+
+import ast
+import importlib
+import math
+import pkgutil
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from parts import Data, Model, fit, trainer, walker
+
+import bs_lightning
+
+SOURCE = Path(bs_lightning.__file__).parent
+
+
+def imported(path):
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_only_the_plugin_imports_lightning():
+    for path in SOURCE.rglob("*.py"):
+        packages = {name.split(".")[0] for name in imported(path)}
+        assert path.parent.name == "plugin" or not packages & {"lightning", "pytorch_lightning"}, path
+
+
+def test_imports_have_no_circle():
+    def name(path):
+        return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+    modules = {name(path): {m for m in imported(path) if m.startswith("bs_")} for path in SOURCE.rglob("*.py")}
+    core = [name for name in TopologicalSorter(modules).static_order() if "plugin" not in name]  # raises on a circle
+    for module in set(core) - {"bs_lightning", "bs_lightning.presets"}:
+        assert not [name for name in modules[module] if "plugin" in name], module
+
+
+def test_no_public_name_hides_a_module():
+    for module in pkgutil.walk_packages([str(SOURCE)], "bs_lightning."):
+        parent, _, name = module.name.rpartition(".")
+        found = getattr(importlib.import_module(parent), name, importlib.import_module(module.name))
+        assert found is importlib.import_module(module.name), f"{module.name} is hidden by {found!r}"
+
+
+# What Lightning's loops are asked for. None of it is documented, so each attribute is named here.
+
+
+def attribute(owner, path, change):
+    for name in path.split("."):
+        assert hasattr(owner, name), f"Lightning has moved Trainer.{path}: change {change} in src/bs_lightning/plugin."
+        owner = getattr(owner, name)
+    return owner
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("fit_loop.epoch_loop.batch_progress.current.ready", "loops.next_batch"),
+        ("fit_loop.epoch_loop.batch_progress.current.completed", "loops.batch_in_training"),
+        ("fit_loop.epoch_progress.current.processed", "loops.epochs_processed"),
+        ("fit_loop.epoch_progress.current.ready", "loops.count_epoch"),
+        ("fit_loop.epoch_progress.increment_ready", "loops.count_epoch"),
+        ("fit_loop.epoch_progress.increment_started", "loops.count_epoch"),
+        ("fit_loop.restarted_mid_epoch", "loops.count_epoch"),
+        ("num_training_batches", "batch_sampler.TrainerBatchSampler.plan"),
+        ("distributed_sampler_kwargs", "datamodule.BatchSamplerDataModule.train_dataloader"),
+        ("overfit_batches", "callback.BatchSamplerCallback.should_plan"),
+        ("ckpt_path", "datamodule.BatchSamplerDataModule.restored_state"),
+        ("precision_plugin.convert_input", "sources.EncodedEmbeddings"),
+        ("precision_plugin.forward_context", "sources.EncodedEmbeddings"),
+        ("strategy.reduce_boolean_decision", "processes.failing_together"),
+        ("progress_bar_callback", "sources._progress"),
+    ],
+)
+def test_what_lightning_is_asked_for_is_there(path, change):
+    attribute(trainer(), path, change)
+
+
+def test_what_lightnings_loops_count():
+    """The numbers mean what the plan takes them for: which batch is being trained, and of which epoch."""
+
+    class Counts(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current
+            assert (batches.ready, batches.completed) == (batch_idx + 1, batch_idx), "change loops.batch_in_training"
+            assert trainer.fit_loop.epoch_progress.current.processed == trainer.current_epoch
+            assert not trainer.fit_loop.restarted_mid_epoch
+
+    made = fit(Model(), Data(), walker(), Counts())
+    assert made.num_training_batches == 12
+    assert math.isfinite(made.current_epoch)
+
+
+def test_lightning_ends_a_loaders_workers_by_its_iterator():
+    """It sets ``_iterator`` to ``None``, as it does to torch's loaders: that is when ours ends its workers."""
+
+    class Loader:
+        _iterator = "workers"
+
+        def __iter__(self):
+            return iter([1, 2])
+
+        def __len__(self):
+            return 2
+
+    loader = Loader()
+    combined = CombinedLoader(loader)
+    iter(combined)
+    combined.reset()
+    assert loader._iterator is None, "Lightning ends workers in a different way: change batch_sampler.TrainerLoader."
