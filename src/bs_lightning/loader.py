@@ -108,12 +108,13 @@ class PoolLoader:
         sampler = self.batch_sampler
         load, self._load = self._load, None  # a second iteration meanwhile gets workers of its own
         try:
-            for batches in sampler.pools():
+            plan = sampler.plan()
+            for batches in sampler.pools(plan):
                 if load is None:
                     kwargs = self._kwargs | {"generator": self._generator(), "worker_init_fn": self.worker_init_fn}
                     load = BatchFetcher(self.dataset, **kwargs)
                 for batch in load(batches):
-                    sampler.served += 1
+                    plan.served += 1
                     yield batch
         finally:
             if load is not None and self._kwargs.get("persistent_workers") and self._load is None:

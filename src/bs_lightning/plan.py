@@ -6,10 +6,9 @@ is given, it rearranges each pool when the pool's first batch is about to be tra
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Batches, Indices, Order, Pairs
@@ -145,25 +144,12 @@ class Pool(NamedTuple):
     """Dataset indices, int64 ``[n, global_batch_size]``."""
     pairs: Pairs
     """Pairs of dataset indices, int64 ``[m, 2]``, that are likely false negatives."""
+    replacement: bool = False
+    """Whether different batches may share instances."""
 
     def serves(self, epoch: int, batch: int) -> bool:
         """Whether batch number ``batch`` of ``epoch`` is one of this pool."""
         return self.epoch == epoch and self.start <= batch < self.start + len(self.batches)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The pool as tensors and plain numbers."""
-        return {
-            "epoch": self.epoch,
-            "start": self.start,
-            "batches": torch.from_numpy(self.batches),
-            "pairs": torch.from_numpy(self.pairs),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Pool":
-        """The pool whose :meth:`state_dict` this is."""
-        batches, pairs = (state[name].cpu().numpy() for name in ("batches", "pairs"))
-        return cls(state["epoch"], state["start"], batches, pairs)
 
 
 class EpochPlan:
@@ -180,9 +166,11 @@ class EpochPlan:
 
     Attributes:
         pool: The pool being served; ``None`` in an epoch of uniform batches.
+        served: The number of the batch to serve next. Whoever iterates counts.
 
     Raises:
-        ValueError: If ``planning`` cuts pools that are smaller than a global batch.
+        ValueError: If ``planning`` cuts pools that are smaller than a global batch, or ``pool`` is not a pool of this
+            epoch's permutation.
     """
 
     def __init__(
@@ -201,11 +189,13 @@ class EpochPlan:
         self.layout = layout
         self.seed = seed
         self.epoch = epoch
-        self.start = start
+        self.start = self.served = start
         self.stop = layout.n_batches if stop is None else min(stop, layout.n_batches)
         self.planning = planning
         self.pool = pool
         self._order = permutation(layout.n_instances, seed, epoch)
+        if pool is not None and pool.epoch == epoch:
+            check_pool(pool, self._order, layout)
 
     def global_batch(self, batch: int) -> Order:
         """The dataset indices of batch number ``batch``, which must have been planned."""
@@ -252,7 +242,7 @@ class EpochPlan:
         pairs = indices[planned.pairs]
         if len(batches) < len(positions):  # the state holds what is served, and no more
             pairs = pairs[np.isin(pairs, batches).all(axis=1)]
-        return Pool(self.epoch, start, batches, pairs)
+        return Pool(self.epoch, start, batches, pairs, planning.replacement)
 
 
 def check_batches(batches: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> Batches:
@@ -298,6 +288,32 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
             )
         )
     return array.astype(np.int64, copy=False)
+
+
+def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:
+    """Refuse a pool from a checkpoint that does not hold the instances of its place in the epoch.
+
+    Args:
+        pool: A pool of the epoch.
+        order: The epoch's permutation.
+        layout: The epoch's sizes.
+
+    Raises:
+        ValueError: Saying that the checkpoint is damaged, or is of different data or a different seed.
+    """
+    size, stop = layout.global_batch_size, pool.start + len(pool.batches)
+    fits = 0 <= pool.start < stop <= layout.n_full and pool.batches.shape[1] == size and pool.pairs.shape[1] == 2
+    if fits and pool.replacement:
+        rows = np.sort(pool.batches, axis=1)
+        fits = rows[:, 0].min() >= 0 and rows[:, -1].max() < len(order) and bool((rows[:, 1:] > rows[:, :-1]).all())
+    elif fits:
+        fits = np.array_equal(np.sort(pool.batches, axis=None), np.sort(order[pool.start * size : stop * size]))
+    if not fits or not np.isin(pool.pairs, pool.batches).all():
+        raise ValueError(
+            f"The checkpoint's pool, batches {pool.start} to {stop} of epoch {pool.epoch}, does not hold the instances "
+            "that the seed gives it. The checkpoint is damaged, or was taken with a different dataset: resume from a "
+            "different checkpoint."
+        )
 
 
 def permutation(n_instances: int, seed: int, epoch: int) -> Order:

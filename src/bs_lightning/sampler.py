@@ -11,7 +11,8 @@ from bs_lightning._checks import check_integer
 from bs_lightning._types import Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import pair_mask
-from bs_lightning.plan import EpochPlan, Planning, Pool, pool_seed
+from bs_lightning.plan import EpochPlan, Planning, pool_seed
+from bs_lightning.state import SamplerState
 
 
 class PoolBatchSampler(BatchSampler):
@@ -29,9 +30,6 @@ class PoolBatchSampler(BatchSampler):
         seed: The same seed gives the same pools.
         rank: This process's number.
         world_size: Processes that serve a slice each of every global batch.
-
-    Attributes:
-        served: Batches of the epoch served so far.
 
     Raises:
         TypeError: If ``batch_size`` or ``seed`` is no integer.
@@ -66,30 +64,34 @@ class PoolBatchSampler(BatchSampler):
         self.seed = check_seed(seed)
         self.rank = rank
         self.epoch = 0
-        self.served = 0
         self._plan: EpochPlan | None = None
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: SamplerState | None = None
 
     def __len__(self) -> int:
         return self.layout.n_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for pool in self.pools():
+        plan = self.plan()
+        for pool in self.pools(plan):
             for batch in pool:
-                self.served += 1
+                plan.served += 1
                 yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration serves. Call it before each, as with a ``DistributedSampler``."""
         if epoch != self.epoch:
             self.epoch = epoch
-            self.served = 0
             self._loaded = None
 
-    def pools(self) -> Iterator[Iterator[list[int]]]:
-        """This process's part of each pool's batches, planned when asked for."""
-        plan = self.plan()
-        self.served = plan.start
+    @property
+    def served(self) -> int:
+        """Batches of the epoch served so far."""
+        if self._loaded is not None:
+            return self._loaded.served
+        return self._plan.served if self._plan is not None and self._plan.epoch == self.epoch else 0
+
+    def pools(self, plan: EpochPlan) -> Iterator[Iterator[list[int]]]:
+        """This process's part of each pool's batches, planned when asked for. The caller counts ``plan.served``."""
         for pool in plan:
             # Lists of Python integers are ten times as large as arrays: one batch at a time.
             yield (self.layout.slice(batch, self.rank).tolist() for batch in pool)
@@ -104,15 +106,14 @@ class PoolBatchSampler(BatchSampler):
         state, self._loaded = self._loaded, None
         start = 0
         if state is not None:
-            ended = state["served"] >= state["n_batches"]
-            start = len(self) if ended else state["served"]
+            start = state.served if state.served < state.n_batches else len(self)
         self._plan = EpochPlan(
             self.layout,
             seed=self.seed,
             epoch=self.epoch,
             start=start,
             planning=self.planning,
-            pool=None if state is None else restored_pool(state),
+            pool=None if state is None else state.pool,
         )
         return self._plan
 
@@ -147,53 +148,39 @@ class PoolBatchSampler(BatchSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is: tensors and plain Python, as large as a pool."""
+        return self.state().to_dict()
+
+    def state(self) -> SamplerState:
+        """Where training is."""
         if self._loaded is not None:  # nothing was served since
-            pool = restored_pool(self._loaded)
-        else:
-            pool = None if self._plan is None else self._plan.pool
-        return {
-            "seed": self.seed,
-            "n_instances": self.layout.n_instances,
-            "global_batch_size": self.layout.global_batch_size,
-            "n_batches": len(self),
-            "epoch": self.epoch,
-            "served": self.served,
-            "pool": None if pool is None else pool.state_dict(),
-        }
+            return self._loaded
+        plan = self._plan
+        return SamplerState(
+            seed=self.seed,
+            n_instances=self.layout.n_instances,
+            global_batch_size=self.layout.global_batch_size,
+            n_batches=len(self),
+            epoch=self.epoch,
+            served=self.served,
+            composed=plan is not None and plan.epoch == self.epoch and plan.planning is not None,
+            pool=None if plan is None else plan.pool,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration go on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: If it was taken within an epoch over other data or with another global batch size.
+            ValueError: If the state is damaged, or was taken within an epoch over different data or with a different
+                global batch size.
+            TypeError: If a value of the state has a wrong type.
         """
-        if 0 < state_dict["served"] < state_dict["n_batches"]:
-            check_same_batches(state_dict, self.layout)
-        self._loaded = state_dict
-        self.seed = state_dict["seed"]
-        self.epoch = state_dict["epoch"]
-        self.served = state_dict["served"]
-
-
-def restored_pool(state: dict[str, Any]) -> Pool | None:
-    """The pool that was being served when a sampler's state was taken."""
-    return None if state["pool"] is None else Pool.from_state(state["pool"])
-
-
-def check_same_batches(state: dict[str, Any], layout: BatchLayout) -> None:
-    """Refuse to go on within an epoch whose batches were cut from other data or in another size.
-
-    Raises:
-        ValueError: Naming what differs, was and is.
-    """
-    for name in ("n_instances", "global_batch_size"):
-        was, now = state[name], getattr(layout, name)
-        if was != now:
-            raise ValueError(
-                f"The checkpoint was taken in the middle of an epoch with {name}={was}, now it is {now}: instances "
-                f"would be lost or repeated. Resume with {was}, or from a checkpoint that was taken between two epochs "
-                "(as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
-            )
+        state = SamplerState.from_dict(state_dict)
+        if state.mid_epoch:
+            state.check_same_batches(self.layout)
+            state.check_position(state.epoch, state.served)
+        self._loaded = state
+        self.seed = state.seed
+        self.epoch = state.epoch
 
 
 def check_seed(seed: int) -> int:

@@ -10,7 +10,8 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader
 from bs_lightning.plan import EpochPlan, Planning, Pool
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, next_batch
-from bs_lightning.sampler import PoolBatchSampler, check_same_batches, restored_pool
+from bs_lightning.sampler import PoolBatchSampler
+from bs_lightning.state import SamplerState
 
 
 class TrainedData(Protocol):
@@ -24,7 +25,7 @@ class TrainedData(Protocol):
 
     def planning(self, layout: BatchLayout) -> Planning | None: ...
 
-    def restored_state(self) -> dict[str, Any] | None: ...
+    def restored_state(self) -> SamplerState | None: ...
 
 
 class TrainerBatchSampler(PoolBatchSampler):
@@ -54,7 +55,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         count_epoch(trainer)
         state = self._data.restored_state()
         if state is not None:
-            self.seed = int(state["seed"])
+            self.seed = state.seed
         # With `overfit_batches` every epoch has the same batches.
         epoch = 0 if trainer.overfit_batches else trainer.current_epoch
         start = next_batch(trainer)
@@ -93,9 +94,11 @@ class TrainerBatchSampler(PoolBatchSampler):
         state = self._data.restored_state()
         if state is not None:
             # With larger batches Lightning may take the epoch for ended, and would begin it again.
-            if start > 0 or (state["epoch"] == self.epoch and 0 < state["served"] < state["n_batches"]):
-                check_same_batches(state, self.layout)
-            return restored_pool(state)
+            if start > 0 or (state.epoch == self.epoch and state.mid_epoch):
+                state.check_same_batches(self.layout)
+            if start > 0:
+                state.check_position(self.epoch, start)
+            return state.pool
         if start > 0:
             rank_zero_warn(
                 "Resuming in the middle of an epoch from a checkpoint without the state of BatchSamplerDataModule: "

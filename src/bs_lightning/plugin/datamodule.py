@@ -16,6 +16,7 @@ from bs_lightning.plan import Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler, TrainerLoader
 from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.sampler import check_seed
+from bs_lightning.state import SamplerState, holds_state
 
 _T = TypeVar("_T")
 
@@ -81,7 +82,7 @@ class BatchSamplerDataModule(LightningDataModule):
         self.seed = None if seed is None else check_seed(seed)
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
-        self._checkpoint: tuple[Any, dict[str, Any]] | None = None
+        self._checkpoint: tuple[Any, SamplerState] | None = None
         self._planner: BatchPlanner | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -215,20 +216,28 @@ class BatchSamplerDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
         sampler = self.train_sampler
-        if sampler is None or not sampler.has_planned:
-            return self.restored_state() or ({} if sampler is None else sampler.state_dict())
-        return sampler.state_dict()
+        restored = self.restored_state()
+        if restored is not None and (sampler is None or not sampler.has_planned):
+            return restored.to_dict()
+        return {} if sampler is None else sampler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the pool that was being served. Call it where you override it."""
-        self._checkpoint = (None if self.trainer is None else self.trainer.ckpt_path, state_dict)
+        """Go on with the pool that was being served. Call it where you override it.
 
-    def restored_state(self) -> dict[str, Any] | None:
+        Raises:
+            ValueError: If the state is damaged.
+            TypeError: If a value of the state has a wrong type.
+        """
+        if holds_state(state_dict):
+            path = None if self.trainer is None else self.trainer.ckpt_path
+            self._checkpoint = (path, SamplerState.from_dict(state_dict))
+
+    def restored_state(self) -> SamplerState | None:
         """Our state in the checkpoint that the current fit was resumed from, if it was and has it."""
         if self._checkpoint is None or self.trainer is None or self.trainer.ckpt_path is None:
             return None
         path, state = self._checkpoint
-        return state if path == self.trainer.ckpt_path and "n_batches" in state else None
+        return state if path == self.trainer.ckpt_path else None
 
     @property
     def train_sampler(self) -> TrainerBatchSampler | None:

@@ -1,0 +1,166 @@
+"""State: where training is within an epoch, as tensors and plain Python, and what is checked when it comes back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bs_lightning._types import Indices
+from bs_lightning.layout import BatchLayout
+from bs_lightning.plan import Pool
+
+FORMAT = 1
+_COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "served")
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """Where training is within an epoch.
+
+    Args:
+        seed: The sampler's seed.
+        n_instances: Length of the dataset.
+        global_batch_size: Instances in a global batch.
+        n_batches: Batches in an epoch.
+        epoch: The epoch being served.
+        served: How many of its batches were served.
+        composed: Whether this epoch's batches are composed, and not uniform.
+        pool: The pool being served; ``None`` before the first.
+    """
+
+    seed: int
+    n_instances: int
+    global_batch_size: int
+    n_batches: int
+    epoch: int
+    served: int
+    composed: bool
+    pool: Pool | None
+
+    @property
+    def mid_epoch(self) -> bool:
+        """Whether some of the epoch's batches were served, and some were not."""
+        return 0 < self.served < self.n_batches
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as a checkpoint holds it: tensors and plain Python, as large as a pool."""
+        return {
+            "format": FORMAT,
+            **{name: int(getattr(self, name)) for name in _COUNTS},
+            "composed": bool(self.composed),
+            "pool": None if self.pool is None else _pool_to_dict(self.pool),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "SamplerState":
+        """The state that :meth:`to_dict` has made a dictionary of.
+
+        Raises:
+            ValueError: If a key is missing, a value is out of range, or the state has a different format.
+            TypeError: If a value has a wrong type.
+        """
+        if _value(state, "format", int) != FORMAT:
+            raise ValueError(
+                f"The checkpoint's sampler state has format {state['format']}, but this version of bs-lightning reads "
+                f"format {FORMAT}. Resume with the version that has written it."
+            )
+        counts = {name: _value(state, name, int) for name in _COUNTS}
+        for name, count in counts.items():
+            if count < 0:
+                raise _damaged(name, count, "at least 0")
+        whole = counts["n_instances"] // max(counts["global_batch_size"], 1)
+        if not whole <= counts["n_batches"] <= whole + 1:
+            raise _damaged("n_batches", counts["n_batches"], f"{whole}, or one more")
+        if counts["served"] > counts["n_batches"]:
+            raise _damaged("served", counts["served"], f"at most n_batches, {counts['n_batches']}")
+        pool = None if _value(state, "pool", dict, type(None)) is None else _pool_from_dict(state["pool"])
+        return cls(**counts, composed=_value(state, "composed", bool), pool=pool)
+
+    def check_same_batches(self, layout: BatchLayout) -> None:
+        """Refuse to go on within an epoch whose batches were cut from different data or in a different size.
+
+        Raises:
+            ValueError: Naming what differs, its old and its new value.
+        """
+        for name in ("n_instances", "global_batch_size"):
+            was, now = getattr(self, name), getattr(layout, name)
+            if was != now:
+                raise ValueError(
+                    f"The checkpoint was taken in the middle of an epoch with {name}={was}, now it is {now}: instances "
+                    f"would be lost or repeated. Resume with {was}, or from a checkpoint that was taken between two "
+                    "epochs (as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
+                )
+
+    def check_position(self, epoch: int, start: int) -> None:
+        """Refuse to go on at batch ``start`` of ``epoch`` if this state does not lead there.
+
+        Raises:
+            ValueError: If the state is of a different epoch, or the pool that serves this batch is missing.
+        """
+        if epoch != self.epoch:
+            raise ValueError(
+                f"The checkpoint was taken in epoch {self.epoch} after {self.served} batches, but training would go on "
+                f"in epoch {epoch} at batch {start}, and lose the batches before it. drop_last or limit_train_batches "
+                "has changed since. Resume with the old values, or from a checkpoint that was taken between two "
+                "epochs (as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
+            )
+        pool = self.pool
+        there = pool is not None and pool.epoch == epoch and pool.start <= start <= pool.start + len(pool.batches)
+        if self.composed and not there:
+            got = None if pool is None else f"one that begins at batch {pool.start} of epoch {pool.epoch}"
+            raise _damaged("pool", got, f"the one that serves batch {start} of epoch {epoch}")
+
+
+def holds_state(state: Mapping[str, Any]) -> bool:
+    """Whether a dictionary holds a sampler's state, perhaps damaged, beside keys of the user's own."""
+    return bool({"format", "n_batches", "served", "pool"} & state.keys())
+
+
+def _pool_to_dict(pool: Pool) -> dict[str, Any]:
+    return {
+        "epoch": int(pool.epoch),
+        "start": int(pool.start),
+        "replacement": bool(pool.replacement),
+        "batches": torch.from_numpy(pool.batches),
+        "pairs": torch.from_numpy(pool.pairs),
+    }
+
+
+def _pool_from_dict(state: Mapping[str, Any]) -> Pool:
+    return Pool(
+        _value(state, "epoch", int, where="pool."),
+        _value(state, "start", int, where="pool."),
+        _table(state, "batches"),
+        _table(state, "pairs"),
+        _value(state, "replacement", bool, where="pool."),
+    )
+
+
+def _value(state: Mapping[str, Any], name: str, *types: type, where: str = "") -> Any:
+    """A value of one of some types. ``bool`` is not taken for ``int``."""
+    if name not in state:
+        raise ValueError(f"The checkpoint's sampler state lacks {where}{name!r}. {_ADVICE}")
+    if type(state[name]) not in types:
+        kinds = " or ".join(kind.__name__ for kind in types)
+        raise TypeError(
+            f"The checkpoint's sampler state must hold {kinds} as {where}{name}, got {state[name]!r}. {_ADVICE}"
+        )
+    return state[name]
+
+
+def _table(state: Mapping[str, Any], name: str) -> Indices:
+    """An integer tensor of two dimensions, as an array."""
+    value = _value(state, name, torch.Tensor, where="pool.")
+    if value.ndim != 2 or value.dtype != torch.int64:
+        raise _damaged(f"pool.{name}", f"{value.dtype} of shape {list(value.shape)}", "int64 of two dimensions")
+    array: Indices = value.cpu().numpy().astype(np.int64, copy=False)
+    return array
+
+
+_ADVICE = "It is damaged: resume from a different checkpoint."
+
+
+def _damaged(name: str, value: object, expected: str) -> ValueError:
+    return ValueError(f"The checkpoint's sampler state holds {name}={value}, but it must be {expected}. {_ADVICE}")
