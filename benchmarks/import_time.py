@@ -1,6 +1,6 @@
-"""What `import bs_lightning` costs more than `import lightning`, in fresh processes, one after the other in turn.
+"""How much longer `import bs_lightning` takes than `import lightning`, each in new processes, in turn.
 
-python benchmarks/import_time.py
+python -m benchmarks.import_time
 """
 
 import argparse
@@ -8,24 +8,32 @@ import statistics
 import subprocess
 import sys
 
+from .markdown import print_row
+
 PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
-def seconds(package):
+def seconds(package: str) -> float:
+    """Return how long a new process takes to import a package."""
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(package)], check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+def main() -> None:
+    """Print the medians over the repeats."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.import_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of processes")
     repeats = parser.parse_args().repeats
-    # The first pair warms up the disk.
+    # The first pair fills the disk cache.
     pairs = [(seconds("lightning"), seconds("bs_lightning")) for _ in range(repeats + 1)][1:]
     theirs, ours = (statistics.median(values) for values in zip(*pairs, strict=True))
     difference = statistics.median(b - a for a, b in pairs)
-    print("| `import lightning`, s | `import bs_lightning`, s | difference, s |\n|---|---|---|")
-    print(f"| {theirs:.2f} | {ours:.2f} | {difference:.2f} |")
+    row = {"`import lightning`, s": theirs, "`import bs_lightning`, s": ours, "difference, s": difference}
+    print_row({name: f"{value:.2f}" for name, value in row.items()}, with_header=True)
 
 
 if __name__ == "__main__":
