@@ -90,6 +90,7 @@ ARMS = {
     # Baselines from the literature, in pools of ten batches
     "knn": Arm(knn_batches),
     "gcbs": Arm(GCBSComposer(n_neighbors=15)),
+    # Not B3 as published, which ranks the whole dataset by a fixed, finished teacher
     "b3": Arm(B3Composer(n_skipped=5, n_neighbors=15, community_size=8)),
     # Other losses
     "debiased": uniform(loss="debiased"),
