@@ -8,9 +8,9 @@
 
 The embeddings file holds `z`, floats [N, d], and optionally labels `y`, integers [N]. `table`, `paper`, `escape` and
 `scale` print markdown and add their rows to a CSV file in the folder `--results`. `plot` draws the newest rows of these
-files. Without `--results` and `--out`, the files and figures are the ones of docs/composers.md, which git tracks.
-Install `bs-lightning[baselines]` and matplotlib first. At its end, `table` lists the composers that it skipped because
-there are too few instances. Its columns:
+files. By default, `--results` and `--out` are the folders of the files that docs/composers.md shows; git tracks them.
+Install `bs-lightning[benchmarks]` first. At its end, `table` lists the composers that it skipped because there are too
+few instances. Its columns:
 
 - graph seconds, batch seconds: for one epoch, without compilation. A composer that does not time its graph has all its
   seconds in the second column. Pools leave out the instances that do not fill a pool; their seconds are scaled up to

@@ -4,8 +4,8 @@
         --results results.csv
     python -m benchmarks.training table --results benchmarks/training/results/*.csv
     python -m benchmarks.training overview --results benchmarks/training/results/*.csv
-    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out docs/when-it-helps.png
-    python -m benchmarks.training why --results benchmarks/training/results/*.csv --out docs/when-it-helps-why.png
+    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out plot.png
+    python -m benchmarks.training why --results benchmarks/training/results/*.csv --out why.png
     python -m benchmarks.training list
 
 `run` adds a row to the results file for each finished run. It skips the runs that the file already holds, so you can

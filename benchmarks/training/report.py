@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-UNIFORM = "uniform"  # plots show differences to this arm; tables do unless another arm is given
+UNIFORM = "uniform"  # plots show differences to this arm; tables do by default
 NAMED = {"pool10", "pool20", "knn", "masked", "oracle-uniform", "weighted", "weighted-pool10"}  # in plots
 MIN_SEEDS = 3  # in plots: the intervals of two seeds are too wide to show
 SECTIONS = {
@@ -99,7 +99,7 @@ def heading(settings: dict[str, str]) -> str:
 
 
 def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[str], other: str) -> str:
-    """Return a table of arms: differences to another arm in ``compared``, and ``means``."""
+    """Return a table of arms: differences to the arm ``other`` for ``compared``, and ``means``."""
     titles = [title(name.removeprefix("result/")) for name in [*compared, *means]]
     lines = [["arm", "seeds", *titles]]
     lines.append(["---"] * len(lines[0]))
