@@ -8,8 +8,6 @@ import statistics
 import subprocess
 import sys
 
-from .markdown import print_row
-
 PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
@@ -32,8 +30,8 @@ def main() -> None:
     pairs = [(seconds("lightning"), seconds("bs_lightning")) for _ in range(repeats + 1)][1:]
     theirs, ours = (statistics.median(values) for values in zip(*pairs, strict=True))
     difference = statistics.median(b - a for a, b in pairs)
-    row = {"`import lightning`, s": theirs, "`import bs_lightning`, s": ours, "difference, s": difference}
-    print_row({name: f"{value:.2f}" for name, value in row.items()}, with_header=True)
+    print("| `import lightning`, s | `import bs_lightning`, s | difference, s |\n|---|---|---|")
+    print(f"| {theirs:.2f} | {ours:.2f} | {difference:.2f} |")
 
 
 if __name__ == "__main__":

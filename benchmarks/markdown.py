@@ -2,6 +2,8 @@
 
 from typing import Any
 
+HYPHENATED = ("false negative", "in degree", "in edge", "two step")
+
 
 def print_row(row: dict[str, Any], *, with_header: bool = False) -> None:
     """Print the values of a row; floats have three decimals."""
@@ -16,4 +18,7 @@ def title(column: str) -> str:
     >>> title("batch/false_negative_rate")
     'batch: false-negative rate'
     """
-    return column.replace("/", ": ").replace("_", " ").replace("false negative", "false-negative")
+    words = column.replace("/", ": ").replace("_", " ")
+    for compound in HYPHENATED:
+        words = words.replace(compound, compound.replace(" ", "-"))
+    return words
