@@ -1,6 +1,6 @@
-"""What `import bs_lightning` costs more than `import lightning`, in fresh processes, one after the other in turn.
+"""How much longer `import bs_lightning` takes than `import lightning`, each in new processes, in turn.
 
-python benchmarks/import_time.py
+python -m benchmarks.import_time
 """
 
 import argparse
@@ -11,16 +11,22 @@ import sys
 PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
-def seconds(package):
+def seconds(package: str) -> float:
+    """Return how long a new process takes to import a package."""
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(package)], check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+def main() -> None:
+    """Print the medians over the repeats."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.import_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of processes")
     repeats = parser.parse_args().repeats
-    # The first pair warms up the disk.
+    # The first pair fills the disk cache.
     pairs = [(seconds("lightning"), seconds("bs_lightning")) for _ in range(repeats + 1)][1:]
     theirs, ours = (statistics.median(values) for values in zip(*pairs, strict=True))
     difference = statistics.median(b - a for a, b in pairs)

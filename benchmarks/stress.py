@@ -1,11 +1,11 @@
-"""Kills training runs at random steps, resumes them from the last checkpoint, and compares what they served.
+"""Kill training runs at random steps, resume them from the last checkpoint, and compare the batches they served.
 
-    python benchmarks/stress.py --cycles 100
+    python -m benchmarks.stress --cycles 100
 
-Each cycle goes on, with default arguments, with one of two runs of ``tests/run.py``, in one process or in two, with
-random loader settings, and lets it kill itself hard at a random step. A run that has come to its end is compared, batch
-by batch, with an uninterrupted one. Prints how many instances were lost, doubled (within an epoch) and how many batches
-stood elsewhere; exits with 1 if any.
+There are two training runs (``tests/run.py``): one in a single process and one in two processes. Each cycle resumes one
+of them with random loader settings, until the run kills itself at a random step. A run that has reached its end is
+compared, batch by batch, with an uninterrupted run. The script prints how many instances were lost, how many were
+doubled within an epoch, and how many batches differ. It exits with status 1 if any of these counts is above zero.
 """
 
 import argparse
@@ -13,14 +13,14 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from processes import batches_by_step, run
+from tests.processes import batches_by_step, run
 
 N, GLOBAL_BATCH, EPOCHS = 203, 8, 3
 STEPS = N // GLOBAL_BATCH * EPOCHS
-SAVE_EVERY = [3, 5]  # within pools and epochs, and at their ends
-LOADERS = [
+SAVE_EVERY = [3, 5]  # steps; saves within pools and epochs, and at their ends
+LOADERS: list[dict[str, Any]] = [
     {"num_workers": 0},
     {"num_workers": 1, "prefetch_factor": 1},
     {"num_workers": 2, "prefetch_factor": 8},
@@ -28,7 +28,8 @@ LOADERS = [
 ]
 
 
-def settings(world_size: int, loader: dict) -> dict:
+def settings(world_size: int, loader: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``tests/run.py`` is given."""
     return {
         "devices": world_size,
         "n": N,
@@ -40,7 +41,7 @@ def settings(world_size: int, loader: dict) -> dict:
 
 
 def compare(killed: dict[int, list[int]], whole: dict[int, list[int]]) -> tuple[int, int, int]:
-    """Instances lost and doubled, batches that differ."""
+    """Return how many instances were lost, how many were doubled, and how many batches differ."""
     per_epoch = N // GLOBAL_BATCH
     lost = doubled = 0
     for epoch in range(EPOCHS):
@@ -52,7 +53,7 @@ def compare(killed: dict[int, list[int]], whole: dict[int, list[int]]) -> tuple[
 
 
 class KilledRun:
-    """A run that is killed now and then, in always as many processes."""
+    """A run that is killed and resumed until its end, always with the same number of processes."""
 
     def __init__(self, scratch: Path, world_size: int, rng: random.Random) -> None:
         self.scratch, self.world_size, self.rng = scratch, world_size, rng
@@ -62,35 +63,42 @@ class KilledRun:
         self.begin()
 
     def begin(self) -> None:
+        """Choose a new folder, so that the next process starts a new run."""
         self.folder = self.scratch / f"killed{self.world_size}-{self.ended}"
         self.saved = 0
         self.save_every = self.rng.choice(SAVE_EVERY)
 
     def kill(self) -> None:
-        """Go on, to be killed at a step that is not far."""
+        """Resume the run until it kills itself, at most a quarter of its steps later."""
         step = self.rng.randint(self.saved, min(self.saved + STEPS // 4, STEPS - 1))
-        self.go_on(kill_at=step, fails=True)
+        self.resume(kill_at=step, fails=True)
         self.saved = step // self.save_every * self.save_every
         self.kills += 1
 
     def end(self) -> tuple[int, int, int]:
-        """Go on to the end and compare; then begin another."""
-        self.go_on()
+        """Resume the run, let it reach its end, compare it, and begin a new one."""
+        self.resume()
         folders = self.folder, self.whole
         found = compare(*(batches_by_step(folder, self.world_size) for folder in folders))
         self.ended += 1
         self.begin()
         return found
 
-    def go_on(self, **how) -> None:
+    def resume(self, **options: Any) -> None:
+        """Train from the last checkpoint with random loader settings."""
         chosen = settings(self.world_size, self.rng.choice(LOADERS))
-        run(self.folder, save_every=self.save_every, **chosen, **how)
+        run(self.folder, save_every=self.save_every, **chosen, **options)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=100, help="kills")
-    parser.add_argument("--seed", type=int, default=0)
+    """Run the cycles and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.stress",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cycles", type=int, default=100, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the steps and the loader settings")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     totals = [0, 0, 0]
@@ -103,9 +111,14 @@ def main() -> int:
             for each in runs:
                 if each.saved >= STEPS - max(SAVE_EVERY) or (last and each.folder.exists()):
                     totals = [total + new for total, new in zip(totals, each.end(), strict=True)]
-            kills = " and ".join(f"{each.kills} of {each.world_size}" for each in runs)
-            print(f"killed {kills} processes: {totals} lost, doubled, reordered", flush=True)
-    print(f"{arguments.cycles} kill-and-resume cycles: {totals[0]} lost, {totals[1]} doubled, {totals[2]} reordered")
+            single, double = (each.kills for each in runs)
+            print(
+                f"{single} kills of the single process, {double} of the two processes: "
+                f"{totals} lost, doubled, different",
+                flush=True,
+            )
+    lost, doubled, different = totals
+    print(f"{arguments.cycles} cycles: {lost} instances lost, {doubled} doubled, {different} batches different")
     return int(any(totals))
 
 

@@ -1,26 +1,29 @@
-"""SimCLR on scikit-learn's handwritten digits, with uniform batches and with walked ones.
+"""SimCLR on scikit-learn's handwritten digits, with uniform batches and with walked batches.
 
-`make demo` runs it: five seeds, about one and a half minutes on two CPU cores, half a minute of that to compile
-pynndescent. It shows how to use the package, not where it gains most: with ten classes, hard negatives are often false.
+`make demo` runs this script: five seeds, about one and a half minutes on two CPU cores. Half a minute of that compiles
+pynndescent. The script shows how to use the package, not where the package gains most: with ten classes, hard negatives
+are often false.
 """
 
 import logging
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from numpy.typing import NDArray
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bs_lightning import (
@@ -35,22 +38,22 @@ from bs_lightning import (
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
 
 BATCH_SIZE = 64
-POOL_SIZE = 256  # 26 of each digit; in the default, ten batches, a walk could fill one with a single digit
+POOL_SIZE = 256  # 26 of each digit; in ten batches, the default, a walk could fill a batch with a single digit
 EPOCHS = 20
 SEEDS = range(5)
 STEPS = ("encode", "graph", "walk")
 FIGURE = Path("build/digits.png")
 NOTES = """\
-Mean ± standard deviation over seeds; a seed has the same weights, augmentations and test split in both arms.
-The same probe on raw pixels: {raw:.3f}.
-False-negative rate and hardness (mean cosine similarity of true negatives) are of one epoch of each arm's own
-batches, in the embeddings of its own trained model. Seconds are medians, so without the compilation."""
+Mean ± standard deviation over seeds. With the same seed, both arms have the same initial weights, augmentations and
+test split. The same probe on raw pixels: {raw:.3f}.
+Each arm's false-negative rate and hardness (mean cosine similarity of true negatives) are measured on one epoch of
+its own batches, with the embeddings of its own trained model. Seconds are medians, so they exclude compilation."""
 
 
 # What is trained: an ordinary SimCLR
 
 
-def augment(images):
+def augment(images: Tensor) -> Tensor:
     """Turn, zoom and shift each image at random, and add noise."""
     n = len(images)
     angle = torch.empty(n).uniform_(-0.3, 0.3)
@@ -62,26 +65,29 @@ def augment(images):
     return views + 0.1 * torch.randn_like(views)
 
 
-class TwoViews(Dataset):
+class TwoViews(Dataset[Tensor]):
     """Two augmented views of each image; DataLoader collates them to [2, B, 1, 8, 8]."""
 
-    def __init__(self, images):
+    def __init__(self, images: Tensor) -> None:
         self.images = images
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices):  # a whole batch at once: much faster here than image by image
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:  # a batch at once: faster than image by image
         images = self.images[indices]
         return [augment(images), augment(images)]
 
 
-def block(n_in, n_out, stride):
+def block(n_in: int, n_out: int, stride: int) -> nn.Sequential:
+    """A convolution with batch norm and ReLU."""
     return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
 
 
 class SimCLR(LightningModule):
-    def __init__(self, width=16, temperature=0.5):
+    """A small encoder and projector, trained with the InfoNCE loss."""
+
+    def __init__(self, width: int = 16, temperature: float = 0.5) -> None:
         super().__init__()
         self.temperature = temperature
         self.encoder = nn.Sequential(
@@ -93,17 +99,17 @@ class SimCLR(LightningModule):
         )
         self.projector = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 64))
 
-    def embed(self, images):
-        """What the graph is built on: the projections, which the loss compares too."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the projections: the loss compares them, and the callback builds its graph on them."""
         return self.projector(self.encoder(images))
 
-    def training_step(self, views, batch_idx):
+    def training_step(self, views: Tensor, batch_idx: int) -> Tensor:
         z = F.normalize(self.embed(views.flatten(0, 1)), dim=1)
         logits = (z @ z.T / self.temperature).fill_diagonal_(-torch.inf)
         other_view = torch.arange(len(z)).roll(len(z) // 2)
         return F.cross_entropy(logits, other_view)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3, weight_decay=1e-6)
 
 
@@ -111,24 +117,26 @@ class SimCLR(LightningModule):
 
 
 class Digits(BatchSamplerDataModule):
-    def __init__(self, images, labels, **kwargs):
+    """The digits: two views to train on, one clean view to embed."""
+
+    def __init__(self, images: Tensor, labels: Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.images, self.labels = images, labels
 
-    def train_dataset(self):
+    def train_dataset(self) -> Dataset[Tensor]:
         return TwoViews(self.images)
 
-    def pool_dataset(self):  # what the callback embeds: one clean view
+    def pool_dataset(self) -> Any:  # one clean view, which the callback embeds
         return self.images
 
-    def train_labels(self):  # to measure false negatives with; training never sees them
+    def train_labels(self) -> Tensor:  # only to measure false negatives; training never sees the labels
         return self.labels
 
 
-def train(images, labels, composer, seed):
-    """A trained model, and the seconds that each epoch spent in each step."""
+def train(images: Tensor, labels: Tensor, composer: RWRComposer | None, seed: int) -> tuple[SimCLR, list[list[float]]]:
+    """Return a trained model, and the seconds that each epoch spent in each step."""
     seed_everything(seed, verbose=False)
-    torch.set_num_threads(1)  # so small a model gains nothing by more, and loses much where the cores are shared
+    torch.set_num_threads(1)  # more threads do not speed up so small a model, and slow it down on shared cores
     model, stopwatch = SimCLR(), Stopwatch()
     sampling = [BatchSamplerCallback(POOL_SIZE, composer)] if composer else []
     trainer = Trainer(
@@ -145,15 +153,15 @@ def train(images, labels, composer, seed):
 
 
 class Stopwatch(Callback):
-    """Each epoch's seconds of training, and of the steps that BatchSamplerCallback logs; it comes after that."""
+    """Records each epoch's seconds of training and of the steps that BatchSamplerCallback logs; add it after that."""
 
-    def __init__(self):
-        self.epochs = []
+    def __init__(self) -> None:
+        self.epochs: list[list[float]] = []
 
-    def on_train_epoch_start(self, trainer, pl_module):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sampling = [float(trainer.callback_metrics.get(f"batch_sampler/{step}_seconds", 0)) for step in STEPS]
         self.epochs.append([time.perf_counter() - self.start - sum(sampling), *sampling])
 
@@ -161,10 +169,11 @@ class Stopwatch(Callback):
 # What comes out
 
 
-def epoch_of_batches(embeddings, composer, seed=0):
-    """The batches of one epoch as training is served them, with a model that does not change: [n, BATCH_SIZE]."""
+def epoch_of_batches(embeddings: Tensor, composer: RWRComposer | None, seed: int = 0) -> Tensor:
+    """Return the batches of one epoch, as training would serve them with a fixed model: [n, BATCH_SIZE]."""
 
-    def plan(indices, *, seed, epoch):
+    def plan(indices: NDArray[np.int64], *, seed: int, epoch: int) -> PlannedPool:
+        assert composer is not None
         return PlannedPool(composer(embeddings[indices], BATCH_SIZE, seed=seed, epoch=epoch))
 
     planning = Planning(plan, Pools(POOL_SIZE)) if composer else None
@@ -172,29 +181,29 @@ def epoch_of_batches(embeddings, composer, seed=0):
     return torch.tensor(list(sampler))
 
 
-def describe(embeddings, labels, batches):
-    """False-negative rate and hardness of some batches."""
-    false_negatives, hardness = InBatchFalseNegativeRate(), InBatchSimilarity()
-    false_negatives.update(labels[batches])
+def describe(embeddings: Tensor, labels: Tensor, batches: Tensor) -> tuple[float, float]:
+    """Return the false-negative rate and the hardness of batches."""
+    false_negative_rate, hardness = InBatchFalseNegativeRate(), InBatchSimilarity()
+    false_negative_rate.update(labels[batches])
     hardness.update(embeddings[batches], labels[batches])
-    return float(false_negatives.compute()), float(hardness.compute())
+    return float(false_negative_rate.compute()), float(hardness.compute())
 
 
-def probe(train_features, train_labels, test_features, test_labels):
-    """Test accuracy of a linear classifier on frozen features."""
+def probe(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+    """Return the test accuracy of a linear classifier on frozen features."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return classifier.fit(train_features, train_labels).score(test_features, test_labels)
+    return float(classifier.fit(train_features, train_labels).score(test_features, test_labels))
 
 
-def draw(embeddings, images, labels, composer):
-    """A uniform and a walked batch of the same model, above the similarities of their pairs."""
+def draw(embeddings: Tensor, images: Tensor, labels: Tensor, composer: RWRComposer) -> None:
+    """Draw a uniform and a walked batch of the same model, above the similarities of their pairs."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 8), height_ratios=[3, 2], sharey="row", layout="constrained")
     cosine = F.normalize(embeddings, dim=1) @ F.normalize(embeddings, dim=1).T
     for name, chosen, (grid, histogram) in zip(("Uniform", "Walked"), (None, composer), axes.T, strict=True):
         batches = epoch_of_batches(embeddings, chosen)
-        # Neither the hardest nor the easiest: the first walks in a pool are harder than the last.
-        hardness = [describe(embeddings, labels, batch)[1] for batch in batches]
-        batch = batches[np.argsort(hardness)[len(batches) // 2]]
+        # The batch of median hardness: the first walks in a pool are harder than the last.
+        by_hardness = np.argsort([describe(embeddings, labels, batch)[1] for batch in batches])
+        batch = batches[by_hardness[len(batches) // 2]]
         batch = batch[labels[batch].argsort(stable=True)]
 
         tiles = F.pad(images[batch, 0], (1, 1, 1, 1)).unflatten(0, (8, -1))
@@ -214,7 +223,7 @@ def draw(embeddings, images, labels, composer):
             label=["true negatives (different digits)", "false negatives (same digit)"],
         )
         rate, hardness = describe(embeddings, labels, batch)
-        histogram.set_title(f"false negatives {rate:.0%}, hardness {hardness:z.2f}")
+        histogram.set_title(f"false-negative rate {rate:.0%}, hardness {hardness:z.2f}")
         histogram.set_xticks([-1, -0.5, 0, 0.5, 1])
         histogram.set_xlabel("cosine similarity of a pair in the batch")
         histogram.spines[["top", "right"]].set_visible(False)
@@ -224,8 +233,8 @@ def draw(embeddings, images, labels, composer):
     figure.savefig(FIGURE, dpi=120)
 
 
-def report(results, seconds):
-    """Print the table: measures as mean ± sd over seeds, an epoch's seconds as medians, accuracy compared by seed."""
+def report(results: dict[str, list[list[float]]], seconds: dict[str, list[list[float]]]) -> None:
+    """Print the means ± deviations over seeds, the median seconds, and the difference in accuracy by seed."""
     uniform, walked = (np.array(runs) for runs in results.values())
     print(f"\n{'':26}{'uniform':>18}{'walked':>18}")
     measures = ("linear-probe accuracy", "false-negative rate", "hardness")
@@ -240,16 +249,18 @@ def report(results, seconds):
     print(f"\nAccuracy, walked - uniform: {difference.mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}].")
 
 
-def main():
+def main() -> None:
+    """Train both arms with every seed, print the table and draw the figure."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     pixels, digits = load_digits(return_X_y=True)
     pixels, digits = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(digits)
 
     print(f"SimCLR on handwritten digits: {len(SEEDS)} seeds, {EPOCHS} epochs, batches of {BATCH_SIZE}.", flush=True)
-    arms = {"uniform": None, "walked": RWRComposer()}
-    results = {name: [] for name in arms}
-    seconds = {name: [] for name in arms}
+    walked = RWRComposer()
+    arms = {"uniform": None, "walked": walked}
+    results: dict[str, list[list[float]]] = {name: [] for name in arms}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in arms}
     raw = []
     for seed in SEEDS:
         split = train_test_split(pixels, digits, test_size=0.25, stratify=digits, random_state=seed)
@@ -267,7 +278,7 @@ def main():
 
     report(results, seconds)
     print(NOTES.format(raw=np.mean(raw)))
-    draw(embeddings, images, labels, arms["walked"])  # of the last walked model
+    draw(embeddings, images, labels, walked)  # embeddings of the last walked model
     print(f"Figure: {FIGURE}")
 
 

@@ -1,25 +1,33 @@
-"""Slow and literal: the walk, draw by draw as the numba kernel makes it, and the nearest among candidates."""
+"""Slow, literal versions of the walk (with the numba kernel's random draws) and of the search among candidates."""
 
 from itertools import chain
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from bs_lightning._walk_kernel import PATIENCE
 
 
 def rwr_batches(
-    neighbors, batch_size, *, restart_probability=0.2, n_roots=1, seed=0, replacement=False, patience=PATIENCE
-):
-    """As :func:`bs_lightning.rwr_batches`, over lists."""
+    neighbors: list[list[int]],
+    batch_size: int,
+    *,
+    restart_probability: float = 0.2,
+    n_roots: int = 1,
+    seed: int = 0,
+    replacement: bool = False,
+    patience: int = PATIENCE,
+) -> list[list[int]]:
+    """Return the batches that :func:`bs_lightning.rwr_batches` returns, as lists."""
     rng = np.random.default_rng(seed)
     n_nodes, n_neighbors = len(neighbors), len(neighbors[0])
     free = set(range(n_nodes))
     ends = {(walk + 1) * batch_size // n_roots for walk in range(n_roots)}
-    batches = []
+    batches: list[list[int]] = []
     for _ in range(n_nodes // batch_size):
         if replacement:
             free = set(range(n_nodes))
-        batch = []
+        batch: list[int] = []
         idle = patience
         while len(batch) < batch_size:
             if idle == patience:
@@ -43,8 +51,8 @@ def rwr_batches(
     return batches
 
 
-def nearest_of(embeddings, candidates, n_neighbors):
-    """Each row's nearest among its own candidates, nearest first."""
+def nearest_of(embeddings: ArrayLike, candidates: ArrayLike, n_neighbors: int) -> NDArray[np.int64]:
+    """Return each row's nearest neighbours among its own candidates, nearest first."""
     x = np.asarray(embeddings, dtype=float)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     rows = []

@@ -1,6 +1,5 @@
-"""The benchmark of composers: started as users start it, and what it says where it has nothing to show."""
+"""The benchmark of composers: started as users start it, and its messages where it has nothing to show."""
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -8,21 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import composers
+from benchmarks import csv_files
+from benchmarks.composers import __main__ as composers
+from benchmarks.composers import catalog, measure, plot
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a command in this process, on `n` clustered embeddings."""
+    """A function that runs a command in this process, on `n` clustered embeddings."""
 
     def run(command, *options, n=None, labels=True):
         if n is not None:
             options = ("--embeddings", str(clustered(tmp_path, n, labels)), *options)
-        monkeypatch.setattr(sys, "argv", ["composers.py", command, "--out", str(tmp_path), *map(str, options)])
+        if command == "plot":
+            options = ("--out", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["composers", command, "--results", str(tmp_path), *map(str, options)])
         composers.main()
 
-    monkeypatch.setattr(composers, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(measure, "in_new_process", lambda function, *arguments: function(*arguments))
     return run
 
 
@@ -35,15 +39,14 @@ def clustered(folder, n, labels=True):
 
 
 def rows(folder):
-    with (folder / "table.csv").open(newline="") as file:
-        return {row["composer"]: row for row in csv.DictReader(file)}
+    return {row["composer"]: row for row in csv_files.read(folder / "table.csv")}
 
 
 @pytest.mark.slow
 def test_table_and_plot_of_a_few_hundred(tmp_path):
     def start(command, *options):
-        script = [sys.executable, composers.__file__, command, "--out", tmp_path, *options]
-        return subprocess.run(script, check=True, capture_output=True, text=True, timeout=240).stdout
+        script = [sys.executable, "-m", "benchmarks.composers", command, "--results", tmp_path, *options]
+        return subprocess.run(script, check=True, capture_output=True, text=True, timeout=240, cwd=ROOT).stdout
 
     few = ("--batch-size", "50", "--only", "uniform", "pools, P 500", "pools, P 5000", "paper's graph")
     printed = start("table", "--embeddings", clustered(tmp_path, 640), *few)
@@ -53,12 +56,13 @@ def test_table_and_plot_of_a_few_hundred(tmp_path):
     assert list(found) == ["uniform", "pools, P 500"]
     for name, row in found.items():
         assert f"\n| {name} |" in printed
-        assert 0 < float(row["FN"]) < 1
+        assert 0 < float(row["false_negative_rate"]) < 1
         assert float(row["seen"]) == 1
-    for measure in ("FN", "TN", "FN mass", "root"):
-        assert float(found["pools, P 500"][measure]) > float(found["uniform"][measure]) + 0.01
-    assert str(tmp_path / "table.png") in start("plot")
-    assert (tmp_path / "table.png").stat().st_size > 0
+        assert (row["instances"], row["batch_size"], row["temperature"]) == ("640", "50", "0.5")
+    for column in ("hardness", "false_negative_rate", "false_negative_mass", "root_similarity"):
+        assert float(found["pools, P 500"][column]) > float(found["uniform"][column]) + 0.01
+    assert str(tmp_path / "composers.png") in start("plot", "--out", tmp_path)
+    assert (tmp_path / "composers.png").stat().st_size > 0
 
 
 def test_rows_that_say_nothing_are_left_out_and_listed(run, tmp_path, capsys):
@@ -67,7 +71,7 @@ def test_rows_that_say_nothing_are_left_out_and_listed(run, tmp_path, capsys):
     assert list(rows(tmp_path)) == ["uniform", "kNN sampler", "GCBS, pairs 10"]
     assert shown.count("\n") == 2 + 3
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in skipped.splitlines())
-    names = {composers.name_of(*key, 50) for key in composers.table(50)}
+    names = {catalog.name_of(key, 50) for key in catalog.composers(50)}
     assert set(lines) == names - set(rows(tmp_path))
     assert lines["GCBS, pairs 100"].startswith("n_neighbors=100 keeps all pairs of 100")
     assert lines["B3, skipped 30"].startswith("n_skipped=30 and n_neighbors=100 take all neighbours")
@@ -76,7 +80,7 @@ def test_rows_that_say_nothing_are_left_out_and_listed(run, tmp_path, capsys):
 
 
 def test_pools_are_of_whole_batches():
-    names = {size: {composers.name_of(*key, size) for key in composers.table(size)} for size in (50, 256)}
+    names = {size: {catalog.name_of(key, size) for key in catalog.composers(size)} for size in (50, 256)}
     assert {"pools, P 1024", "pools, P 2560", "pools of 2560, roots 4"} < names[256]
     assert {"pools, P 200", "pools, P 500", "pools of 500, roots 4"} < names[50]
 
@@ -86,7 +90,7 @@ def test_pools_are_of_whole_batches():
     [
         ("table", [], r"\.npz has 200 rows, but `table` needs 512: two batches of --batch-size 256\. Give more rows"),
         ("table", ["--instances", 90, "--batch-size", 50], "--instances 90 has 90 rows, but `table` needs 100"),
-        ("paper", ["--batch-size", 50], "200 rows, but `paper` needs 1002: .* and more than 1000 others"),
+        ("paper", ["--batch-size", 50], "200 rows, but `paper` needs 1002: .* and more than 1000 candidates"),
         ("escape", ["--batch-size", 50], "200 rows, but `escape` needs 1002"),
         ("table", ["--batch-size", 50, "--only", "paper's graph"], "No row for 200 embeddings and --batch-size 50"),
     ],
@@ -97,7 +101,7 @@ def test_too_few_embeddings_are_refused(run, command, options, words):
 
 
 def test_wrong_options_are_refused(run, capsys):
-    with pytest.raises(SystemExit, match=r"--only \['pools'\]: no such rows\. Give .* or of .*'pools, P'"):
+    with pytest.raises(SystemExit, match=r"--only \['pools'\]: no such composers\. Give .* or families: .*'pools, P'"):
         run("table", "--batch-size", 50, "--only", "uniform", "pools", n=100)
     with pytest.raises(SystemExit, match="ten batches of --batch-size 256 and --largest 5000"):
         run("scale", "--largest", 5000)
@@ -111,12 +115,33 @@ def test_plot_says_what_it_cannot_draw(run, tmp_path, capsys):
         run("plot")
     run("table", "--batch-size", 50, "--only", "uniform", "kNN sampler", n=200)
     run("table", "--batch-size", 50, "--only", "uniform", "kNN sampler", n=200, labels=False)
-    with pytest.raises(SystemExit, match=r"No plot of FN against TN: .*table.csv has no labelled rows\. Give .* y"):
+    with pytest.raises(
+        SystemExit,
+        match=r"No plot of the false-negative rate: the newest rows of .*table.csv have no labels\. Give .* y",
+    ):
         run("plot")
     run("scale", "--largest", 10_000, "--only", "uniform")
     capsys.readouterr()
     run("plot")
     printed = capsys.readouterr().out
-    assert str(tmp_path / "scale.png") in printed
-    assert "No plot of FN against TN" in printed
-    assert not (tmp_path / "table.png").exists()
+    assert str(tmp_path / "composers_scale.png") in printed
+    assert "No plot of the false-negative rate" in printed
+    assert not (tmp_path / "composers.png").exists()
+
+
+def test_plot_draws_the_newest_rows_of_one_batch_size(tmp_path):
+    path = tmp_path / "scale.csv"
+    for batch_size, size, seconds in ((256, 10, 1.0), (50, 20, 2.0), (256, 30, 3.0), (256, 30, 4.0)):
+        row = {"composer": "uniform", "instances": size, "seconds": seconds, "batch_size": batch_size}
+        csv_files.append(path, row)
+    assert [(row["instances"], row["seconds"]) for row in plot.newest(path, "batch_size")] == [("10", "1"), ("30", "4")]
+
+
+def test_a_results_file_gains_columns_and_keeps_its_rows(tmp_path):
+    path = tmp_path / "new folder" / "results.csv"
+    assert csv_files.read(path) == []
+    csv_files.append(path, {"arm": "a, b", "seed": 0})
+    csv_files.append(path, {"seed": 1, "loss": 1 / 3})
+    assert path.read_bytes() == b'arm,seed,loss\n"a, b",0,\n,1,0.333333\n'
+    assert csv_files.read(path)[1] == {"arm": "", "seed": "1", "loss": "0.333333"}
+    assert list(path.parent.iterdir()) == [path]

@@ -205,5 +205,6 @@ def test_no_trace_on_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_the_stress_script_in_short():
-    done = finish([sys.executable, Path(__file__).parents[1] / "benchmarks" / "stress.py", "--cycles", "6"])
+    root = Path(__file__).parents[1]
+    done = finish([sys.executable, "-m", "benchmarks.stress", "--cycles", "6"], cwd=root)
     assert done.returncode == 0, done.error

@@ -2,9 +2,7 @@
 
 import io
 import math
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +10,10 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bs_lightning.plan import check_batches
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import csv_files
 from benchmarks.training import cifar10, evaluate, losses, report, study, text
 from benchmarks.training.arms import ARMS
+from bs_lightning.plan import check_batches
 
 BATCH, TEMPERATURE = 5, 0.3
 
@@ -100,12 +97,12 @@ def test_paired_interval_is_that_of_scipy():
 def test_a_cell_pairs_by_seed(tmp_path):
     path = tmp_path / "results.csv"
     for arm, seed, value in (("uniform", 1, 0.5), ("uniform", 0, 0.1), ("walked", 0, 0.2), ("walked", 1, 0.8)):
-        study.append(path, {"task": "any", "arm": arm, "seed": seed, "steps": 3, "result/r1": value})
+        csv_files.append(path, {"task": "any", "arm": arm, "seed": seed, "steps": 3, "result/r1": value})
     difference, half = report.paired_interval([0.2, 0.8], [0.1, 0.5])
     printed = "\n".join(report.tables([path]))
     assert f"| walked | 2 | {difference:+.4f} ± {half:.4f} |" in printed
     assert "| uniform | 2 | 0.3 |" in printed
-    turned = "\n".join(report.tables([path], baseline="walked"))
+    turned = "\n".join(report.tables([path], other="walked"))
     assert f"| uniform | 2 | {-difference:+.4f} ± {half:.4f} |" in turned
 
 
@@ -114,7 +111,7 @@ def test_overview_and_plot_show_the_main_results(tmp_path):
     for settings in (defaults, defaults | {"steps": 9}):
         for arm, seed in (("pool10", 0), *(("uniform", seed) for seed in range(3)), ("pool10", 1), ("pool10", 2)):
             values = {"result/r1_held_back": 0.5 + 0.1 * (arm == "pool10"), "result/map_held_back": 0.25 * seed}
-            study.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **settings, **values})
+            csv_files.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **settings, **values})
     assert "\n".join(report.overview([path])).count("| pool10 | 3 | +0.1000 ± ") == 2
     figure = report.plot([path])  # of a task's own settings only
     assert [axes.get_title() for axes in figure.axes] == ["omniglot-pairs"]
@@ -129,7 +126,7 @@ def test_plot_of_uniformity(tmp_path):
             row = {"task": "omniglot-pairs", "arm": arm, "seed": seed, **defaults}
             row["result/map_held_back"] = 0.5 + 0.1 * (arm == "weighted")
             row["batch/uniformity_mixed"] = -3.0 - 0.5 * (arm == "weighted") + 0.25 * (arm == "pool10")
-            study.append(path, row)
+            csv_files.append(path, row)
     (axes,) = report.plot_uniformity([path]).axes
     assert axes.collections[0].get_offsets().tolist() == [[0, 0], [0.25, 0], pytest.approx([-0.5, 10])]
 
@@ -137,7 +134,9 @@ def test_plot_of_uniformity(tmp_path):
 def test_says_that_there_is_nothing_to_draw_yet(tmp_path):
     path, defaults = tmp_path / "results.csv", study.TASKS["omniglot-pairs"].defaults
     for arm, seed in (("uniform", 0), ("uniform", 1), ("uniform", 2), ("pool10", 0), ("pool10", 1), ("pool10", 7)):
-        study.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **defaults, "result/r1_held_back": 0.5})
+        csv_files.append(
+            path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **defaults, "result/r1_held_back": 0.5}
+        )
     with pytest.raises(SystemExit, match="no arm but uniform has 3 seeds yet"):
         report.plot([path])
 
@@ -189,7 +188,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     assert go_on(temperature=0.1, steps=9) == []
     with pytest.raises(KeyboardInterrupt):  # another setting is another study
         go_on(temperature=0.2, steps=9)
-    assert len(study.read(tmp_path / "results.csv")) == 7
+    assert len(csv_files.read(tmp_path / "results.csv")) == 7
 
 
 @pytest.mark.parametrize("arm", ["pool4", "masked", "oracle-uniform", "steady0.1", "paper"])
@@ -205,4 +204,4 @@ def test_a_whole_run(tmp_path, arm):
     (row,) = study.run_missing("omniglot-pairs", [arm], [0], tmp_path, settings, tmp_path / "results.csv")
     assert 0 <= row["result/r1_held_back"] <= 1
     assert ARMS[arm].composer is None or -1 <= row["last_epoch/hardness"] <= 1
-    assert set(study.read(tmp_path / "results.csv")[0]) == set(row)
+    assert set(csv_files.read(tmp_path / "results.csv")[0]) == set(row)

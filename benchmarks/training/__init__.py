@@ -1,1 +1,1 @@
-"""Do harder batches help a trained model, and when? See ``python -m benchmarks.training --help``."""
+"""Do harder batches make better models, and when? See ``python -m benchmarks.training --help``."""

@@ -1,15 +1,16 @@
-"""Do harder batches help a trained model, and when?
+"""Do harder batches make better models, and when?
 
     python -m benchmarks.training run --task omniglot-pairs --arms uniform pool10 --seeds 0 1 2 --data-dir DIR \\
         --results results.csv
     python -m benchmarks.training table --results benchmarks/training/results/*.csv
     python -m benchmarks.training overview --results benchmarks/training/results/*.csv
-    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out docs/when-it-helps.png
-    python -m benchmarks.training why --results benchmarks/training/results/*.csv --out docs/when-it-helps-why.png
+    python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out plot.png
+    python -m benchmarks.training why --results benchmarks/training/results/*.csv --out why.png
     python -m benchmarks.training list
 
-`run` adds one row per finished run to the results; a run that is there already is skipped, so an interrupted study goes
-on. One process at a time may write to a file. DIR has the subfolders omniglot, cifar10 and sts.
+`run` adds a row to the results file for each finished run. It skips the runs that the file already holds, so you can
+resume an interrupted study. Only one process at a time may write to a file. DIR has the subfolders omniglot, cifar10
+and sts.
 """
 
 import argparse
@@ -23,13 +24,14 @@ from .arms import ARMS
 
 
 def main() -> None:
+    """Run the command that was asked for."""
     args = arguments()
     if args.command == "run":
         run(args)
     elif args.command == "table":
-        print("\n".join(report.tables(args.results, args.baseline)))
+        print("\n".join(report.tables(args.results, args.compare_with)))
     elif args.command == "overview":
-        print("\n".join(report.overview(args.results, args.baseline)))
+        print("\n".join(report.overview(args.results, args.compare_with)))
     elif args.command == "plot":
         report.plot(args.results).savefig(args.out)
     elif args.command == "why":
@@ -41,35 +43,42 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train and measure what is missing")
+    run = commands.add_parser("run", help="train and measure the runs that the results file lacks")
     run.add_argument("--task", required=True, choices=study.TASKS)
     run.add_argument("--arms", nargs="+", default=["uniform", "pool10"], choices=ARMS, metavar="ARM")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--data-dir", required=True, type=Path)
-    run.add_argument("--results", required=True, type=Path, help="CSV file to add to")
+    run.add_argument("--results", required=True, type=Path, help="CSV file to add rows to")
     run.add_argument("--threads", type=int, default=1)
-    run.add_argument("--accelerator", default="cpu", help="to train on, as Lightning names it; measured is on the CPU")
-    group = run.add_argument_group("settings", "recorded in the results; a task's own defaults: see `list`")
+    run.add_argument(
+        "--accelerator", default="cpu", help="Lightning's name of what to train on; the evaluation runs on the CPU"
+    )
+    group = run.add_argument_group("settings", "recorded in the results; `list` prints each task's defaults")
     settings = {key: type(value) for task in study.TASKS.values() for key, value in task.defaults.items()}
     for key, kind in settings.items():
         group.add_argument(f"--{key.replace('_', '-')}", type=kind)
     for name, words in (
-        ("table", "print all that was measured as markdown"),
+        ("table", "print all measures as markdown"),
         ("overview", "print the main results as markdown"),
-        ("plot", "draw the main results of the tasks at their own settings"),
-        ("why", "draw what the arms gain against how they change uniformity"),
+        ("plot", "draw the main results of each task at its default settings"),
+        ("why", "draw what each arm gains against how it changes uniformity"),
     ):
         command = commands.add_parser(name, help=words)
         command.add_argument("--results", required=True, type=Path, nargs="+")
         if name in ("table", "overview"):
             command.add_argument(
-                "--baseline", default=report.BASELINE, choices=ARMS, metavar="ARM", help="compare with"
+                "--compare-with",
+                default=report.UNIFORM,
+                choices=ARMS,
+                metavar="ARM",
+                help="print the other arms' differences to this arm",
             )
         else:
             command.add_argument("--out", required=True, type=Path, help="PNG file")
@@ -90,8 +99,9 @@ def arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Train and measure, and print a line for each run."""
     torch.set_num_threads(args.threads)
-    threadpool_limits(args.threads)  # scikit-learn's
+    threadpool_limits(args.threads)  # the threads that scikit-learn uses
     given = (args.task, args.arms, args.seeds, args.data_dir, args.settings, args.results, args.accelerator)
     for row in study.run_missing(*given):
         results = ", ".join(f"{name[7:]} {value:.4f}" for name, value in row.items() if name.startswith("result/"))

@@ -1,4 +1,4 @@
-"""The arms of a study: ways to make batches (and losses), by name.
+"""The arms of a study, by name: each makes batches in one way and trains with one loss.
 
 To add one, add a line to :data:`ARMS`.
 """
@@ -15,23 +15,23 @@ from .remedies import MixedComposer, SkippingGraph, SteadyCallback, UniformCompo
 
 
 def walk(graph: Graph | None = None, restart_probability: float = 0.2, n_roots: int = 1) -> RWRComposer:
-    """Random walks with restart, on an exact graph unless another is given."""
+    """Return a composer of random walks with restart; ``None`` is an exact graph of 15 neighbours."""
     return RWRComposer(ExactGraph(15) if graph is None else graph, restart_probability, n_roots=n_roots)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How an arm makes its batches, and its loss.
+    """How an arm makes its batches, and which loss it trains with.
 
     Args:
         composer: ``None`` for uniform batches.
-        pool: Pool size in batches; ``None`` is the whole data set, refreshed every 100 steps.
-        uniform_part: Part of training that has uniform batches first; at least one epoch has.
+        pool: Pool size in batches; ``None`` is the whole dataset, refreshed every 100 steps.
+        uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
         loss: A key of ``LOSSES``.
-        recycle: Whether batches are composed from the embeddings that training has computed.
-        masked: Pairs that are left out of the loss: none, ``"nearest"`` (mutual nearest in the pool) or ``"labels"``
-            (the true false negatives, which no user knows).
-        steady: Hardness to hold by adapting the pool size; ``None`` keeps the pool size.
+        recycle: Whether batches are composed from the embeddings that training computed.
+        masked: Pairs that the loss leaves out: ``None``, ``"nearest"`` (mutual nearest neighbours in the pool) or
+            ``"labels"`` (all false negatives; users cannot know these).
+        steady: Hardness to hold by changing the pool size; ``None`` keeps the pool size.
     """
 
     composer: ComposeFunction | None = field(default_factory=walk)
@@ -43,7 +43,7 @@ class Arm:
     steady: float | None = None
 
     def callback(self, batch_size: int, n_epochs: int) -> BatchSamplerCallback | None:
-        """What to add to the Trainer."""
+        """Return the callback to add to the Trainer; ``None`` trains with uniform batches."""
         if self.composer is None:
             return None
         warmup_epochs = max(1, round(self.uniform_part * n_epochs))
@@ -53,8 +53,9 @@ class Arm:
         if self.steady is not None:
             return SteadyCallback(self.steady, pool_size, batch_size, self.composer, warmup_epochs)
         mask_nearest = 5 if self.masked == "nearest" else None
-        how = {"recycle": self.recycle, "mask_nearest": mask_nearest}
-        return BatchSamplerCallback(pool_size, self.composer, warmup_epochs, **how)
+        return BatchSamplerCallback(
+            pool_size, self.composer, warmup_epochs, recycle=self.recycle, mask_nearest=mask_nearest
+        )
 
 
 uniform = partial(Arm, composer=None)
@@ -72,10 +73,10 @@ ARMS = {
     "roots4": Arm(walk(n_roots=4)),
     "roots8": Arm(walk(n_roots=8)),
     "mixed": Arm(MixedComposer(walk())),
-    # Later
+    # Composed batches only late in training
     "late-half": Arm(uniform_part=0.5),
     "late-quarter": Arm(uniform_part=0.75),
-    # Remedies for false negatives; the last is an oracle, which says what they do
+    # Remedies for false negatives; the oracle masks by labels, so it bounds what a mask can gain
     "skip": Arm(walk(SkippingGraph())),
     "masked": Arm(masked="nearest"),
     "masked-uniform": Arm(UniformComposer(ExactGraph(5)), masked="nearest"),
@@ -83,12 +84,13 @@ ARMS = {
     "steady0.1": Arm(steady=0.1),
     "oracle": Arm(masked="labels"),
     "oracle-uniform": uniform(masked="labels"),
-    # From the embeddings that training computes; the second as in the paper
+    # Composed from the embeddings that training computes; "paper" has the settings of the paper's public code
     "recycle": Arm(recycle=True),
     "paper": Arm(public_code().composer, pool=None, recycle=True),
-    # Other ways to compose
+    # Baselines from the literature, in pools of ten batches
     "knn": Arm(knn_batches),
     "gcbs": Arm(GCBSComposer(n_neighbors=15)),
+    # Not B3 as published, which ranks the whole dataset by a fixed, finished teacher
     "b3": Arm(B3Composer(n_skipped=5, n_neighbors=15, community_size=8)),
     # Other losses
     "debiased": uniform(loss="debiased"),

@@ -1,4 +1,4 @@
-"""Random augmentations of whole batches of images, floats ``[n, c, h, w]``, another for each image."""
+"""Random augmentations of batches of images, floats ``[n, c, h, w]``; each image has its own random numbers."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def affine(images: Tensor, *, angle: float, zoom: float, shift: float, shear: float = 0.0) -> Tensor:
-    """Turn by up to ``angle`` radians, scale by ``1 +- zoom``, shear, and shift by a part ``shift`` of the image."""
+    """Turn by up to ``angle`` radians, scale by ``1 +- zoom``, shear, and shift by up to ``shift`` of the size."""
     n = len(images)
     turn, slant = _uniform(n, -angle, angle), _uniform(n, -shear, shear)
     rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).reshape(n, 2, 2)
@@ -19,7 +19,7 @@ def affine(images: Tensor, *, angle: float, zoom: float, shift: float, shear: fl
 
 
 def crop_and_flip(images: Tensor, *, smallest: float = 0.2) -> Tensor:
-    """Cut out a part of ``smallest`` to all of the area, aspect 3/4 to 4/3, at full size; mirror half of the images."""
+    """Crop to a share ``smallest`` to 1 of the area, aspect 3/4 to 4/3, and resize; mirror half of the images."""
     n = len(images)
     area, aspect = _uniform(n, smallest, 1), _uniform(n, math.log(3 / 4), math.log(4 / 3)).exp()
     size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp_max(1)  # width, height
@@ -30,7 +30,7 @@ def crop_and_flip(images: Tensor, *, smallest: float = 0.2) -> Tensor:
 
 
 def jitter_colors(images: Tensor, *, strength: float = 0.5, chance: float = 0.8, gray_chance: float = 0.2) -> Tensor:
-    """SimCLR's colour distortion of RGB images in ``[0, 1]``: brightness, contrast, saturation, hue; then to gray."""
+    """Change brightness, contrast, saturation and hue of RGB images in ``[0, 1]``, then turn some gray (SimCLR)."""
     n = len(images)
     low, high = 1 - 0.8 * strength, 1 + 0.8 * strength
     jittered = images * _uniform((n, 1, 1, 1), low, high)
@@ -53,7 +53,7 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _hue_rotation(angle: Tensor) -> Tensor:
-    """Rotations ``[n, 3, 3]`` of RGB about the gray axis."""
+    """Return matrices ``[n, 3, 3]`` that rotate RGB about the gray axis."""
     cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
     cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     return cosine * torch.eye(3) + (1 - cosine) / 3 + sine * cross

@@ -1,4 +1,4 @@
-"""CIFAR-10: SimCLR on some of the training images."""
+"""CIFAR-10: SimCLR on a subset of the training images."""
 
 import io
 from functools import lru_cache
@@ -19,13 +19,13 @@ MEAN = torch.tensor([0.491, 0.482, 0.447])[:, None, None]
 DEVIATION = torch.tensor([0.247, 0.243, 0.262])[:, None, None]
 
 
-@lru_cache(maxsize=2)  # training and test images of one seed
+@lru_cache(maxsize=2)  # the training and the test images of one seed
 def images(path: Path, seed: int, size: int | None) -> tuple[Tensor, Tensor]:
-    """Some images of a parquet file, uint8 ``[n, 3, 32, 32]``, and their labels; ``None`` is all."""
+    """Return ``size`` random images of a parquet file, uint8 ``[n, 3, 32, 32]``, and their labels; ``None`` is all."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("CIFAR-10's parquet files are read with pyarrow: pip install pyarrow") from None
+        raise ImportError("Reading the parquet files of CIFAR-10 needs pyarrow: pip install pyarrow") from None
     table = pyarrow.parquet.read_table(path)
     table = table.take(np.random.default_rng(seed).permutation(len(table))[:size])
     pixels = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in table["img"].to_pylist()]
@@ -33,10 +33,10 @@ def images(path: Path, seed: int, size: int | None) -> tuple[Tensor, Tensor]:
 
 
 class CIFAR10SimCLR(Task):
-    """Unsupervised: an instance is an image, a positive pair two crops of it in other colours.
+    """Unsupervised: an instance is an image; its positive pair is two crops of it with changed colours.
 
-    With ten classes, hard negatives are often false. Measured is how well the classes of the test images are known
-    from the features, by logistic regression and by the nearest of the training images.
+    With ten classes, hard negatives are often false. Two classifiers of the test images measure the features: logistic
+    regression (``linear_probe``) and a vote of the nearest training images (``knn``).
     """
 
     name = "cifar10-simclr"
@@ -50,6 +50,7 @@ class CIFAR10SimCLR(Task):
         "subset": 10_000,
     }
     class_prior = 0.1
+    labels: Tensor
 
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
         folder = data_dir / "cifar10"
@@ -83,7 +84,7 @@ class CIFAR10SimCLR(Task):
 
 
 class CIFAR10ResNet18(CIFAR10SimCLR):
-    """All images, and the paper's network, batch size and temperature: for a GPU (``--accelerator gpu``)."""
+    """All images, with the paper's network, batch size and temperature; needs a GPU (``--accelerator gpu``)."""
 
     name = "cifar10-simclr-resnet18"
     defaults: ClassVar[dict[str, Any]] = {
@@ -105,4 +106,5 @@ class CIFAR10ResNet18(CIFAR10SimCLR):
 
 
 def standardize(pixels: Tensor) -> Tensor:
+    """Bring each colour of the training images to mean 0 and deviation 1."""
     return (pixels - MEAN) / DEVIATION

@@ -1,4 +1,4 @@
-"""Measures of frozen features ``[n, d]``; similarity is cosine."""
+"""Measures of frozen features ``[n, d]``; similarity is cosine similarity."""
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def retrieval(features: Tensor, labels: Tensor, *, rows_at_a_time: int = 512) -> tuple[float, float]:
-    """Each row asks for those of its label among all others: recall at 1, and mean average precision."""
+    """Retrieve for each row the other rows of its label; return recall at 1 and mean average precision."""
     unit = F.normalize(features, dim=1)
     hits, precisions = [], []
     for rows in torch.arange(len(unit)).split(rows_at_a_time):
         similarity = unit[rows] @ unit.T
         similarity[torch.arange(len(rows)), rows] = -torch.inf
-        ranking = similarity.argsort(dim=1, descending=True)[:, :-1]  # itself is last
+        ranking = similarity.argsort(dim=1, descending=True)[:, :-1]  # the row itself is last
         relevant = labels[ranking] == labels[rows, None]
         precision = relevant.cumsum(dim=1) / torch.arange(1, len(unit))
         hits.append(relevant[:, 0])
@@ -27,7 +27,7 @@ def retrieval(features: Tensor, labels: Tensor, *, rows_at_a_time: int = 512) ->
 
 
 def recall_at_1(features: Tensor, labels: Tensor, distractors: Tensor | None = None) -> float:
-    """How often the most similar to a row, among all others and ``distractors``, has its label."""
+    """Return how often a row's most similar item, among the other rows and ``distractors``, has the row's label."""
     unit = F.normalize(features, dim=1)
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
     best, nearest = similarity.max(dim=1)
@@ -38,7 +38,7 @@ def recall_at_1(features: Tensor, labels: Tensor, distractors: Tensor | None = N
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Test accuracy of logistic regression."""
+    """Return the test accuracy of logistic regression."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, tol=1e-3))
     return float(classifier.fit(features, labels).score(test_features, test_labels))
 
@@ -46,7 +46,7 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
 def knn_accuracy(
     features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.1
 ) -> float:
-    """Test accuracy of a vote of the ``k`` nearest, weighted by ``exp(similarity / temperature)``."""
+    """Return the test accuracy of a vote of the ``k`` nearest, weighted by ``exp(similarity / temperature)``."""
     gallery = F.normalize(features, dim=1)
     one_hot = F.one_hot(labels).float()
     guesses = []
@@ -58,5 +58,5 @@ def knn_accuracy(
 
 
 def spearman(first: Tensor, second: Tensor, scores: ArrayLike) -> float:
-    """Rank correlation of the similarities of rows i with people's scores."""
+    """Return the rank correlation of people's scores with the similarity of ``first[i]`` to ``second[i]``."""
     return float(stats.spearmanr(F.cosine_similarity(first, second).numpy(), np.asarray(scores)).statistic)

@@ -1,10 +1,11 @@
-"""Contrastive losses of two views: ``first`` and ``second`` are floats ``[B, d]``, row i of both the same instance.
+"""Contrastive losses of two views, ``first`` and ``second``: floats ``[B, d]``; row i of both is the same instance.
 
-Each view is compared with its partner and with the other ``2B - 2`` views, its negatives. ``class_prior`` is the chance
-that a negative is of the anchor's hidden class.
+Each view is compared with its partner and with its negatives, the other ``2B - 2`` views. ``class_prior`` is the
+probability that a negative has the anchor's hidden class.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from torch import Tensor
 def nt_xent(
     first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0, masked: Tensor | None = None
 ) -> Tensor:
-    """SimCLR's normalised temperature-scaled cross entropy (InfoNCE); ``class_prior`` is not used.
+    """Return SimCLR's normalised temperature-scaled cross entropy (InfoNCE); ``class_prior`` is ignored.
 
-    Pairs of instances that are true in ``masked``, bool ``[B, B]``, are no negatives of each other.
+    Instances i and j do not count as each other's negatives if ``masked[i, j]`` is true; ``masked`` is bool ``[B, B]``.
 
     Source: Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020.
     """
@@ -28,10 +29,10 @@ def nt_xent(
 
 
 def debiased(first: Tensor, second: Tensor, *, temperature: float, class_prior: float) -> Tensor:
-    """Takes off the negatives' sum what false negatives are expected to add to it.
+    """Subtract from the negatives' sum what false negatives are expected to add to it.
 
-    At a low temperature nothing may be left of it: a positive that is ``temperature * log(1 / class_prior)`` more
-    similar than the negatives are in the mean outweighs them all, and their gradients vanish.
+    At a low temperature nothing may remain of the sum. That happens where the positive is more similar than the mean
+    negative by ``temperature * log(1 / class_prior)``. The gradients of the negatives then vanish.
 
     Source: Chuang et al., "Debiased contrastive learning", NeurIPS 2020, arXiv 2007.00224.
     """
@@ -43,7 +44,7 @@ def debiased(first: Tensor, second: Tensor, *, temperature: float, class_prior: 
 def hard(
     first: Tensor, second: Tensor, *, temperature: float, class_prior: float, concentration: float = 1.0
 ) -> Tensor:
-    """Debiased, with negatives weighted by ``exp(concentration * similarity / temperature)``.
+    """Return the debiased loss with negatives weighted by ``exp(concentration * similarity / temperature)``.
 
     Source: Robinson et al., "Contrastive learning with hard negative samples", ICLR 2021, arXiv 2010.04592.
     """
@@ -54,22 +55,27 @@ def hard(
 
 
 def weighted(first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0) -> Tensor:
-    """The hard loss without debiasing; ``class_prior`` is not used."""
+    """Return the hard loss without its debiasing; ``class_prior`` is ignored."""
     return hard(first, second, temperature=temperature, class_prior=0.0)
 
 
-LOSSES = {"nt-xent": nt_xent, "debiased": debiased, "hard": hard, "weighted": weighted}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "nt-xent": nt_xent,
+    "debiased": debiased,
+    "hard": hard,
+    "weighted": weighted,
+}
 
 
 def pair_logits(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cosine similarities over the temperature ``[2B, 2B]``, a view's own set to minus infinity; and the partners."""
+    """Return cosine similarity / temperature ``[2B, 2B]``, minus infinity on the diagonal, and the partners."""
     unit = F.normalize(torch.cat([first, second]), dim=1)
     logits = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
     return logits, torch.arange(len(unit), device=unit.device).roll(len(first))
 
 
 def _split(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Similarity over the temperature of each view's partner ``[2B]`` and negatives ``[2B, 2B - 2]``."""
+    """Return similarity / temperature of each view's partner ``[2B]`` and negatives ``[2B, 2B - 2]``."""
     logits, partner = pair_logits(first, second, temperature)
     rows = torch.arange(len(logits), device=logits.device)
     is_negative = torch.ones_like(logits, dtype=torch.bool).fill_diagonal_(False)
@@ -78,7 +84,7 @@ def _split(first: Tensor, second: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def _corrected(positive: Tensor, log_mean: Tensor, n: int, temperature: float, class_prior: float) -> Tensor:
-    """The loss with the negatives' mean freed from false negatives, as far as it stays possible."""
+    """Return the loss after subtracting the expected false negatives from the mean, down to its lower bound."""
     left = (1 - class_prior * (positive - log_mean).clamp_max(80).exp()) / (1 - class_prior)  # exp(88) is infinite
     log_true_mean = torch.where(left > 0, log_mean + left.clamp_min(1e-30).log(), -torch.inf)
     return F.softplus(math.log(n) + log_true_mean.clamp_min(-1 / temperature) - positive).mean()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +15,26 @@ Mask = Callable[[BatchSamplerDataModule], Tensor]
 
 
 class Contrastive(LightningModule):
-    """Two views of each instance are to be told apart from all others in the batch.
+    """An encoder and a projector, trained to tell the two views of an instance from the others in the batch.
 
     Args:
         encoder: Inputs ``[n, ...]`` -> features ``[n, d]``.
-        projector: Features -> what the loss compares.
+        projector: Features -> embeddings, which the loss compares.
         loss: ``loss(first, second)`` -> scalar.
-        mask: The DataModule in training -> which pairs of the batch are no negatives, bool ``[B, B]``; handed to the
-            loss as ``masked``.
-        learning_rate: Of Adam; falls to zero along a cosine.
-        steps: All of training.
+        mask: DataModule -> which pairs of the trained batch are not negatives, bool ``[B, B]``; the loss receives it as
+            ``masked``.
+        learning_rate: AdamW's learning rate at the start; it falls to zero along a cosine.
+        steps: Training steps in total.
     """
 
     def __init__(
-        self, encoder: nn.Module, projector: nn.Module, loss, learning_rate: float, steps: int, mask: Mask | None = None
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        loss: Callable[..., Tensor],
+        learning_rate: float,
+        steps: int,
+        mask: Mask | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -38,14 +45,17 @@ class Contrastive(LightningModule):
         self.steps = steps
 
     def embed(self, batch: Tensor) -> Tensor:
+        """Return what the loss compares, and what batches are composed from."""
         return self.projector(self.encoder(batch))
 
     def training_step(self, views: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Return the loss of views ``[2, B, ...]``, and the embeddings for ``recycle=True``."""
         first, second = self.embed(views.flatten(0, 1)).chunk(2)
-        masked = {} if self.mask is None else {"masked": self.mask(self.trainer.datamodule)}
+        masked = {} if self.mask is None else {"masked": self.mask(self.trainer.datamodule)}  # type: ignore[attr-defined]
         return {"loss": self.loss(first, second, **masked), "embeddings": torch.cat([first, second], dim=1).detach()}
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with a learning rate that falls along a cosine."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-6, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: (1 + math.cos(math.pi * min(step / max(self.steps, 1), 1))) / 2
@@ -55,7 +65,7 @@ class Contrastive(LightningModule):
 
 @torch.no_grad()
 def apply_in_chunks(module: nn.Module, inputs: Tensor, size: int = 1024) -> Tensor:
-    """A module's outputs in eval mode."""
+    """Return a module's outputs in eval mode; the module's mode is restored."""
     was_training = module.training
     module.eval()
     outputs = torch.cat([module(chunk) for chunk in inputs.split(size)])
@@ -63,27 +73,32 @@ def apply_in_chunks(module: nn.Module, inputs: Tensor, size: int = 1024) -> Tens
     return outputs
 
 
-def convolution(n_in: int, n_out: int, stride: int = 1, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
+def convolution(
+    n_in: int, n_out: int, stride: int = 1, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+) -> nn.Sequential:
+    """Return a 3 x 3 convolution with norm and ReLU."""
     return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), norm(n_out), nn.ReLU())
 
 
 class Residual(nn.Module):
-    """Two convolutions and a way around them."""
+    """Two convolutions and a shortcut around them."""
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
         self.inner = nn.Sequential(
             convolution(n_in, n_out, stride), nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
         )
-        self.around: nn.Module = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or n_in != n_out:
-            self.around = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+            self.shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.inner(x) + self.around(x))
+        """Return the sum of both branches after ReLU."""
+        return F.relu(self.inner(x) + self.shortcut(x))
 
 
 def perceptron(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
+    """Return a perceptron with one hidden layer and batch norm."""
     return nn.Sequential(
         nn.Linear(n_in, n_hidden, bias=False), nn.BatchNorm1d(n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_out)
     )

@@ -1,4 +1,4 @@
-"""Omniglot: drawings of the characters of many alphabets. Two alphabets are held back from training."""
+"""Omniglot: drawings of characters from many alphabets. Two alphabets are held back from training."""
 
 import io
 import zipfile
@@ -24,17 +24,17 @@ N_TRAIN_DRAWINGS = 15  # of the 20 of each character
 
 @lru_cache(maxsize=1)
 def drawings(data_dir: Path) -> tuple[Tensor, Tensor]:
-    """All drawings by character, floats ``[characters, 20, 1, SIZE, SIZE]`` with ink 1, and each one's alphabet."""
+    """Return drawings, floats ``[characters, 20, 1, SIZE, SIZE]`` (ink is 1), and each character's alphabet."""
     found = {}
     for path in sorted((data_dir / "omniglot").glob("images_background_small*.zip")):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith(".png"):
                     _, alphabet, character, drawing = name.split("/")
-                    found[alphabet, character, drawing] = archive.read(name)  # some are in both
+                    found[alphabet, character, drawing] = archive.read(name)  # some drawings are in both archives
     if not found:
         raise FileNotFoundError(
-            f"{data_dir / 'omniglot'} has no images_background_small1.zip of Omniglot's repository."
+            f"{data_dir / 'omniglot'} has no images_background_small*.zip. Copy them there from Omniglot's repository."
         )
     images, characters = [], []
     for alphabet, character, drawing in sorted(found):
@@ -47,20 +47,22 @@ def drawings(data_dir: Path) -> tuple[Tensor, Tensor]:
 
 
 class Omniglot(Task):
-    """What both tasks share: the split, the network and retrieval by character."""
+    """The split, the network and the retrieval by character that the Omniglot tasks share."""
 
     main = ("r1_held_back", "map_held_back")
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    seen: Tensor  # drawings of training characters to evaluate with, [characters, drawings, 1, SIZE, SIZE]
+    held_back: Tensor  # drawings of the other characters
 
     def split(self, data_dir: Path, seed: int) -> tuple[Tensor, Tensor]:
-        """Drawings of the characters to train on and of those held back, ``[characters, 20, 1, SIZE, SIZE]``."""
+        """Return the drawings of training and of held-back characters, each ``[characters, 20, 1, SIZE, SIZE]``."""
         images, alphabets = drawings(data_dir)
         held_back = np.random.default_rng(seed).permutation(int(alphabets.max()) + 1)[:N_HELD_BACK]
         is_held_back = torch.isin(alphabets, torch.from_numpy(held_back))
         return images[~is_held_back], images[is_held_back]
 
     def encoder(self, width: int) -> nn.Module:
-        """``4 * width`` features."""
+        """Return an encoder to ``4 * width`` features."""
         return nn.Sequential(
             convolution(1, width, 2, self.norm),
             convolution(width, 2 * width, 2, self.norm),
@@ -72,6 +74,7 @@ class Omniglot(Task):
         )
 
     def evaluate(self, encode: Encode) -> dict[str, float]:
+        """Return recall at 1 and mean average precision, on training and on held-back characters."""
         results = {}
         for name, images in (("seen", self.seen), ("held_back", self.held_back)):
             labels = torch.arange(len(images)).repeat_interleave(images.shape[1])
@@ -80,14 +83,14 @@ class Omniglot(Task):
 
 
 class OmniglotPairs(Omniglot):
-    """Supervised: two drawings of one character are the positive pair, so hard negatives are true ones.
+    """Supervised: the positive pair is two drawings of one character, so hard negatives are true negatives.
 
-    An instance is a character, turned by a multiple of 90 degrees; each time it is asked for, other drawings are drawn.
-    Measured is the retrieval of drawings of the same character, on new drawings of these and on held back characters,
-    turned likewise.
+    An instance is a character in one of four directions. Each batch takes two random drawings of it. The evaluation
+    retrieves drawings of the same character and direction: new drawings of training characters, and held-back
+    characters.
 
-    Turned by 180 degrees, an O or S is the same again: negatives that nobody can tell apart. So what is counted as
-    false negatives are the pairs of one character in two directions.
+    An O or an S looks the same after a turn of 180 degrees, so nobody can tell such a negative from the anchor. Pairs
+    of one character in two directions therefore count as false negatives.
     """
 
     name = "omniglot-pairs"
@@ -121,14 +124,14 @@ class OmniglotPairs(Omniglot):
 
 
 class OmniglotPairsGroupNorm(OmniglotPairs):
-    """The same without batch norm, which takes off each batch's mean and so a part of what makes it hard."""
+    """The same task with group norm: batch norm subtracts a batch's mean, and so a part of its hardness."""
 
     name = "omniglot-pairs-groupnorm"
     norm = partial(nn.GroupNorm, 8)
 
 
 class OmniglotSimCLR(Omniglot):
-    """Unsupervised: an instance is a drawing, a positive pair two augmentations of it."""
+    """Unsupervised: an instance is a drawing; its positive pair is two augmentations of it."""
 
     name = "omniglot-simclr"
     defaults: ClassVar[dict[str, Any]] = {
@@ -160,5 +163,5 @@ class OmniglotSimCLR(Omniglot):
 
 
 def turned(images: Tensor, n: int) -> Tensor:
-    """Characters ``[c, k, 1, h, w]`` in ``n`` directions, each a character of its own: ``[n * c, k, 1, h, w]``."""
+    """Turn characters ``[c, k, 1, h, w]`` in ``n`` directions, each a new character: ``[n * c, k, 1, h, w]``."""
     return torch.cat([images.rot90(quarters, dims=(3, 4)) for quarters in range(n)])

@@ -1,10 +1,11 @@
-"""Remedies for false negatives that follow from what the sampler alone knows, each a few lines on the callback."""
+"""Remedies for false negatives that need nothing but what the sampler knows."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lightning import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,22 +16,24 @@ from bs_lightning.compose import ComposeFunction, Graph
 
 @dataclass(frozen=True)
 class SkippingGraph:
-    """Exact nearest neighbours but for the very nearest, which may be false negatives."""
+    """A graph of exact nearest neighbours without the very nearest, which may be false negatives."""
 
     n_neighbors: int = 15
     n_skipped: int = 5
 
     def __call__(self, embeddings: Tensor, *, seed: int = 0) -> NDArray[np.int32]:
+        """Return the neighbours after the first ``n_skipped``."""
         return ExactGraph(self.n_neighbors + self.n_skipped)(embeddings, seed=seed)[:, self.n_skipped :]
 
 
 @dataclass(frozen=True)
 class MixedComposer:
-    """Each batch is half composed and half uniform."""
+    """A composer whose batches are half composed and half uniform."""
 
     composer: ComposeFunction
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Compose half of the pool into half-batches, and fill these with the other half at random."""
         n_batches, n_composed = len(embeddings) // batch_size, batch_size // 2
         order = np.random.default_rng(seed).permutation(len(embeddings))
         chosen, others = np.split(order, [n_batches * n_composed])
@@ -39,7 +42,7 @@ class MixedComposer:
 
 
 class UniformComposer(Composer):
-    """Uniform batches, and a graph for masks."""
+    """A composer of uniform batches that builds a graph, so that ``mask_nearest`` works."""
 
     finds_nearest = True
 
@@ -47,22 +50,26 @@ class UniformComposer(Composer):
         self.graph = graph
 
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Keep the graph and return uniform batches."""
         self.neighbors = self.graph(embeddings, seed=seed)
         return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)
 
 
 class SteadyCallback(BatchSamplerCallback):
-    """Adapts the pool size from epoch to epoch, so that hardness stays at a target: two to twenty batches."""
+    """Changes the pool size after each epoch, to hold hardness at a target; a pool has two to twenty batches."""
+
+    pool_size: int
 
     def __init__(self, target: float, pool_size: int, batch_size: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(pool_size, *args, **kwargs)
         self.target = target
         self.bounds = 2 * batch_size, 20 * batch_size
 
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the pool size of the epoch from the hardness of the last epoch."""
         super().on_train_epoch_start(trainer, pl_module)
-        hardness = trainer.callback_metrics.get("batch_sampler/hardness")  # the last epoch's
+        hardness = trainer.callback_metrics.get("batch_sampler/hardness")  # of the last epoch
         if hardness is not None:
-            # A pool e times as large is harder by about 0.07 (docs/composers.md); half of what lacks at a time.
+            # A pool e times as large is harder by about 0.07 (docs/composers.md). Close half of the gap at a time.
             self.pool_size = round(self.pool_size * math.exp((self.target - float(hardness)) / 0.14))
             self.pool_size = int(np.clip(self.pool_size, *self.bounds))

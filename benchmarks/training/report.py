@@ -1,22 +1,29 @@
-"""Tables and plots: each arm's mean, and its difference to uniform batches, paired by seed."""
+"""Tables and plots of the arms: means, and differences to uniform batches by seed."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
+from .. import csv_files
+from ..markdown import title
 from .arms import ARMS
-from .study import TASKS, read
+from .study import TASKS
 
-BASELINE = "uniform"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+UNIFORM = "uniform"  # plots show differences to this arm; tables do by default
 NAMED = {"pool10", "pool20", "knn", "masked", "oracle-uniform", "weighted", "weighted-pool10"}  # in plots
-MIN_SEEDS = 3  # in plots: the intervals of two are too wide to show
+MIN_SEEDS = 3  # in plots: the intervals of two seeds are too wide to show
 SECTIONS = {
     "result/": "Results",
-    "batch/": "The arm's own batches, of the trained model",
-    "last_epoch/": "As the callback logged them in the last epoch",
+    "batch/": "The arm's own batches, seen by its trained model",
+    "last_epoch/": "Logged by the callback in the last epoch",
     "seconds/": "Seconds",
 }
 
@@ -24,20 +31,18 @@ Study = tuple[dict[str, str], list[dict[str, str]]]  # a task and its settings, 
 
 
 def studies(paths: Sequence[Path]) -> list[Study]:
-    """The runs of results files by task and settings."""
-    found = defaultdict(list)
+    """Return the runs of results files by task and settings."""
+    found: dict[tuple[tuple[str, str], ...], list[dict[str, str]]] = defaultdict(list)
     for path in paths:
-        for row in read(path):
+        for row in csv_files.read(path):
             settings = tuple((k, v) for k, v in row.items() if "/" not in k and k not in ("arm", "seed") and v)
             found[settings].append(row)
     return [(dict(settings), rows) for settings, rows in found.items()]
 
 
-def paired_interval(
-    values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float]:
-    """Mean difference of pairs, and the half width of its t-interval (NaN for one pair)."""
-    difference = np.subtract(values, baseline)
+def paired_interval(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the mean difference of pairs, and the half width of its t-interval (NaN for a single pair)."""
+    difference = np.subtract(values, others)
     n = len(difference)
     if n < 2:
         return float(difference.mean()), float("nan")
@@ -46,16 +51,17 @@ def paired_interval(
 
 
 def by_seed(rows: list[dict[str, str]], arm: str, measure: str) -> dict[str, float]:
+    """Return an arm's values of a measure by seed."""
     return {row["seed"]: float(row[measure]) for row in rows if row["arm"] == arm and row.get(measure)}
 
 
 def difference(
-    rows: list[dict[str, str]], arm: str, measure: str, baseline: str = BASELINE
+    rows: list[dict[str, str]], arm: str, measure: str, other: str = UNIFORM
 ) -> tuple[float, float, int] | None:
-    """An arm's mean difference to another over the seeds that both have, the half width, and how many they are."""
-    values, others = by_seed(rows, arm, measure), by_seed(rows, baseline, measure)
+    """Return the mean difference of two arms over the seeds that both have, its half width, and how many seeds."""
+    values, others = by_seed(rows, arm, measure), by_seed(rows, other, measure)
     shared = [seed for seed in values if seed in others]
-    if arm == baseline or not shared:
+    if arm == other or not shared:
         return None
     return *paired_interval([values[seed] for seed in shared], [others[seed] for seed in shared]), len(shared)
 
@@ -63,56 +69,58 @@ def difference(
 # Tables
 
 
-def tables(paths: Sequence[Path], baseline: str = BASELINE) -> Iterator[str]:
-    """Markdown: for each task and its settings, tables of arms by all measures."""
+def tables(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
+    """Yield markdown: for each task and its settings, tables of all measures by arm."""
     for settings, rows in studies(paths):
         yield heading(settings)
-        for prefix, title in SECTIONS.items():
+        for prefix, section in SECTIONS.items():
             measures = [name for name in rows[0] if name.startswith(prefix) and any(row[name] for row in rows)]
             if measures and prefix in ("result/", "batch/"):
-                yield f"{title}: the mean of {baseline}; the others' difference to it by seed ± 95% t-interval.\n"
-                yield table(rows, measures, [], baseline) + "\n"
+                yield f"{section}: the mean of {other}; other arms' difference to it by seed ± 95% t-interval.\n"
+                yield table(rows, measures, [], other) + "\n"
             elif measures:
-                yield f"{title}: mean over the arm's seeds.\n"
-                yield table(rows, [], measures, baseline) + "\n"
+                yield f"{section}: mean over the arm's seeds.\n"
+                yield table(rows, [], measures, other) + "\n"
 
 
-def overview(paths: Sequence[Path], baseline: str = BASELINE) -> Iterator[str]:
-    """Markdown: for each task and its settings, one short table of what matters."""
+def overview(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
+    """Yield markdown: for each task and its settings, one short table of the main measures."""
     why = ["last_epoch/hardness", "batch/hardness", "batch/false_negative_rate", "batch/false_negative_mass"]
     for settings, rows in studies(paths):
         yield heading(settings)
         main = [f"result/{name}" for name in TASKS[settings["task"]].main]
-        yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)], baseline) + "\n"
+        yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)], other) + "\n"
 
 
 def heading(settings: dict[str, str]) -> str:
+    """Return a heading with the task, and a line with its settings."""
     task, *others = settings.items()
     return f"### {task[1]}\n\n" + ", ".join(f"{name} {value}" for name, value in others) + "\n"
 
 
-def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[str], baseline: str) -> str:
-    """One table: a row per arm, a column per measure; of some the difference to the baseline."""
-    titles = [name.removeprefix("result/").replace("/", ": ").replace("_", " ") for name in [*compared, *means]]
+def table(rows: list[dict[str, str]], compared: Sequence[str], means: Sequence[str], other: str) -> str:
+    """Return a table of arms: differences to the arm ``other`` for ``compared``, and ``means``."""
+    titles = [title(name.removeprefix("result/")) for name in [*compared, *means]]
     lines = [["arm", "seeds", *titles]]
     lines.append(["---"] * len(lines[0]))
     for arm in dict.fromkeys(row["arm"] for row in rows):
         n_seeds = len({row["seed"] for row in rows if row["arm"] == arm})
         values = [mean(rows, arm, name) for name in means]
-        lines.append([arm, str(n_seeds), *(cell(rows, arm, name, baseline) for name in compared), *values])
+        lines.append([arm, str(n_seeds), *(cell(rows, arm, name, other) for name in compared), *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean(rows: list[dict[str, str]], arm: str, measure: str) -> str:
+    """Return an arm's mean over its seeds, or an empty cell."""
     values = by_seed(rows, arm, measure)
     return f"{np.mean(list(values.values())):.4g}" if values else ""
 
 
-def cell(rows: list[dict[str, str]], arm: str, measure: str, baseline: str) -> str:
-    """The baseline's mean; of another arm the difference, as means over other seeds could not be compared."""
-    found = difference(rows, arm, measure, baseline)
+def cell(rows: list[dict[str, str]], arm: str, measure: str, other: str) -> str:
+    """Return the mean of ``other`` itself, and of other arms the difference: their seeds may not be the same."""
+    found = difference(rows, arm, measure, other)
     if found is None:
-        return mean(rows, arm, measure) if arm == baseline else ""
+        return mean(rows, arm, measure) if arm == other else ""
     middle, half, _ = found
     return f"{middle:+.4f}" + ("" if np.isnan(half) else f" ± {half:.4f}")
 
@@ -120,8 +128,8 @@ def cell(rows: list[dict[str, str]], arm: str, measure: str, baseline: str) -> s
 # Plots
 
 
-def plot(paths: Sequence[Path]):
-    """A figure: for each task at its own settings, every arm's differences with their intervals."""
+def plot(paths: Sequence[Path]) -> "Figure":
+    """Draw every arm's differences with their intervals, a panel for each task at its default settings."""
     shown, arms = drawn(paths)
     size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
     figure, panels = figure_of(shown, size, sharey=True)
@@ -132,7 +140,7 @@ def plot(paths: Sequence[Path]):
             x, half, y = np.array([(*each, y) for each, y in found if each]).T
             axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
         axes.set_title(settings["task"], pad=20)
-        axes.set_xlabel(f"points above {BASELINE}")
+        axes.set_xlabel(f"points above {UNIFORM}")
         axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_yticks(range(len(arms)), arms)
@@ -140,38 +148,38 @@ def plot(paths: Sequence[Path]):
     return figure
 
 
-def plot_uniformity(paths: Sequence[Path]):
-    """A figure: for each task at its own settings, what every arm gains against how it changes uniformity.
+def plot_uniformity(paths: Sequence[Path]) -> "Figure":
+    """Draw what every arm gains against how it changes uniformity, a panel for each task at its default settings.
 
-    Without the debiased loss, which may break training and would be far from all others.
+    The figure leaves out the debiased loss, which may break training and would be far from all other points.
     """
     shown, arms = drawn(paths)
     arms = [arm for arm in arms if ARMS[arm].loss != "debiased"]
     figure, panels = figure_of(shown, (3.2 * len(shown) + 0.5, 3.8))
     for axes, (settings, rows) in zip(panels, shown, strict=True):
         measure = TASKS[settings["task"]].main[-1]
-        points = {BASELINE: (0.0, 0.0)}
+        points = {UNIFORM: (0.0, 0.0)}
         for arm in arms:
             gain = drawn_difference(rows, arm, f"result/{measure}")
             change = drawn_difference(rows, arm, "batch/uniformity_mixed")
             if gain and change:
                 points[arm] = change[0], 100 * gain[0]
         x, y = np.array(list(points.values())).T
-        kinds = ["C1" if arm != BASELINE and ARMS[arm].loss != "nt-xent" else "C0" for arm in points]
+        kinds = ["C1" if arm != UNIFORM and ARMS[arm].loss != "nt-xent" else "C0" for arm in points]
         axes.scatter(x, y, c=kinds, s=16)
         for arm in NAMED & points.keys():
             axes.annotate(arm, points[arm], xytext=(4, 2), textcoords="offset points", fontsize=7)
         axes.set_title(f"{settings['task']}, Spearman {stats.spearmanr(x, y).statistic:.2f}", fontsize="medium")
-        axes.set(xlabel="uniformity: change (lower is better)", ylabel=f"{measure}: points above {BASELINE}")
+        axes.set(xlabel="uniformity: change (lower is better)", ylabel=f"{measure}: points above {UNIFORM}")
         axes.grid(alpha=0.3)
     return figure
 
 
 def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
-    """The studies of tasks at their own settings, and the arms, that have seeds enough.
+    """Return the studies of tasks at their default settings, and the arms, that have enough seeds to draw.
 
     Raises:
-        SystemExit: If there are none.
+        SystemExit: If no arm has enough seeds.
     """
     shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
     known = [
@@ -181,23 +189,27 @@ def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
     shown = [study for study, of_study in zip(shown, known, strict=True) if of_study]
     arms = [arm for arm in ARMS if any(arm in of_study for of_study in known)]
     if not shown:
-        raise SystemExit(f"Nothing to draw: no arm but {BASELINE} has {MIN_SEEDS} seeds yet at a task's own settings.")
+        raise SystemExit(
+            f"Nothing to draw: no arm but {UNIFORM} has {MIN_SEEDS} seeds yet at a task's default settings."
+        )
     return shown, arms
 
 
-def figure_of(shown: list[Study], size: tuple[float, float], **how):
+def figure_of(shown: list[Study], size: tuple[float, float], **options: Any) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with a panel for each study."""
     from matplotlib import pyplot as plt
 
     plt.switch_backend("Agg")
-    figure, panels = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained", **how)
-    return figure, panels[0]
+    figure, panels = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained", **options)
+    return figure, list(panels[0])
 
 
 def drawn_difference(rows: list[dict[str, str]], arm: str, measure: str) -> tuple[float, float] | None:
-    """An arm's mean difference to the baseline and its half width, if they share seeds enough."""
+    """Return an arm's mean difference to uniform batches and its half width, if both have enough seeds in common."""
     found = difference(rows, arm, measure)
     return found[:2] if found and found[2] >= MIN_SEEDS else None
 
 
 def has_defaults(settings: dict[str, str]) -> bool:
+    """Tell whether a task's settings are its defaults."""
     return all(str(value) == settings[name] for name, value in TASKS[settings["task"]].defaults.items())

@@ -1,11 +1,10 @@
-"""A study: every run that is not in the results yet is trained, measured and added to them."""
+"""A study: train and measure every run that the results file lacks, and add it there."""
 
-import csv
 import logging
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer, seed_everything
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,6 +27,8 @@ from bs_lightning import (
 from bs_lightning.isolation import no_trace
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
 
+from .. import csv_files
+from ..csv_files import Row
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
 from .losses import LOSSES, nt_xent, pair_logits
@@ -49,16 +51,14 @@ TASKS: dict[str, type[Task]] = {
 }
 N_MEASURED_BATCHES = 20
 
-Row = dict[str, Any]
+
+# Training, as users do it
 
 
-# Training, as a user would
+class WholeBatches(Dataset[Tensor]):
+    """A dataset that makes a whole batch at once, ``make(indices)``: this is faster than item by item."""
 
-
-class WholeBatches(Dataset):
-    """A data set that makes whole batches at once, which is fast: ``make(indices)``."""
-
-    def __init__(self, size: int, make) -> None:
+    def __init__(self, size: int, make: Callable[[Tensor], Tensor]) -> None:
         self.size = size
         self.make = make
 
@@ -66,31 +66,37 @@ class WholeBatches(Dataset):
         return self.size
 
     def __getitems__(self, indices: list[int]) -> Tensor:
+        """Return a batch, already collated."""
         return self.make(torch.tensor(indices))
 
 
 class Data(BatchSamplerDataModule):
+    """A task's data: two views to train on, one view to embed, and the labels for the false-negative rate."""
+
     def __init__(self, task: Task, batch_size: int) -> None:
         super().__init__(batch_size, collate_fn=lambda batch: batch)
         self.task = task
 
-    def train_dataset(self) -> Dataset:
+    def train_dataset(self) -> Dataset[Tensor]:
+        """Return two views of each instance."""
         return WholeBatches(self.task.size, self.task.views)
 
-    def pool_dataset(self) -> Dataset:
+    def pool_dataset(self) -> Dataset[Tensor]:
+        """Return one view of each instance."""
         return WholeBatches(self.task.size, self.task.clean)
 
     def train_labels(self) -> Tensor | None:
+        """Return the hidden labels."""
         return self.task.labels
 
 
 def train(
     task: Task, arm: Arm, seed: int, settings: dict[str, Any], accelerator: str
 ) -> tuple[Contrastive, BatchSamplerCallback | None, Row]:
-    """A trained model, the callback that it was trained with, and what that logged in the last epoch.
+    """Return a trained model, the callback it was trained with, and what the callback logged in the last epoch.
 
-    Arms differ in nothing but their batches and loss: the same seed gives the same weights and the same random numbers
-    for augmentation, and all train for the same number of steps.
+    Arms differ in nothing but their batches and their loss. The same seed gives the same initial weights and the same
+    random numbers for augmentation, and all arms train for the same number of steps.
     """
     seed_everything(seed, verbose=False)
     batch_size = settings["batch_size"]
@@ -98,8 +104,8 @@ def train(
     loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], class_prior=task.class_prior)
     steps = n_epochs * (task.size // batch_size)
     callback = arm.callback(batch_size, n_epochs)
-    mask = {None: None, "labels": same_label, "nearest": Data.likely_false_negatives}[arm.masked]
-    model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, mask)
+    masks: dict[str | None, Any] = {None: None, "labels": same_label, "nearest": Data.likely_false_negatives}
+    model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, masks[arm.masked])
     trainer = Trainer(
         max_epochs=n_epochs,
         callbacks=[] if callback is None else [callback],
@@ -119,11 +125,12 @@ def train(
 
 
 def number_of_epochs(task: Task, settings: dict[str, Any]) -> int:
+    """Return how many whole epochs come closest to the steps of the settings."""
     return round(settings["steps"] / (task.size // settings["batch_size"]))
 
 
-def same_label(data: Data) -> Tensor:
-    """Which pairs of the batch being trained are false negatives, bool ``[B, B]``."""
+def same_label(data: Any) -> Tensor:
+    """Return which pairs of the trained batch have the same label, bool ``[B, B]``."""
     own = data.task.labels[torch.from_numpy(data.trained_batch())]
     return own[:, None] == own
 
@@ -134,15 +141,15 @@ def same_label(data: Data) -> Tensor:
 def own_batches(
     embeddings: Tensor, callback: BatchSamplerCallback | None, batch_size: int, seed: int, last_epoch: int
 ) -> Tensor:
-    """Some of the batches that a callback makes of its model's embeddings, as in the last epoch.
+    """Return some of the batches that a callback composes from embeddings in the last epoch; ``None`` is uniform.
 
     Returns:
         int64 ``[N_MEASURED_BATCHES, batch_size]``.
     """
-    composer = getattr(callback, "composer", None)
+    composer: Any = getattr(callback, "composer", None)
     pool_size = getattr(callback, "pool_size", None) or len(embeddings)
 
-    def plan(indices: np.ndarray, *, seed: int, epoch: int) -> PlannedPool:
+    def plan(indices: NDArray[np.int64], *, seed: int, epoch: int) -> PlannedPool:
         return PlannedPool(composer(embeddings[indices], batch_size, seed=seed, epoch=last_epoch))
 
     planning = None
@@ -150,7 +157,7 @@ def own_batches(
         planning = Planning(plan, Pools(min(pool_size, len(embeddings))), composer.replacement)
     sampler = PoolBatchSampler(len(embeddings), batch_size, planning=planning, seed=seed)
     batches = torch.tensor(list(sampler))
-    # Not the first: a pool's first walks are harder than its last.
+    # A random choice: a pool's first batches are harder than its last.
     chosen = np.random.default_rng(seed).permutation(len(batches))[:N_MEASURED_BATCHES]
     return batches[torch.from_numpy(chosen)]
 
@@ -158,15 +165,17 @@ def own_batches(
 def describe_batches(
     model: Contrastive, task: Task, callback: BatchSamplerCallback | None, seed: int, settings: dict[str, Any]
 ) -> Row:
-    """What the trained model makes of some batches of the arm's own, in training mode unless said otherwise.
+    """Measure some of the arm's own batches with its trained model, in training mode except where said otherwise.
 
-    - ``loss``: NT-Xent, whatever the arm trained with.
-    - ``hardness``: mean similarity of true negatives; ``hardness_clean`` of what the batches were made from: without
-      augmentation, in eval mode. Batch norm brings the two apart.
-    - ``alignment`` of the positive pairs.
-    - ``uniformity`` of the batches; ``uniformity_mixed`` of the same instances in random batches.
-    - ``false_negative_rate``, and ``false_negative_mass``, the share of false negatives in the softmax mass of all
-      negatives: the part of the loss's pushing apart that is aimed at them.
+    - ``loss``: NT-Xent, also for arms that trained with a different loss.
+    - ``hardness``: mean cosine similarity of true negatives.
+    - ``hardness_clean``: the same without augmentation and in eval mode, as the batches were composed. Batch norm makes
+      the two differ.
+    - ``alignment``: of the positive pairs.
+    - ``uniformity``: of the batches; ``uniformity_mixed``: of the same instances in random batches.
+    - ``false_negative_rate``: share of the in-batch pairs that have the same label.
+    - ``false_negative_mass``: the false negatives' share of the softmax over all negatives. The loss spends this share
+      of its repulsion on them.
     """
     size, temperature = settings["batch_size"], settings["temperature"]
     measured: dict[str, list[float]] = defaultdict(list)
@@ -179,7 +188,7 @@ def describe_batches(
             labels = None if task.labels is None else task.labels[batch]
             first, second = model.embed(task.views(batch).flatten(0, 1)).chunk(2)
             other, _ = model.embed(task.views(random_batch).flatten(0, 1)).chunk(2)
-            measured["loss"].append(nt_xent(first, second, temperature=temperature))
+            measured["loss"].append(float(nt_xent(first, second, temperature=temperature)))
             measured["hardness"].append(InBatchSimilarity()(first, labels))
             measured["hardness_clean"].append(InBatchSimilarity()(clean[batch], labels))
             measured["alignment"].append(Alignment()(first, second))
@@ -192,7 +201,7 @@ def describe_batches(
 
 
 def false_negative_mass(first: Tensor, second: Tensor, labels: Tensor, temperature: float) -> float:
-    """The share of false negatives in the softmax mass of all negatives, mean over anchors."""
+    """Return the false negatives' share of the softmax over all negatives, mean over anchors."""
     logits, partner = pair_logits(first, second, temperature)
     logits[torch.arange(len(logits)), partner] = -torch.inf
     twice = labels.repeat(2)
@@ -208,7 +217,7 @@ def run(
     """Train and measure once.
 
     Returns:
-        What was run, then measures: names with a slash.
+        The task, arm, seed and settings, then the measures; the measures' names have a slash.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     task = TASKS[task_name](data_dir, seed, settings)
@@ -223,7 +232,7 @@ def run(
         **logged,
         "seconds/train": trained - loaded,
         "seconds/all": time.perf_counter() - start,
-        "seconds/all_cpu": time.process_time() - cpu_start,  # what others on the machine do not change
+        "seconds/all_cpu": time.process_time() - cpu_start,  # other work on the machine hardly changes it
     }
 
 
@@ -236,50 +245,29 @@ def run_missing(
     results: Path,
     accelerator: str = "cpu",
 ) -> Iterator[Row]:
-    """Run what is not in ``results`` yet and add it there; all arms of a seed come before the next seed."""
+    """Do the runs that ``results`` lacks and add them there; all arms of a seed come before the next seed."""
     quiet()
-    done = {row_key(row) for row in read(results)}
+    done = {row_key(row) for row in csv_files.read(results)}
     for seed in seeds:
         for arm in arms:
             if row_key(identity(task, arm, seed, settings)) not in done:
                 row = run(task, arm, seed, data_dir, settings, accelerator)
-                append(results, row)
+                csv_files.append(results, row)
                 yield row
 
 
 def identity(task: str, arm: str, seed: int, settings: dict[str, Any]) -> Row:
+    """Return the columns that tell runs apart."""
     return {"task": task, "arm": arm, "seed": seed, **settings}
 
 
 def row_key(row: Row) -> frozenset[tuple[str, str]]:
-    """What makes a run the same as another: all that was set, as the file has it."""
-    return frozenset((name, str(value)) for name, value in row.items() if "/" not in name and value != "")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row to a results file, and the columns that it has not yet. One process at a time."""
-    rows = [*read(path), {name: f"{value:.6g}" if "/" in name else value for name, value in row.items()}]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    columns.sort(key=lambda name: "/" in name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".partial")
-    with written.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    written.replace(path)
+    """Return all that was set for a run, as the file holds it; two runs with equal keys are the same."""
+    return frozenset((name, csv_files.text(value)) for name, value in row.items() if "/" not in name and value != "")
 
 
 def quiet() -> None:
-    """Leave out what Lightning says of every Trainer."""
+    """Silence what Lightning says about every Trainer."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

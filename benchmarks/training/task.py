@@ -1,4 +1,4 @@
-"""What a task is: data, a small model, and what is measured of it."""
+"""A task: data, a small model, and an evaluation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,41 +6,41 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-Encode = Callable[[Tensor], Tensor]  # inputs [n, ...] -> features [n, d] of the trained model
+Encode = Callable[[Tensor], Tensor]  # inputs [n, ...] -> the trained model's features [n, d]
 
 
 class Task:
-    """One task with one seed's split of the data.
+    """A task, with the split of the data that a seed chooses.
 
     Args:
-        data_dir: Folder of the data sets.
+        data_dir: Folder of the datasets.
         seed: Chooses the split.
-        settings: :attr:`defaults`, some of them changed.
+        settings: All of :attr:`defaults`, some with changed values.
     """
 
     name: ClassVar[str]
     defaults: ClassVar[dict[str, Any]]  # at least steps, batch_size, temperature, learning_rate
-    main: ClassVar[tuple[str, str]]  # of what `evaluate` gives, what overviews show
-    class_prior: ClassVar[float]  # what the debiased losses take for the chance that a negative is false
+    main: ClassVar[tuple[str, str]]  # the two results of `evaluate` that overviews show
+    class_prior: ClassVar[float]  # the debiased losses' probability that a negative is false
 
     size: int  # instances
-    labels: Tensor | None = None  # int [size], hidden from training
+    labels: Tensor | None = None  # int [size]; training does not see them, but for arms that mask by labels
 
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def views(self, indices: Tensor) -> Tensor:
-        """Two views of some instances to train on: ``[2, b, ...]``."""
+        """Return two views of each instance to train on, ``[2, b, ...]``."""
         raise NotImplementedError
 
     def clean(self, indices: Tensor) -> Tensor:
-        """One view of each to embed: ``[b, ...]``."""
+        """Return one view of each instance to embed, ``[b, ...]``."""
         raise NotImplementedError
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        """Encoder, whose output is evaluated, and projector, whose output the loss compares."""
+        """Return the encoder, whose output is evaluated, and the projector, whose output the loss compares."""
         raise NotImplementedError
 
     def evaluate(self, encode: Encode) -> dict[str, float]:
-        """What the trained encoder is good for: names and values, higher is better."""
+        """Measure the trained encoder; return values by name, of which higher is better."""
         raise NotImplementedError

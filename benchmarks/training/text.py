@@ -1,4 +1,4 @@
-"""Sentences: a bag of hashed words through a small perceptron, trained from scratch."""
+"""Sentences, encoded by a bag of hashed words and a small perceptron, trained from scratch."""
 
 import re
 import zlib
@@ -22,7 +22,7 @@ STS = ("STS12", "STS13", "STS14", "STS15", "STS16", "SICK-R")
 
 
 def tokens(sentences: Sequence[str]) -> Tensor:
-    """Hashed words, int32 ``[n, MAX_WORDS]``, filled up with 0."""
+    """Return hashed words, int32 ``[n, MAX_WORDS]``, padded with 0."""
     rows = np.zeros((len(sentences), MAX_WORDS), dtype=np.int32)
     for row, sentence in zip(rows, sentences, strict=True):
         words = re.findall(r"\w+", sentence.lower())[:MAX_WORDS]
@@ -31,13 +31,13 @@ def tokens(sentences: Sequence[str]) -> Tensor:
 
 
 def read_table(path: Path) -> list[tuple[str, ...]]:
-    """A tab-separated file's columns, without its header; quotes are part of the text."""
+    """Return the columns of a tab-separated file without its header; quotes are part of the text."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return list(zip(*(line.split("\t") for line in lines[1:]), strict=True))
 
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> dict[str, int]:
-    """A number for each sentence, equal for those that pairs join, directly or through others."""
+    """Number the sentences; sentences that pairs join, directly or through others, have the same number."""
     numbers = {sentence: number for number, sentence in enumerate(dict.fromkeys([*first, *second]))}
     ends = [[numbers[sentence] for sentence in side] for side in (first, second)]
     pairs = csr_array((np.ones(len(first)), ends), shape=(len(numbers), len(numbers)))
@@ -47,7 +47,7 @@ def same_meaning(first: Sequence[str], second: Sequence[str]) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def evaluation_data(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor, np.ndarray]], Tensor, Tensor, Tensor]:
-    """STS sets as sentences, sentences and scores; sentences to retrieve, their groups, and distractors."""
+    """Return STS sets (sentences, sentences, scores), sentences to retrieve, their groups, and distractors."""
     sets = {}
     for name in STS:
         _, scores, first, second = read_table(folder / f"{name}.tsv")
@@ -59,12 +59,13 @@ def evaluation_data(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor, np.nd
 
 @lru_cache(maxsize=1)
 def unlabeled(folder: Path) -> list[str]:
+    """Return the distinct unlabeled sentences."""
     lines = (folder / "unlabeled_sentences.txt").read_text(encoding="utf-8").splitlines()
     return [sentence for sentence in dict.fromkeys(lines) if re.search(r"\w", sentence)]
 
 
 class BagOfWords(nn.Module):
-    """Mean of the words' embeddings, then a perceptron with a way around it; with dropout."""
+    """The mean of the words' embeddings, then a perceptron with a shortcut; with dropout."""
 
     def __init__(self, width: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -79,20 +80,22 @@ class BagOfWords(nn.Module):
         )
 
     def forward(self, words: Tensor) -> Tensor:
+        """Return the features of hashed words ``[n, MAX_WORDS]``."""
         n_words = (words > 0).sum(dim=1, keepdim=True).clamp_min(1)
         mean = self.dropout(self.embedding(words)).sum(dim=1) / n_words.sqrt()
         return mean + self.perceptron(mean)
 
 
 class Text(Task):
-    """What both tasks share: the network, STS, and retrieval of paraphrases.
+    """The network, and the two evaluations that the text tasks share.
 
-    The similarity of two sentences is compared with people's scores (Spearman, mean of six sets). Held-out sentences
-    that have paraphrases must find one among all others and all unlabeled sentences (``r1``), or among the others
-    only.
+    ``sts`` is the Spearman correlation between the similarity of two sentences and people's scores, mean of six sets.
+    ``r1`` is the recall at 1 of held-out sentences: each must find a paraphrase among the other held-out sentences and
+    all unlabeled sentences. ``r1_without_distractors`` leaves out the unlabeled sentences.
 
-    Some unlabeled sentences are unknown paraphrases, so the first cannot reach 1: words weighted by TF-IDF reach 0.84
-    and 0.986, this network untrained 0.76 and 0.94. In training they are false negatives that no label shows.
+    Some unlabeled sentences are unknown paraphrases, so ``r1`` cannot reach 1. Words weighted by TF-IDF reach ``r1``
+    0.84 and 0.986 without distractors; this network reaches 0.76 and 0.94 before training. In training, the unknown
+    paraphrases are false negatives that no label shows.
     """
 
     main = ("sts", "r1")
@@ -105,6 +108,7 @@ class Text(Task):
         return BagOfWords(self.width), nn.Identity()
 
     def evaluate(self, encode: Encode) -> dict[str, float]:
+        """Return ``sts``, ``r1`` and ``r1_without_distractors``."""
         sets, sentences, groups, distractors = evaluation_data(self.folder)
         correlations = [spearman(encode(first), encode(second), scores) for first, second, scores in sets.values()]
         features = encode(sentences)
@@ -116,7 +120,7 @@ class Text(Task):
 
 
 class TextSimCSE(Text):
-    """Unsupervised: an instance is a sentence, a positive pair the same sentence under other dropout."""
+    """Unsupervised: an instance is a sentence; its positive pair is the sentence under two dropouts."""
 
     name = "text-simcse"
     defaults: ClassVar[dict[str, Any]] = {
@@ -141,7 +145,7 @@ class TextSimCSE(Text):
 
 
 class TextPairs(Text):
-    """Supervised: a positive pair are two paraphrases. Negatives are false where a sentence is in several pairs."""
+    """Supervised: a positive pair is two paraphrases. A negative is false where a sentence is in several pairs."""
 
     name = "text-pairs"
     defaults: ClassVar[dict[str, Any]] = {
