@@ -1,5 +1,6 @@
 """What `make docs` does beside plain MkDocs: pages from files outside `docs/`, and Sphinx roles in docstrings."""
 
+import posixpath
 import re
 import textwrap
 from pathlib import Path
@@ -8,33 +9,39 @@ from typing import Any
 from griffe import Extension, NameResolutionError, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-PAGES |= {str(path.relative_to(ROOT)): f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")}
+PAGES |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")}
+PAGES = {source: page for source, page in PAGES.items() if (ROOT / source).exists()}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the README, the changelog and the notebooks, with their outputs, as pages."""
     for source, page in PAGES.items():
         path = ROOT / source
-        if not path.exists():
-            continue
-        contents: dict[str, str | bytes] = {}
         if path.suffix == ".ipynb":
-            contents[page], resources = MarkdownExporter().from_filename(str(path))
-            contents |= {f"notebooks/{name}": image for name, image in resources["outputs"].items()}
+            text, resources = MarkdownExporter().from_filename(str(path))
+            for name, image in resources["outputs"].items():
+                files.append(File.generated(config, f"notebooks/{name}", content=image))
         else:
-            contents[page] = re.sub(r"(?<=\]\()[^)#:]+", _link_in_site, path.read_text())
-        for uri, content in contents.items():
-            files.append(File.generated(config, uri, content=content))
+            text = path.read_text()
+        files.append(File.generated(config, page, content=text))
     return files
 
 
-def _link_in_site(link: re.Match[str]) -> str:
-    """Where the site has the file that a page at the repository's root links to."""
-    return PAGES.get(link[0], link[0].removeprefix("docs/"))
+def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
+    """Let links between the repository's files lead to their pages."""
+    uri = page.file.src_uri
+    source = next((source for source, target in PAGES.items() if target == uri), f"docs/{uri}")
+
+    def in_site(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link[0]))
+        return posixpath.relpath(PAGES.get(path, path.removeprefix("docs/")), posixpath.dirname(uri) or ".")
+
+    return re.sub(r"(?<=\]\()[^)#:]+(?=[)#])", in_site, markdown)
 
 
 class SphinxRoles(Extension):
