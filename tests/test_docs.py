@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from parts import Model
 from torch.utils.data import Dataset
+
+from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,14 +51,31 @@ def printed(page):
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
-    code, settings = printed("README.md")
-    exec(settings, {})
+    (code,) = printed("README.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names = {"images": torch.randn(300, 8), "TwoViews": TwoViews, "SimCLR": SimCLR}
     exec(code, names)
     logged = names["trainer"].callback_metrics
     assert names["trainer"].current_epoch == 5
     assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_usage_page():
+    examples = printed("docs/usage.md")
+    data, _, mask, recycle, composer = names = [{} for _ in examples]
+    for code, namespace in zip(examples, names, strict=True):
+        exec(code, namespace)
+    trials = [
+        (mask["training_step"], {"mask_nearest": 5, "composer": RWRComposer(ExactGraph())}),
+        (recycle["training_step"], {"recycle": True, "composer": composer["sorted_by_first_dimension"]}),
+    ]
+    for training_step, options in trials:
+        model = type("Model", (SimCLR,), {"training_step": training_step})()
+        callback = BatchSamplerCallback(**options)
+        trainer = Trainer(max_epochs=2, callbacks=callback, logger=False, enable_checkpointing=False)
+        trainer.fit(model, datamodule=data["Data"](batch_size=32))
+        assert {"batch_sampler/hardness", "batch_sampler/false_negative_rate"} <= trainer.callback_metrics.keys()
 
 
 def test_the_loss_that_is_advised():
