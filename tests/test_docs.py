@@ -1,4 +1,4 @@
-"""The code in README and docs, run as it is printed."""
+"""README and docs: their code runs as it is printed, their links and the tests that they name exist."""
 
 import re
 import sys
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
 class TwoViews(Dataset):
@@ -97,3 +98,33 @@ def test_the_hand_written_loop():
         exec(code, names)
     assert names["epoch"] == 2
     assert torch.isfinite(names["loss"])
+
+
+def without_code(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """The names by which a page's headings are linked to."""
+    headings = re.findall(r"^#+ (.*)", without_code(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link}: no such file"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_the_guarantees_name_tests_that_exist():
+    tests = {path.name: set(re.findall(r"def (test_\w+)", path.read_text())) for path in ROOT.glob("tests/test_*.py")}
+    named = re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", (ROOT / "docs/guarantees.md").read_text())
+    assert len(named) > 20
+    for file, name in named:
+        assert not file or file in tests, file
+        assert not name or name in (tests[file] if file else set().union(*tests.values())), name
