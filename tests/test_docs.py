@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
 
 
 class TwoViews(Dataset):
