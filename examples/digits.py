@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.datasets import load_digits
@@ -43,6 +44,7 @@ EPOCHS = 20
 SEEDS = range(5)
 STEPS = ("encode", "graph", "walk")
 FIGURE = Path("build/digits.png")
+BATCHES = Path("build/batches.png")  # the figure's upper half; docs/batches.png is a copy of it
 NOTES = """\
 Mean ± standard deviation over seeds. With the same seed, both arms have the same initial weights, augmentations and
 test split. The same probe on raw pixels: {raw:.3f}.
@@ -208,7 +210,9 @@ def draw(embeddings: Tensor, images: Tensor, labels: Tensor, composer: RWRCompos
 
         tiles = F.pad(images[batch, 0], (1, 1, 1, 1)).unflatten(0, (8, -1))
         grid.imshow(tiles.transpose(1, 2).flatten(0, 1).flatten(1, 2), cmap="gray_r")
-        grid.set_title(f"{name} batch, sorted by digit")
+        rate, hardness = describe(embeddings, labels, batch)
+        caption = f"false-negative rate {rate:.0%}, hardness {hardness:z.2f}"
+        grid.set_title(f"{name} batch, sorted by digit\n{caption}")
         grid.axis("off")
 
         pairs = torch.triu_indices(BATCH_SIZE, BATCH_SIZE, offset=1)
@@ -222,15 +226,18 @@ def draw(embeddings: Tensor, images: Tensor, labels: Tensor, composer: RWRCompos
             color=["tab:blue", "tab:orange"],
             label=["true negatives (different digits)", "false negatives (same digit)"],
         )
-        rate, hardness = describe(embeddings, labels, batch)
-        histogram.set_title(f"false-negative rate {rate:.0%}, hardness {hardness:z.2f}")
         histogram.set_xticks([-1, -0.5, 0, 0.5, 1])
         histogram.set_xlabel("cosine similarity of a pair in the batch")
         histogram.spines[["top", "right"]].set_visible(False)
     axes[1, 0].set_ylabel("pairs")
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend = figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=120)
+    figure.set_layout_engine("none")  # or it would move the axes as the legend leaves
+    legend.remove()
+    boxes = [grid.get_tightbbox() for grid in axes[0]]
+    upper_half = Bbox.union(boxes).transformed(figure.dpi_scale_trans.inverted())
+    figure.savefig(BATCHES, dpi=120, bbox_inches=upper_half.padded(0.05))
 
 
 def report(results: dict[str, list[list[float]]], seconds: dict[str, list[list[float]]]) -> None:
@@ -279,7 +286,7 @@ def main() -> None:
     report(results, seconds)
     print(NOTES.format(raw=np.mean(raw)))
     draw(embeddings, images, labels, walked)  # embeddings of the last walked model
-    print(f"Figure: {FIGURE}")
+    print(f"Figures: {FIGURE}, {BATCHES}")
 
 
 if __name__ == "__main__":

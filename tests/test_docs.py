@@ -1,4 +1,4 @@
-"""The code in README and docs, run as it is printed."""
+"""README and docs: their code runs as it is printed, their links and the tests that they name exist."""
 
 import re
 import sys
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from parts import Model
 from torch.utils.data import Dataset
 
+from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
 
 
 class TwoViews(Dataset):
@@ -49,14 +52,31 @@ def printed(page):
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
-    code, settings = printed("README.md")
-    exec(settings, {})
+    (code,) = printed("README.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names = {"images": torch.randn(300, 8), "TwoViews": TwoViews, "SimCLR": SimCLR}
     exec(code, names)
     logged = names["trainer"].callback_metrics
     assert names["trainer"].current_epoch == 5
     assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_usage_page():
+    examples = printed("docs/usage.md")
+    data, _, mask, recycle, composer = names = [{} for _ in examples]
+    for code, namespace in zip(examples, names, strict=True):
+        exec(code, namespace)
+    trials = [
+        (mask["training_step"], {"mask_nearest": 5, "composer": RWRComposer(ExactGraph())}),
+        (recycle["training_step"], {"recycle": True, "composer": composer["sorted_by_first_dimension"]}),
+    ]
+    for training_step, options in trials:
+        model = type("Model", (SimCLR,), {"training_step": training_step})()
+        callback = BatchSamplerCallback(**options)
+        trainer = Trainer(max_epochs=2, callbacks=callback, logger=False, enable_checkpointing=False)
+        trainer.fit(model, datamodule=data["Data"](batch_size=32))
+        assert {"batch_sampler/hardness", "batch_sampler/false_negative_rate"} <= trainer.callback_metrics.keys()
 
 
 def test_the_loss_that_is_advised():
@@ -78,3 +98,33 @@ def test_the_hand_written_loop():
         exec(code, names)
     assert names["epoch"] == 2
     assert torch.isfinite(names["loss"])
+
+
+def without_code(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """The names by which a page's headings are linked to."""
+    headings = re.findall(r"^#+ (.*)", without_code(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link}: no such file"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_the_guarantees_name_tests_that_exist():
+    tests = {path.name: set(re.findall(r"def (test_\w+)", path.read_text())) for path in ROOT.glob("tests/test_*.py")}
+    named = re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", (ROOT / "docs/guarantees.md").read_text())
+    assert len(named) > 20
+    for file, name in named:
+        assert not file or file in tests, file
+        assert not name or name in (tests[file] if file else set().union(*tests.values())), name
