@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := build/lowest
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs dist clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -25,10 +26,26 @@ docs: $(INSTALLED)
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: test
+test-all: test docs
 	$(BIN)/pytest -m slow
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
 	$(BIN)/python examples/digits.py
 
+# Build the sdist and the wheel and check their metadata. Install the wheel into a clean environment, with the lowest
+# versions that setup.cfg allows. Run the fast tests there, from the unpacked sdist, so that nothing is read from src/.
+# Takes about ten minutes. Use Python 3.11: some lowest versions have no wheels for a later Python.
+dist: $(INSTALLED)
+	rm -rf dist $(LOWEST)
+	$(BIN)/pyproject-build
+	$(BIN)/twine check --strict dist/*
+	test -e dist/bs_lightning-$$(sed -n 's/^version: //p' CITATION.cff).tar.gz # CITATION.cff has this version
+	$(PYTHON) -m venv $(LOWEST)
+	$(BIN)/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt "$$(echo dist/*.whl)[test]"
+	diff -r --exclude __pycache__ src/bs_lightning $(LOWEST)/lib/python3*/site-packages/bs_lightning
+	mkdir $(LOWEST)/sdist
+	tar -xzf dist/*.tar.gz -C $(LOWEST)/sdist --strip-components 1
+	cd $(LOWEST)/sdist && ../bin/pytest -m "not slow" --pyargs bs_lightning ./tests
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist
