@@ -5,11 +5,12 @@ Everything about batches is varied here. A composer is a subclass of :class:`Com
 batch_size]``, and uses each position once.
 """
 
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -33,6 +34,10 @@ class ComposeFunction(Protocol):
 
 class Composer(ABC):
     """Base class of composers: override :meth:`__call__`, and of the rest what differs.
+
+    A composer that needs more than embeddings asks by name. If its ``__call__`` has a keyword argument ``indices``,
+    the callback passes the pool's dataset indices, int64 ``[P]``. If it has ``labels``, the callback passes the pool's
+    labels, an int64 tensor ``[P]``, or ``None`` where there are none. The same holds for plain functions.
 
     Attributes:
         replacement: Whether different batches may share instances. A single batch never repeats one.
@@ -79,14 +84,22 @@ class Composer(ABC):
         """
 
 
-class _Function(Composer):
-    """A plain function as a composer."""
+class FunctionComposer(Composer):
+    """A plain function as a composer.
+
+    Args:
+        function: ``(embeddings, batch_size, *, seed, epoch)`` -> positions in the pool, and perhaps with ``indices`` or
+            ``labels``.
+    """
 
     def __init__(self, function: ComposeFunction) -> None:
         self.function = function
 
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
-        return self.function(embeddings, batch_size, seed=seed, epoch=epoch)
+    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int, **more: Any) -> Batches:
+        return self.function(embeddings, batch_size, seed=seed, epoch=epoch, **more)
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__qualname__", type(self.function).__qualname__)
 
 
 def as_composer(composer: Composer | ComposeFunction) -> Composer:
@@ -96,7 +109,13 @@ def as_composer(composer: Composer | ComposeFunction) -> Composer:
         TypeError: If ``composer`` is not callable, or is a class instead of an object.
     """
     check_instance_callable("composer", composer, "RWRComposer()")
-    return composer if isinstance(composer, Composer) else _Function(composer)
+    return composer if isinstance(composer, Composer) else FunctionComposer(composer)
+
+
+def asked_for(composer: Composer) -> set[str]:
+    """Which of ``indices`` and ``labels`` a composer has a keyword argument for."""
+    called = composer.function if isinstance(composer, FunctionComposer) else composer
+    return {"indices", "labels"} & inspect.signature(called).parameters.keys()
 
 
 class RWRComposer(Composer):

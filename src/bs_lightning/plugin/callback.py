@@ -1,5 +1,6 @@
 """The callback: Lightning's side of the model, which decides when and how pools are planned."""
 
+import re
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.planner import TrainerPlanner
+from bs_lightning.plugin.processes import check_equal
 from bs_lightning.plugin.sources import Embed, EmbeddingSource, EncodedEmbeddings, RecycledEmbeddings
 
 
@@ -229,11 +231,26 @@ class BatchSamplerCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._planner is not None
-        if trainer.datamodule.train_sampler is None:
+        sampler = trainer.datamodule.train_sampler
+        if sampler is None:
             raise TypeError(
                 f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
                 "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
             )
+        check_equal(
+            trainer,
+            n_instances=sampler.layout.n_instances,
+            batch_size=sampler.layout.batch_size,
+            drop_last=sampler.layout.drop_last,
+            seed=sampler.seed,
+            warmup_epochs=self.warmup_epochs,
+            pool_size=self.pool_size,
+            refresh_every=self.refresh_every,
+            recycle=self.recycle,
+            mask_nearest=self.mask_nearest,
+            per_rank=self.per_rank,
+            composer=re.sub(r" at 0x\w+", "", repr(self.composer)),
+        )
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
         if last <= self.warmup_epochs and not trainer.fast_dev_run:
             rank_zero_warn(
@@ -241,11 +258,13 @@ class BatchSamplerCallback(Callback):
                 f"warmup_epochs={self.warmup_epochs}."
             )
         elif trainer.current_epoch < self.warmup_epochs:
-            self._planner.rehearse()
-        self._start_epoch()  # resumed in mid-epoch, there is no `on_train_epoch_start`
+            layout = sampler.layout
+            whole = layout.n_full * layout.global_batch_size
+            self._planner.rehearse(whole if self.refresh_every is not None else self.resolve_pool_size(layout))
+        self._start_epoch(trainer)  # resumed in mid-epoch, there is no `on_train_epoch_start`
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_epoch()
+        self._start_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # A pool is planned between two batches, where Lightning allows no logging.
@@ -282,9 +301,9 @@ class BatchSamplerCallback(Callback):
         if self._planner is not None:
             self._planner.source.load_state_dict(state_dict)
 
-    def _start_epoch(self) -> None:
+    def _start_epoch(self, trainer: Trainer) -> None:
         assert self._planner is not None
-        self._planner.start_epoch()
+        self._planner.start_epoch(composed=self.should_plan(trainer))
         self._epoch_start = time.perf_counter()
 
     def _close(self) -> None:

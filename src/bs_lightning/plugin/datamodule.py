@@ -1,6 +1,6 @@
 """The DataModule: Lightning's side of the data, which serves the plan."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -55,6 +55,8 @@ class BatchSamplerDataModule(LightningDataModule):
             serves it as a smaller, uniform batch at the epoch's end.
         seed: The same seed gives the same permutations and walks. ``None`` takes the global seed that
             ``seed_everything`` set, rank 0's on all ranks.
+        pool_collate_fn: The ``collate_fn`` for batches of :meth:`pool_dataset`, where items of one view cannot be
+            collated as the training items are. ``None`` takes ``collate_fn``.
         **dataloader_kwargs: For training and pool loader alike, those of :class:`torch.utils.data.DataLoader` that do
             not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers`` and so on.
 
@@ -73,13 +75,20 @@ class BatchSamplerDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, batch_size: int, *, drop_last: bool = True, seed: int | None = None, **dataloader_kwargs: Any
+        self,
+        batch_size: int,
+        *,
+        drop_last: bool = True,
+        seed: int | None = None,
+        pool_collate_fn: Callable[[list[Any]], Any] | None = None,
+        **dataloader_kwargs: Any,
     ) -> None:
         super().__init__()
         check_dataloader_kwargs(dataloader_kwargs)
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = None if seed is None else check_seed(seed)
+        self.pool_collate_fn = pool_collate_fn
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
         self._checkpoint: tuple[Any, SamplerState] | None = None
@@ -125,11 +134,20 @@ class BatchSamplerDataModule(LightningDataModule):
         return self.train_dataset() if self._train_dataset is None else self._train_dataset
 
     def train_labels(self) -> Tensor | Sequence[int] | None:
-        """Labels, integers of shape ``[N]``, for the false-negative metric alone; ``dataset.targets`` by default.
+        """Labels, integers of shape ``[N]``, for the false-negative rate and for composers that ask for them.
 
-        ``None`` where there are none: the metric is not logged then. Labels that mean "unknown" count as a class.
+        By default they are the dataset's ``targets``, or its ``y`` (as in ``torch_geometric``) if that holds an integer
+        for each instance. Where there are none, return ``None``: the false-negative rate is not logged then. Labels
+        that mean "unknown" count as a class.
         """
-        return getattr(self._train_dataset, "targets", None)
+        dataset = self._train_dataset
+        labels = getattr(dataset, "targets", None)
+        if labels is None:
+            y = getattr(dataset, "y", None)
+            per_instance = isinstance(y, Tensor) and not y.is_floating_point() and y.ndim == 1
+            if per_instance and len(y) == len(dataset):  # type: ignore[arg-type]
+                labels = y
+        return labels
 
     def train_dataloader(self) -> PoolLoader:
         """The loader that serves the plan. Not to be overridden.

@@ -9,12 +9,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from bs_lightning._types import Indices
-from bs_lightning.compose import Composer
+from bs_lightning.compose import Composer, asked_for
 from bs_lightning.isolation import isolated_rng
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
-from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches
+from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
 from bs_lightning.plugin.sources import EmbeddingSource, check_length
@@ -58,13 +58,17 @@ class TrainerPlanner:
         self._composer = composer
         self._per_rank = per_rank
         self._mask_nearest = mask_nearest
+        self._layout: BatchLayout
         self._batch_size = 0
         self._labels: Tensor | None = None
+        self._asked = asked_for(composer)
+        self._uniform_log: dict[str, float] = {}
         self._log: dict[str, float] = {}
         self._n_batches = 0
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Look at the data before training starts, and take what planning needs of it."""
+        self._layout = layout
         self._batch_size = layout.batch_size if self._per_rank else layout.global_batch_size
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
@@ -73,14 +77,42 @@ class TrainerPlanner:
         if labels is not None:
             check_length("train_labels()", labels, layout)
 
-    def rehearse(self) -> None:
-        """Embed two instances per process, so that what cannot work fails now and not after the warm-up."""
-        self.source.read(np.arange(2 * self.trainer.world_size))
+    def rehearse(self, pool_size: int) -> None:
+        """Try every step before the warm-up, so that what cannot work fails now and not after it.
+
+        Two uniform batches are embedded, and described for the log of the warm-up epochs. Then random embeddings are
+        composed, as many as a pool has, but about 2560 at most.
+
+        Args:
+            pool_size: Instances in a pool.
+        """
+        trainer, layout = self.trainer, self._layout
+        n_instances = min(2, layout.n_full) * layout.global_batch_size
+        indices = permutation(layout.n_instances, seed=0, epoch=0)[:n_instances].astype(np.int64)
+        embeddings = self.source.read(indices)
+        with failing_together(trainer):
+            if self._per_rank:
+                indices, pool_size = own_share(trainer, indices), pool_size // trainer.world_size
+            if self._per_rank or trainer.is_global_zero:
+                size = max(min(pool_size, 2560) // self._batch_size, 1) * self._batch_size
+                random = torch.randn(size, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+                self._compose(random.to(embeddings.device), np.arange(size), seed=0, epoch=0)
+                if embeddings.any():
+                    uniform = np.arange(len(indices)).reshape(-1, self._batch_size)
+                    self._uniform_log = self._describe(embeddings, indices, uniform)
+        if not self._per_rank:
+            self._uniform_log = trainer.strategy.broadcast(self._uniform_log)
         self.source.end_epoch()
 
-    def start_epoch(self) -> None:
-        """Forget what was noted of the last epoch."""
-        self._log = {}
+    def start_epoch(self, *, composed: bool) -> None:
+        """Forget what was noted of the last epoch.
+
+        Args:
+            composed: Whether the epoch that begins is composed. The log of a uniform epoch is of the batches that
+                :meth:`rehearse` has embedded.
+        """
+        self._log = {} if composed else dict(self._uniform_log)
+        self._n_batches = 2
         self.seconds = {}
 
     def take_log(self) -> tuple[dict[str, float], int]:
@@ -134,9 +166,11 @@ class TrainerPlanner:
     def _compose(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose batches in this process alone."""
         composer = self._composer
+        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
+        more = {name: value for name, value in (("indices", indices), ("labels", labels)) if name in self._asked}
         start = time.perf_counter()
         with isolated_rng():
-            returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch)
+            returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
         pairs = NO_PAIRS

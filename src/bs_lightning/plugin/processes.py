@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,27 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
     values: list[_T | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def check_equal(trainer: Trainer, **values: Any) -> None:
+    """Refuse to go on where the processes differ. Each process must call it.
+
+    Args:
+        trainer: The Trainer.
+        **values: What must be equal in all processes, by name.
+
+    Raises:
+        ValueError: In all processes, naming what differs and each process's value.
+    """
+    everywhere = gather(trainer, values)
+    for name in values:
+        seen = [each[name] for each in everywhere]
+        if any(value != seen[0] for value in seen):
+            listed = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(seen))
+            raise ValueError(
+                f"All processes must have the same {name}, got {listed}. Give every process the whole dataset and the "
+                "same settings: each serves its own slice of every batch."
+            )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
-from bs_lightning.plugin.processes import failing_together, own_share
+from bs_lightning.plugin.processes import check_equal, failing_together, own_share
 
 Embed = Callable[[LightningModule, Any], Tensor]
 
@@ -97,6 +97,7 @@ class EncodedEmbeddings:
         self._per_rank = per_rank
         self._dataset: Dataset[Any] | None = None
         self._fetch: BatchFetcher | None = None
+        self._width: int | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         dataset = data.pool_dataset()
@@ -108,6 +109,9 @@ class EncodedEmbeddings:
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
             embeddings = self._encode(own_share(self._trainer, indices))
+        if self._width is None:
+            check_equal(self._trainer, width_of_embeddings=embeddings.shape[1])
+            self._width = embeddings.shape[1]
         if self._per_rank:
             return embeddings
         return self._trainer.strategy.all_gather(embeddings).flatten(0, -2)
@@ -136,6 +140,8 @@ class EncodedEmbeddings:
         if self._fetch is None:
             assert self._dataset is not None
             kwargs = {"pin_memory": module.device.type == "cuda"} | data.dataloader_kwargs
+            if data.pool_collate_fn is not None:
+                kwargs["collate_fn"] = data.pool_collate_fn
             kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global one
             self._fetch = BatchFetcher(self._dataset, **kwargs)
         size = min(self._batch_size or 4 * data.batch_size, len(indices))
@@ -149,10 +155,7 @@ class EncodedEmbeddings:
                 with trainer.precision_plugin.forward_context():
                     return self._embed(batch)
             except Exception as error:
-                error.add_note(
-                    f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}. Give the "
-                    "module a method embed(batch) that takes what pool_dataset() gives."
-                )
+                error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset))
                 raise
 
         with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
@@ -179,6 +182,7 @@ class RecycledEmbeddings:
         self._per_rank = per_rank
         self._bank: EmbeddingBank | None = None
         self._restored: dict[str, Any] | None = None
+        self._width: int | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         composes = self._per_rank or self._trainer.is_global_zero
@@ -209,6 +213,9 @@ class RecycledEmbeddings:
         if len(batch) % trainer.world_size:
             return  # the epoch's last, smaller batch, of which processes have unequal parts
         if trainer.world_size > 1:
+            if self._width is None:
+                check_equal(trainer, width_of_embeddings=embeddings.shape[1])
+                self._width = embeddings.shape[1]
             embeddings = trainer.strategy.all_gather(embeddings.detach()).flatten(0, 1)
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
@@ -243,6 +250,18 @@ def check_length(name: str, values: Any, layout: BatchLayout) -> None:
         raise ValueError(
             f"{name} must have the length and order of train_dataset(), {layout.n_instances}, got length {len(values)}."
         )
+
+
+def _advice(batch: Any, is_training_data: bool) -> str:
+    """What to do where embedding a batch has failed, the likeliest first."""
+    what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
+    if is_training_data and isinstance(batch, (list, tuple)):
+        return (
+            f"{what} Your DataModule does not override pool_dataset(), so this is a training batch of {len(batch)} "
+            "parts. If the first part is the input, define `def embed(self, batch): return self(batch[0])` in your "
+            "module. Else override pool_dataset() to return one clean view of each instance."
+        )
+    return f"{what} Give the module a method embed(batch) that takes what pool_dataset() gives."
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
