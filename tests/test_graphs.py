@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, graphs
+from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, graphs
 
 # pynndescent compiles once per process: nothing outside of this module may build an NNDescentGraph.
 
@@ -134,7 +134,7 @@ def test_refuses_less_than_one_neighbor(graph, n_neighbors):
 
 @pytest.mark.parametrize("rows_per_block", [1, 7, 60, 1000])
 def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
-    monkeypatch.setattr(graphs, "_BLOCK_ENTRIES", rows_per_block * 60 + 3)
+    monkeypatch.setattr(_embeddings, "BLOCK_ENTRIES", rows_per_block * 60 + 3)
     embeddings = gaussian(60)
     assert np.array_equal(ExactGraph(7)(embeddings), naive(embeddings, 7))
 
@@ -149,7 +149,7 @@ def test_exact_never_holds_all_pairs(monkeypatch):
                 self.entries = max(self.entries, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return result
 
-    monkeypatch.setattr(graphs, "_BLOCK_ENTRIES", 5000)
+    monkeypatch.setattr(_embeddings, "BLOCK_ENTRIES", 5000)
     with Largest() as largest:
         ExactGraph(3)(gaussian(500))
     assert 0 < largest.entries <= 5000

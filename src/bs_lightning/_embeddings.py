@@ -1,9 +1,17 @@
-"""Checks and scaling of embeddings that several modules share."""
+"""Checks, scaling and similarities of embeddings that several modules share."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
+
+BLOCK_ENTRIES = 2**24
+"""Similarities that :func:`similarity_blocks` holds at a time: 64 MB of float32."""
+
+BELOW_ANY_COSINE = -2.0
+"""Stands in for the similarity to an all-zero row, so that such a row is chosen last."""
 
 
 def check_embeddings(embeddings: Tensor) -> None:
@@ -14,9 +22,15 @@ def check_embeddings(embeddings: Tensor) -> None:
     """
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(f"embeddings must have shape [P, d] with P >= 2, got {list(embeddings.shape)}.")
-    finite = torch.isfinite(embeddings.float()).all(dim=1)
-    if not finite.all():
-        raise ValueError(f"embeddings must be finite, but row {int((~finite).nonzero()[0])} is not.")
+    row = first_not_finite(embeddings.float())
+    if row is not None:
+        raise ValueError(f"embeddings must be finite, but row {row} is not.")
+
+
+def first_not_finite(rows: Tensor) -> int | None:
+    """Return the number of the first row that holds a NaN or an infinity, or ``None`` if there is none."""
+    finite = torch.isfinite(rows).all(dim=1)
+    return None if finite.all() else int((~finite).nonzero()[0])
 
 
 def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
@@ -50,3 +64,17 @@ def unit_rows_(rows: Tensor) -> Tensor:
     rows.ldexp_(-exponent)
     rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return rows
+
+
+def similarity_blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the cosine similarities of all rows to all rows, a block of rows at a time.
+
+    Args:
+        unit: Rows of length 1, float32 ``[P, d]``.
+
+    Yields:
+        The block's first row, and its similarities: a new tensor of shape ``[rows in the block, P]``.
+    """
+    rows_per_block = max(1, BLOCK_ENTRIES // len(unit))
+    for start in range(0, len(unit), rows_per_block):
+        yield start, unit[start : start + rows_per_block] @ unit.T

@@ -14,10 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows
+from bs_lightning._embeddings import (
+    BELOW_ANY_COSINE,
+    check_embeddings,
+    check_whole_batches,
+    similarity_blocks,
+    unit_rows,
+)
 from bs_lightning._types import Batches
 from bs_lightning.compose import Graph
-from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
+from bs_lightning.graphs import ExactGraph
 
 
 def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -85,7 +91,7 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
         while taken[order[position]]:
             position += 1
         root = order[position]
-        similarity = (unit @ unit[root]).masked_fill_(isolated, -2.0).masked_fill_(used, -torch.inf)
+        similarity = (unit @ unit[root]).masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
         similarity[root] = torch.inf
         nearest = similarity.topk(batch_size).indices
         used[nearest] = True
@@ -155,10 +161,9 @@ class GCBSComposer:
             )
         unit = unit_rows(embeddings)
         threshold = self._threshold(unit, seed)
-        rows_per_block = max(1, _BLOCK_ENTRIES // size)
         pieces = []
-        for start in range(0, size, rows_per_block):
-            kept = (unit[start : start + rows_per_block] @ unit.T > threshold).nonzero().int().cpu().numpy()
+        for start, similarity in similarity_blocks(unit):
+            kept = (similarity > threshold).nonzero().int().cpu().numpy()
             pieces.append(kept + np.array([start, 0], dtype=np.int32))
         rows, columns = np.concatenate(pieces).T
         graph = csr_array((np.ones(len(rows), dtype=np.bool_), (rows, columns)), shape=(size, size))

@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
-from bs_lightning._embeddings import check_embeddings, unit_rows, unit_rows_
+from bs_lightning._embeddings import (
+    BELOW_ANY_COSINE,
+    check_embeddings,
+    similarity_blocks,
+    unit_rows,
+    unit_rows_,
+)
 from bs_lightning._types import Neighbors
 
 _log = logging.getLogger(__name__)
-_BLOCK_ENTRIES = 2**24  # similarities that `ExactGraph` holds at a time: 64 MB of float32
-_CHUNK_ENTRIES = 2**22  # the same for `RandomCandidateGraph`
+_CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
 # Runs of distances in `RandomCandidateGraph`. More let two steps of a walk reach further, as sums of two distances
 # cover more, and take longer; `benchmarks/composers.py paper` measures both.
 _N_RUNS = 64
@@ -140,15 +145,11 @@ class ExactGraph:
         size = len(unit)
         k = min(self.n_neighbors, size - 1)
         isolated = ~unit.any(dim=1)
-        rows_per_block = max(1, _BLOCK_ENTRIES // size)
         found = torch.empty((size, k), dtype=torch.int32, device=unit.device)
-        for start in range(0, size, rows_per_block):
-            block = unit[start : start + rows_per_block]
-            similarity = block @ unit.T
-            rows = torch.arange(len(block), device=unit.device)
-            similarity[rows, start + rows] = -torch.inf
-            similarity[:, isolated] = -2.0  # below any cosine: chosen only where there is nobody else
-            found[start : start + len(block)] = similarity.topk(k, dim=1).indices.int()
+        for start, similarity in similarity_blocks(unit):
+            similarity[:, isolated] = BELOW_ANY_COSINE
+            similarity.diagonal(start).fill_(-torch.inf)  # no instance is its own neighbour
+            found[start : start + len(similarity)] = similarity.topk(k, dim=1).indices.int()
         return _real_neighbors(found.cpu().numpy(), k, isolated.cpu().numpy(), seed)
 
 
@@ -236,7 +237,7 @@ class RandomCandidateGraph:
             rows = torch.arange(first, min(first + chunk, size), device=device)
             if isolated.any():
                 candidates = (rows[:, None] + ahead) % size
-                similarity[: len(rows)].masked_fill_(isolated[candidates], -2.0)  # below any cosine
+                similarity[: len(rows)].masked_fill_(isolated[candidates], BELOW_ANY_COSINE)
             nearest = ahead[similarity[: len(rows)].topk(self.n_neighbors, dim=1).indices]
             found[order[rows]] = order[(rows[:, None] + nearest) % size].int()
 
