@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, graphs
+from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, _nndescent, graphs
 
 # pynndescent compiles once per process: nothing outside of this module may build an NNDescentGraph.
 
@@ -249,7 +249,7 @@ def test_nndescent_finds_most_of_the_nearest(size):
 
 def test_nndescent_fills_up_what_was_not_found(monkeypatch):
     found = np.int32([[0, 1, -1], [-1, -1, -1], [2, 0, 1], [1, 3, -1]])
-    monkeypatch.setattr(NNDescentGraph, "_descend", staticmethod(lambda *_: found))
+    monkeypatch.setattr(graphs, "descend", lambda *_: found)
     neighbors = NNDescentGraph(2)(gaussian(4))
     assert_real(neighbors, 4, 2)
     assert (neighbors[0, 0], neighbors[3, 0], *neighbors[2]) == (1, 1, 0, 1)
@@ -267,6 +267,7 @@ def test_nndescent_leaves_random_states_and_threads_alone():
         numpy_state = np.random.get_state()
         return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
 
+    NNDescentGraph()(gaussian(100))  # starts numba's threads
     numba.set_num_threads(1)
     before = states()
     NNDescentGraph()(gaussian(100))
@@ -278,7 +279,7 @@ def test_nndescent_leaves_random_states_and_threads_alone():
 
 
 def test_nndescent_announces_its_compile_once(monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "_pynndescent_compiled", False)
+    monkeypatch.setattr(_nndescent, "_compiled", False)
     monkeypatch.setattr(logging.getLogger("bs_lightning"), "propagate", True)  # for caplog
     NNDescentGraph()(gaussian(50))
     NNDescentGraph()(gaussian(50))

@@ -4,8 +4,6 @@ A graph is any callable ``(embeddings, *, seed=0) -> int32 [P, K]`` that returns
 itself, never a placeholder.
 """
 
-import logging
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,23 +19,27 @@ from bs_lightning._embeddings import (
     unit_rows,
     unit_rows_,
 )
+from bs_lightning._nndescent import descend
 from bs_lightning._types import Neighbors
 
-_log = logging.getLogger(__name__)
 _CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
 # Runs of distances in `RandomCandidateGraph`. More let two steps of a walk reach further, as sums of two distances
 # cover more, and take longer; `benchmarks/composers.py paper` measures both.
 _N_RUNS = 64
 _RUN_BLOCK = 32  # rows of one product in it
-_pynndescent_compiled = False
 
 
 @dataclass(frozen=True)
 class NNDescentGraph:
     """Approximate nearest neighbours by cosine similarity, found by nearest neighbour descent.
 
-    The first graph built in a process makes pynndescent compile its kernels, which takes about half a minute; one
+    The first graph built in a process makes pynndescent compile its kernels, which takes about half a minute. One
     line says so when it happens. For pools up to some thousands :class:`ExactGraph` is as fast and needs no compile.
+
+    pynndescent runs on the threads of numba, which numba starts once per process. The first graph starts them on the
+    layer that numba calls ``forksafe``, so that data-loading workers may be forked after it. That layer, unless you
+    install ``tbb``, aborts a process in which two threads run parallel numba code at the same time. Graphs wait for
+    each other. If your own threads run such code, set ``NUMBA_THREADING_LAYER=omp``: what you choose is respected.
 
     The same seed gives the same graph on the same number of threads.
 
@@ -80,22 +82,8 @@ class NNDescentGraph:
         check_embeddings(embeddings)
         unit = unit_rows(embeddings.cpu())
         k = min(self.n_neighbors, len(unit) - 1)
-        found = self._descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
+        found = descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
         return _real_neighbors(found, k, ~unit.any(dim=1).numpy(), seed)
-
-    @staticmethod
-    def _descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
-        global _pynndescent_compiled
-        if not _pynndescent_compiled:
-            _log.info("NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process.")
-        from pynndescent import NNDescent
-
-        with warnings.catch_warnings():
-            # "Failed to correctly find n_neighbors for some samples": those rows are filled up below.
-            warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
-            index = NNDescent(data, metric="cosine", n_neighbors=n_neighbors, random_state=seed % 2**32)
-        _pynndescent_compiled = True
-        return index.neighbor_graph[0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
-"""Isolation: run code on a module and leave no trace of it in training."""
+"""Isolation: run code and leave no trace of it in training."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
@@ -83,3 +86,52 @@ def isolated_rng() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def isolated_threads() -> Iterator[None]:
+    """Restore the numbers of threads and the choice of numba's threading layer, whatever happens inside.
+
+    Covers the threads of torch, of numba, and of each OpenMP and BLAS library that is loaded on entry. Numba's choice
+    is ``numba.config.THREADING_LAYER``; threads that numba has started stay on their layer, as numba cannot stop them.
+    Numbers that have not changed are not set.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.isolation import isolated_threads
+        >>> before = torch.get_num_threads()
+        >>> with isolated_threads():
+        ...     torch.set_num_threads(before + 1)
+        >>> torch.get_num_threads() == before
+        True
+    """
+    import numba  # slow to import: not before the first graph or walk
+
+    config: Any = numba.config
+    torch_threads = torch.get_num_threads()
+    numba_layer = config.THREADING_LAYER
+    # Numba starts with all of its threads. To ask for their number would start them.
+    numba_threads = config.NUMBA_NUM_THREADS if numba_threading_layer() is None else numba.get_num_threads()
+    libraries = [(library, library.num_threads) for library in ThreadpoolController().lib_controllers]
+    try:
+        yield
+    finally:
+        for library, n_threads in libraries:
+            if library.num_threads != n_threads:
+                library.set_num_threads(n_threads)
+        if torch.get_num_threads() != torch_threads:
+            torch.set_num_threads(torch_threads)
+        if numba_threading_layer() is not None and numba.get_num_threads() != numba_threads:
+            numba.set_num_threads(numba_threads)
+        config.THREADING_LAYER = numba_layer
+
+
+def numba_threading_layer() -> str | None:
+    """Return the threading layer on which numba has started its threads, or ``None`` if it has started none."""
+    numba = sys.modules.get("numba")
+    if numba is None:
+        return None
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return None
