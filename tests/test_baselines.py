@@ -48,6 +48,21 @@ def test_takes_each_instance_once(name, n_batches, batch_size, seed, kind):
     assert np.array_equal(batches, composer(embeddings, batch_size, seed=seed, epoch=0))
 
 
+@every
+def test_takes_arrays(name):
+    embeddings = clusters()
+    expected = COMPOSERS[name](embeddings, 32, seed=0, epoch=0)
+    assert np.array_equal(COMPOSERS[name](embeddings.numpy(), 32, seed=0, epoch=0), expected)
+
+
+@hard
+def test_refuses_what_is_not_embeddings(name):
+    with pytest.raises(TypeError, match="embeddings must be a dense tensor or a NumPy array of floats, got a list"):
+        COMPOSERS[name](clusters().tolist(), 32, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"embeddings must have shape \[P, d\] with P >= 2 and d >= 1, got \[64, 0\]"):
+        COMPOSERS[name](torch.ones(64, 0), 32, seed=0, epoch=0)
+
+
 @hard
 def test_is_harder_than_uniform_batches(name):
     embeddings = clusters()

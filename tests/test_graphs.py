@@ -1,5 +1,6 @@
 import logging
 import random
+import re
 
 import numba
 import numpy as np
@@ -116,10 +117,53 @@ def test_refuses_what_is_not_finite(graph, bad):
 
 
 @every
-@pytest.mark.parametrize("shape", [(10,), (1, 8), (0, 8), (4, 3, 2)])
+@pytest.mark.parametrize("shape", [(), (10,), (1, 8), (0, 8), (4, 0), (50, 0), (4, 3, 2)])
 def test_refuses_other_shapes(graph, shape):
-    with pytest.raises(ValueError, match=r"embeddings must have shape \[P, d\] with P >= 2, got"):
+    with pytest.raises(ValueError, match=rf"embeddings must have shape \[P, d\] .*, got {re.escape(str(list(shape)))}"):
         graph()(torch.ones(shape))
+
+
+@every
+def test_takes_arrays_of_every_float_and_layout(graph):
+    embeddings = clusters(200).double().numpy()
+    read_only = embeddings.copy()
+    read_only.flags.writeable = False
+    expected = graph(5)(torch.from_numpy(embeddings))
+    for array in (
+        embeddings,
+        read_only,
+        embeddings[::-1].copy()[::-1],
+        embeddings.astype(">f4"),
+        embeddings.T.copy().T,
+    ):
+        assert np.array_equal(graph(5)(array), expected)
+
+
+@every
+@pytest.mark.parametrize(
+    ("embeddings", "kind"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], "a list"),
+        (None, "a NoneType"),
+        (np.ones((4, 2), dtype=int), "an array of dtype int64"),
+        (np.ones((4, 2), dtype=complex), "an array of dtype complex128"),
+        (torch.ones(4, 2, dtype=torch.int64), "a tensor of dtype torch.int64"),
+        (torch.ones(4, 2, dtype=torch.bool), "a tensor of dtype torch.bool"),
+        (torch.ones(4, 2, dtype=torch.complex64), "a tensor of dtype torch.complex64"),
+        (torch.eye(4).to_sparse(), "a tensor of dtype torch.float32 and layout torch.sparse_coo"),
+    ],
+)
+def test_refuses_what_is_not_dense_floats(graph, embeddings, kind):
+    with pytest.raises(TypeError, match=f"embeddings must be a dense tensor or a NumPy array of floats, got {kind}"):
+        graph(1)(embeddings)
+
+
+@pytest.mark.filterwarnings("error")
+def test_refuses_arrays_that_overflow_float32():
+    array = np.ones((10, 2))
+    array[3, 1] = 1e300
+    with pytest.raises(ValueError, match="embeddings must be finite, but row 3 is not"):
+        ExactGraph(2)(array)
 
 
 @every

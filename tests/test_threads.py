@@ -119,10 +119,9 @@ def forked():
     queue = context.Queue()
     process = context.Process(target=build_and_double, args=(queue,))
     process.start()
-    result = queue.get(timeout=120)
-    process.join()
+    process.join(timeout=120)
     assert process.exitcode == 0
-    return result
+    return queue.get(timeout=1)
 
 
 def process_state():
