@@ -34,7 +34,7 @@ from scipy.sparse import csr_matrix
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, RWRComposer, rwr_batches
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 
 SIZES = [10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_280_000]
 RESULTS = Path(__file__).parent / "results" / "composers"
@@ -180,7 +180,7 @@ def memory(field):
 
 def hardness(batches, z, y, temperature=0.5):
     """The columns FN, TN, FN mass and root."""
-    fn, tn, mass, root = InBatchFalseNegativeRate(), InBatchSimilarity(), [], []
+    fn, tn, mass, root = InBatchFalseNegativeRate(), InBatchHardness(), [], []
     for batch in batches:
         tn.update(z[batch], None if y is None else y[batch])
         similarity = z[batch] @ z[batch].T

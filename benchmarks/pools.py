@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bs_lightning import ExactGraph, NNDescentGraph, _walk_kernel, rwr_batches
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import reference
@@ -64,7 +64,7 @@ def epoch(z, y, order, pool_size, graph, args):
         lambda: [reference.rwr_batches(each, args.batch_size, seed=i, **alpha) for i, each in enumerate(as_lists)]
     )
     assert [batches.tolist() for batches in walked] == slow
-    fn, tn = InBatchFalseNegativeRate(), InBatchSimilarity()
+    fn, tn = InBatchFalseNegativeRate(), InBatchHardness()
     for pool, batches in zip(pools, walked, strict=True):
         for batch in pool[batches]:
             fn.update(y[batch])
@@ -88,7 +88,7 @@ def main():
 
     print("| graph | pool | FN | TN | graph, s | walk, s | walk in Python, s | ratio |")
     print("|---|---|---|---|---|---|---|---|")
-    fn, tn = InBatchFalseNegativeRate(), InBatchSimilarity()
+    fn, tn = InBatchFalseNegativeRate(), InBatchHardness()
     for batch in orders[0][: args.instances // args.batch_size * args.batch_size].reshape(-1, args.batch_size):
         fn.update(y[batch])
         tn.update(z[batch], y[batch])

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, PoolBatchSampler, RWRComposer
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 
 BATCH_SIZE = 64
 POOL_SIZE = 256  # 26 of each digit; in the default, ten batches, a walk could fill one with a single digit
@@ -167,7 +167,7 @@ def epoch_of_batches(embeddings, composer, seed=0):
 
 def describe(embeddings, labels, batches):
     """False-negative rate and hardness of some batches."""
-    false_negatives, hardness = InBatchFalseNegativeRate(), InBatchSimilarity()
+    false_negatives, hardness = InBatchFalseNegativeRate(), InBatchHardness()
     false_negatives.update(labels[batches])
     hardness.update(embeddings[batches], labels[batches])
     return float(false_negatives.compute()), float(hardness.compute())

@@ -9,7 +9,7 @@ from parts import Data, Model, fit, same_cluster_share, walker
 from bs_lightning import ExactGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
 from bs_lightning.compose import check_batches
-from bs_lightning.metrics import InBatchSimilarity
+from bs_lightning.metrics import InBatchHardness
 
 COMPOSERS = {
     "uniform": uniform_batches,
@@ -33,7 +33,7 @@ def clusters(size=640, n_clusters=20, dim=16):
 
 
 def similarity(embeddings, batches):
-    return InBatchSimilarity()(embeddings[torch.from_numpy(batches)]).item()
+    return InBatchHardness()(embeddings[torch.from_numpy(batches)]).item()
 
 
 @every

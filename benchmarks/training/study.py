@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, PoolBatchSampler
 from bs_lightning.isolation import no_trace
-from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
+from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
@@ -177,8 +177,8 @@ def describe_batches(
             first, second = model.embed(task.views(batch).flatten(0, 1)).chunk(2)
             other, _ = model.embed(task.views(random_batch).flatten(0, 1)).chunk(2)
             measured["loss"].append(nt_xent(first, second, temperature=temperature))
-            measured["hardness"].append(InBatchSimilarity()(first, labels))
-            measured["hardness_clean"].append(InBatchSimilarity()(clean[batch], labels))
+            measured["hardness"].append(InBatchHardness()(first, labels))
+            measured["hardness_clean"].append(InBatchHardness()(clean[batch], labels))
             measured["alignment"].append(Alignment()(first, second))
             measured["uniformity"].append(Uniformity()(first))
             measured["uniformity_mixed"].append(Uniformity()(other))

@@ -26,7 +26,7 @@ from bs_lightning.graphs import RandomCandidateGraph
 from bs_lightning.isolation import isolated_rng, no_trace
 from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.mask import mutual_nearest, pair_mask
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 from bs_lightning.plan import BatchLayout, check_pool_size
 
 # A pool's batches as positions in it, what to log of them, the seconds that each step took, and pairs to mask.
@@ -469,7 +469,7 @@ class BatchSamplerCallback(Callback):
 
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
-        similarity = InBatchSimilarity(sync_on_compute=False).to(embeddings.device)
+        similarity = InBatchHardness(sync_on_compute=False).to(embeddings.device)
         similarity.update(embeddings[positions.to(embeddings.device)], labels)
         log = {"batch_sampler/hardness": float(similarity.compute())}
         if labels is not None:

@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bs_lightning._checks import check_seed
 from bs_lightning._types import Indices
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
 from bs_lightning.plan import EpochPlan, Pool
-from bs_lightning.sampler import PoolBatchSampler, check_same_batches, check_seed, pool_from_state
+from bs_lightning.sampler import PoolBatchSampler, check_same_batches, pool_from_state
 
 if TYPE_CHECKING:
     from bs_lightning.callback import BatchSamplerCallback

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler
 
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_integer, check_seed
 from bs_lightning.plan import BatchLayout, EpochPlan, Pool, PoolPlanner, check_pool_size, pool_seed
 
 
@@ -179,19 +179,3 @@ def check_same_batches(state: dict[str, Any], layout: BatchLayout) -> None:
                 f"would be lost or repeated. Resume with {was}, or from a checkpoint that was taken between two epochs "
                 "(as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
             )
-
-
-def check_seed(seed: int) -> int:
-    """Refuse seeds that are no natural numbers.
-
-    Returns:
-        The seed as a plain integer, which a checkpoint can hold.
-
-    Raises:
-        TypeError: If ``seed`` is no integer.
-        ValueError: If it is negative.
-    """
-    number = check_integer("seed", seed)
-    if number < 0:
-        raise ValueError(f"seed must not be negative, got {seed}.")
-    return number
