@@ -63,6 +63,20 @@ def test_refuses_what_is_not_embeddings(name):
         COMPOSERS[name](torch.ones(64, 0), 32, seed=0, epoch=0)
 
 
+@every
+def test_takes_integers_of_numpy_as_seeds(name):
+    embeddings = clusters(128)
+    batches = SMALL[name](embeddings, 32, seed=np.uint8(3), epoch=0)
+    assert np.array_equal(batches, SMALL[name](embeddings, 32, seed=3, epoch=0))
+
+
+@pytest.mark.parametrize("name", [name for name in COMPOSERS if "rwr" not in name])
+@pytest.mark.parametrize(("seed", "error"), [(None, TypeError), (1.0, TypeError), ("1", TypeError), (-1, ValueError)])
+def test_refuses_other_seeds(name, seed, error):
+    with pytest.raises(error, match=f"seed must .*got {seed!r}"):
+        SMALL[name](clusters(128), 32, seed=seed, epoch=0)
+
+
 @hard
 def test_is_harder_than_uniform_batches(name):
     embeddings = clusters()

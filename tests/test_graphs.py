@@ -158,6 +158,21 @@ def test_refuses_what_is_not_dense_floats(graph, embeddings, kind):
         graph(1)(embeddings)
 
 
+@every
+def test_takes_integers_of_numpy_as_seeds(graph):
+    embeddings = clusters(200)
+    embeddings[::2] = 0  # their neighbours are random in every graph
+    for seed in (np.uint8(3), np.int32(3), np.uint64(3)):
+        assert np.array_equal(graph(5)(embeddings, seed=seed), graph(5)(embeddings, seed=3))
+
+
+@every
+@pytest.mark.parametrize(("seed", "error"), [(None, TypeError), (1.0, TypeError), ("1", TypeError), (-1, ValueError)])
+def test_refuses_other_seeds(graph, seed, error):
+    with pytest.raises(error, match=f"seed must .*got {seed!r}"):
+        graph(5)(gaussian(100), seed=seed)
+
+
 @pytest.mark.filterwarnings("error")
 def test_refuses_arrays_that_overflow_float32():
     array = np.ones((10, 2))

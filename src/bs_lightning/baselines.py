@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_instance_callable, check_integer
+from bs_lightning._checks import check_instance_callable, check_integer, check_seed
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
     as_embeddings,
@@ -47,6 +47,7 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
         >>> uniform_batches(torch.randn(64, 8), 16, seed=0, epoch=0).shape
         (4, 16)
     """
+    seed = check_seed(seed)
     check_whole_batches(len(embeddings), batch_size)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
@@ -82,6 +83,7 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
 
     Source: arXiv 2306.03355, section 4.4.
     """
+    seed = check_seed(seed)
     embeddings = as_embeddings(embeddings)
     check_whole_batches(len(embeddings), batch_size)
     unit = unit_rows(embeddings)
@@ -158,6 +160,7 @@ class GCBSComposer:
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+        seed = check_seed(seed)
         embeddings = as_embeddings(embeddings)
         check_whole_batches(len(embeddings), batch_size)
         size = len(embeddings)
@@ -252,6 +255,7 @@ class B3Composer:
                 ``[P, d]`` or not finite, ``P`` is so small that each instance would keep all that it does not skip, or
                 there would be only one community.
         """
+        seed = check_seed(seed)
         embeddings = as_embeddings(embeddings)
         check_whole_batches(len(embeddings), batch_size)
         if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:

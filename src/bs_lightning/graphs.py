@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
     as_embeddings,
@@ -82,6 +82,7 @@ class NNDescentGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
                 ``seed`` is negative.
         """
+        seed = check_seed(seed)
         unit = unit_rows(as_embeddings(embeddings).cpu())
         k = min(self.n_neighbors, len(unit) - 1)
         found = descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
@@ -132,6 +133,7 @@ class ExactGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
                 ``seed`` is negative.
         """
+        seed = check_seed(seed)
         unit = unit_rows(as_embeddings(embeddings))
         size = len(unit)
         k = min(self.n_neighbors, size - 1)
@@ -207,6 +209,7 @@ class RandomCandidateGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
                 ``seed`` is negative.
         """
+        seed = check_seed(seed)
         embeddings = as_embeddings(embeddings)
         size = len(embeddings)
         if self.n_candidates >= size - 1:
