@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning import ExactGraph, NNDescentGraph, _walk_kernel, rwr_batches
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 from tests import reference
 
 from .markdown import print_row
@@ -58,7 +58,7 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float]:
 
 def describe(z: Tensor, y: Tensor, batches: NDArray[np.int64]) -> tuple[float, float]:
     """Return the hardness and the false-negative rate of batches ``[n, B]``."""
-    hardness, false_negative_rate = InBatchSimilarity(), InBatchFalseNegativeRate()
+    hardness, false_negative_rate = InBatchHardness(), InBatchFalseNegativeRate()
     for batch in batches:
         hardness.update(z[batch], y[batch])
         false_negative_rate.update(y[batch])
@@ -117,7 +117,7 @@ def main() -> None:
     args = arguments()
     # numba compiles this global as a constant, and its cache holds code with the default value.
     _walk_kernel.PATIENCE = args.patience
-    _walk_kernel.walk_batches = numba.njit(_walk_kernel.walk_batches.py_func)
+    _walk_kernel.walk_batches = numba.njit(_walk_kernel.walk_batches.py_func)  # type: ignore[attr-defined]
 
     data = np.load(args.embeddings)
     z = torch.nn.functional.normalize(torch.from_numpy(data["z"].astype(np.float32)), dim=1)

@@ -36,7 +36,7 @@ from bs_lightning import (
     Pools,
     RWRComposer,
 )
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 
 BATCH_SIZE = 64
 POOL_SIZE = 256  # 26 of each digit; in ten batches, the default, a walk could fill a batch with a single digit
@@ -185,7 +185,7 @@ def epoch_of_batches(embeddings: Tensor, composer: RWRComposer | None, seed: int
 
 def describe(embeddings: Tensor, labels: Tensor, batches: Tensor) -> tuple[float, float]:
     """Return the false-negative rate and the hardness of batches."""
-    false_negative_rate, hardness = InBatchFalseNegativeRate(), InBatchSimilarity()
+    false_negative_rate, hardness = InBatchFalseNegativeRate(), InBatchHardness()
     false_negative_rate.update(labels[batches])
     hardness.update(embeddings[batches], labels[batches])
     return float(false_negative_rate.compute()), float(hardness.compute())

@@ -71,13 +71,14 @@ class Run(Model):
     def __init__(self, folder, slow_rank, kill_at, sharded, fail):
         super().__init__()
         self.folder, self.fail, self.encoded, self.masks = folder, fail, [], None
+        self.width = 4
         self.slow_rank, self.kill_at, self.sharded = slow_rank, kill_at, sharded
 
     def embed(self, batch):
         if self.fail == "encode" and self.global_rank == 1:
             raise ValueError("no embedding on rank 1")
         self.encoded.append(len(batch[0]))
-        return self.encoder(batch[1])
+        return self.encoder(batch[1])[:, : self.width]
 
     def configure_model(self):
         if self.sharded:
@@ -96,14 +97,19 @@ class Run(Model):
         if self.masks is not None:
             self.masks.append(self.trainer.datamodule.likely_false_negatives().nonzero().tolist())
         z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
-        return {"loss": torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z))), "embeddings": z}
+        loss = torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+        return {"loss": loss, "embeddings": z[:, : self.width]}
 
 
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
-         sharded=False, mask_nearest=None, **trainer):  # fmt: skip
+         sharded=False, mask_nearest=None, differs=None, **trainer):  # fmt: skip
     seed_everything(0)
+    rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
+    n += 8 * rank * (differs == "n")
     walk = RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
+    if differs == "composer" and rank == 1:
+        walk = pool_order
     if fail == "graph":
         walk = partial(no_graph, per_rank=per_rank)
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
@@ -119,9 +125,11 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         trainer["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     model = Run(folder, slow_rank, kill_at, sharded, fail)
     model.masks = [] if mask_nearest else None
+    model.width = 4 - rank * (differs in ("width", "recycled width"))
+    seed = rank if differs == "seed" else None
     fit(
         model,
-        Data(batch_size, n, drop_last=drop_last, **loader or {}),
+        Data(batch_size, n, drop_last=drop_last, seed=seed, **loader or {}),
         *callbacks,
         ckpt_path=last if last.exists() else None,
         enable_checkpointing=bool(save_every),

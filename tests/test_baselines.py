@@ -8,7 +8,7 @@ from parts import Data, Model, fit, same_cluster_share, walker
 
 from bs_lightning import ExactGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
-from bs_lightning.metrics import InBatchSimilarity
+from bs_lightning.metrics import InBatchHardness
 from bs_lightning.plan import check_batches
 
 COMPOSERS = {
@@ -33,7 +33,7 @@ def clusters(size=640, n_clusters=20, dim=16):
 
 
 def similarity(embeddings, batches):
-    return InBatchSimilarity()(embeddings[torch.from_numpy(batches)]).item()
+    return InBatchHardness()(embeddings[torch.from_numpy(batches)]).item()
 
 
 @every
@@ -46,6 +46,35 @@ def test_takes_each_instance_once(name, n_batches, batch_size, seed, kind):
     batches = composer(embeddings, batch_size, seed=seed, epoch=0)
     assert batches is check_batches(batches, size, batch_size)
     assert np.array_equal(batches, composer(embeddings, batch_size, seed=seed, epoch=0))
+
+
+@every
+def test_takes_arrays(name):
+    embeddings = clusters()
+    expected = COMPOSERS[name](embeddings, 32, seed=0, epoch=0)
+    assert np.array_equal(COMPOSERS[name](embeddings.numpy(), 32, seed=0, epoch=0), expected)
+
+
+@hard
+def test_refuses_what_is_not_embeddings(name):
+    with pytest.raises(TypeError, match="embeddings must be a dense tensor or a NumPy array of floats, got a list"):
+        COMPOSERS[name](clusters().tolist(), 32, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"embeddings must have shape \[P, d\] with P >= 2 and d >= 1, got \[64, 0\]"):
+        COMPOSERS[name](torch.ones(64, 0), 32, seed=0, epoch=0)
+
+
+@every
+def test_takes_integers_of_numpy_as_seeds(name):
+    embeddings = clusters(128)
+    batches = SMALL[name](embeddings, 32, seed=np.uint8(3), epoch=0)
+    assert np.array_equal(batches, SMALL[name](embeddings, 32, seed=3, epoch=0))
+
+
+@pytest.mark.parametrize("name", [name for name in COMPOSERS if "rwr" not in name])
+@pytest.mark.parametrize(("seed", "error"), [(None, TypeError), (1.0, TypeError), ("1", TypeError), (-1, ValueError)])
+def test_refuses_other_seeds(name, seed, error):
+    with pytest.raises(error, match=f"seed must .*got {seed!r}"):
+        SMALL[name](clusters(128), 32, seed=seed, epoch=0)
 
 
 @hard

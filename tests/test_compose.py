@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, rwr_batches
-from bs_lightning.metrics import InBatchSimilarity
+from bs_lightning.metrics import InBatchHardness
 from bs_lightning.plan import check_batches
 
 
@@ -18,7 +18,7 @@ def clusters(size=640, n_clusters=10, dim=16):
 
 
 def similarity(embeddings, batches):
-    return InBatchSimilarity()(embeddings[torch.from_numpy(batches)]).item()
+    return InBatchHardness()(embeddings[torch.from_numpy(batches)]).item()
 
 
 def test_composes_harder_batches_than_uniform_ones():

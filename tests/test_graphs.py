@@ -1,5 +1,6 @@
 import logging
 import random
+import re
 
 import numba
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, graphs
+from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, _nndescent, graphs
 
 # pynndescent compiles once per process: nothing outside of this module may build an NNDescentGraph.
 
@@ -116,10 +117,68 @@ def test_refuses_what_is_not_finite(graph, bad):
 
 
 @every
-@pytest.mark.parametrize("shape", [(10,), (1, 8), (0, 8), (4, 3, 2)])
+@pytest.mark.parametrize("shape", [(), (10,), (1, 8), (0, 8), (4, 0), (50, 0), (4, 3, 2)])
 def test_refuses_other_shapes(graph, shape):
-    with pytest.raises(ValueError, match=r"embeddings must have shape \[P, d\] with P >= 2, got"):
+    with pytest.raises(ValueError, match=rf"embeddings must have shape \[P, d\] .*, got {re.escape(str(list(shape)))}"):
         graph()(torch.ones(shape))
+
+
+@every
+def test_takes_arrays_of_every_float_and_layout(graph):
+    embeddings = clusters(200).double().numpy()
+    read_only = embeddings.copy()
+    read_only.flags.writeable = False
+    expected = graph(5)(torch.from_numpy(embeddings))
+    for array in (
+        embeddings,
+        read_only,
+        embeddings[::-1].copy()[::-1],
+        embeddings.astype(">f4"),
+        embeddings.T.copy().T,
+    ):
+        assert np.array_equal(graph(5)(array), expected)
+
+
+@every
+@pytest.mark.parametrize(
+    ("embeddings", "kind"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], "a list"),
+        (None, "a NoneType"),
+        (np.ones((4, 2), dtype=int), "an array of dtype int64"),
+        (np.ones((4, 2), dtype=complex), "an array of dtype complex128"),
+        (torch.ones(4, 2, dtype=torch.int64), "a tensor of dtype torch.int64"),
+        (torch.ones(4, 2, dtype=torch.bool), "a tensor of dtype torch.bool"),
+        (torch.ones(4, 2, dtype=torch.complex64), "a tensor of dtype torch.complex64"),
+        (torch.eye(4).to_sparse(), "a tensor of dtype torch.float32 and layout torch.sparse_coo"),
+    ],
+)
+def test_refuses_what_is_not_dense_floats(graph, embeddings, kind):
+    with pytest.raises(TypeError, match=f"embeddings must be a dense tensor or a NumPy array of floats, got {kind}"):
+        graph(1)(embeddings)
+
+
+@every
+def test_takes_integers_of_numpy_as_seeds(graph):
+    embeddings = clusters(200)
+    embeddings[::2] = 0  # their neighbours are random in every graph
+    for seed in (np.uint8(3), np.int32(3), np.uint64(3)):
+        assert np.array_equal(graph(5)(embeddings, seed=seed), graph(5)(embeddings, seed=3))
+
+
+@every
+@pytest.mark.parametrize(("seed", "error"), [(None, TypeError), (1.0, TypeError), ("1", TypeError), (-1, ValueError)])
+def test_refuses_other_seeds(graph, seed, error):
+    with pytest.raises(error, match=f"seed must .*got {seed!r}"):
+        graph(5)(gaussian(100), seed=seed)
+
+
+@pytest.mark.filterwarnings("error")
+def test_refuses_arrays_that_overflow_float32():
+    array = np.ones((10, 2))
+    array[3, 1] = 1e300
+    with pytest.raises(ValueError, match="embeddings must be finite, but row 3 is not"):
+        ExactGraph(2)(array)
 
 
 @every
@@ -134,7 +193,7 @@ def test_refuses_less_than_one_neighbor(graph, n_neighbors):
 
 @pytest.mark.parametrize("rows_per_block", [1, 7, 60, 1000])
 def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
-    monkeypatch.setattr(graphs, "_BLOCK_ENTRIES", rows_per_block * 60 + 3)
+    monkeypatch.setattr(_embeddings, "BLOCK_ENTRIES", rows_per_block * 60 + 3)
     embeddings = gaussian(60)
     assert np.array_equal(ExactGraph(7)(embeddings), naive(embeddings, 7))
 
@@ -149,7 +208,7 @@ def test_exact_never_holds_all_pairs(monkeypatch):
                 self.entries = max(self.entries, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return result
 
-    monkeypatch.setattr(graphs, "_BLOCK_ENTRIES", 5000)
+    monkeypatch.setattr(_embeddings, "BLOCK_ENTRIES", 5000)
     with Largest() as largest:
         ExactGraph(3)(gaussian(500))
     assert 0 < largest.entries <= 5000
@@ -249,7 +308,7 @@ def test_nndescent_finds_most_of_the_nearest(size):
 
 def test_nndescent_fills_up_what_was_not_found(monkeypatch):
     found = np.int32([[0, 1, -1], [-1, -1, -1], [2, 0, 1], [1, 3, -1]])
-    monkeypatch.setattr(NNDescentGraph, "_descend", staticmethod(lambda *_: found))
+    monkeypatch.setattr(graphs, "descend", lambda *_: found)
     neighbors = NNDescentGraph(2)(gaussian(4))
     assert_real(neighbors, 4, 2)
     assert (neighbors[0, 0], neighbors[3, 0], *neighbors[2]) == (1, 1, 0, 1)
@@ -267,6 +326,7 @@ def test_nndescent_leaves_random_states_and_threads_alone():
         numpy_state = np.random.get_state()
         return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
 
+    NNDescentGraph()(gaussian(100))  # starts numba's threads
     numba.set_num_threads(1)
     before = states()
     NNDescentGraph()(gaussian(100))
@@ -278,7 +338,7 @@ def test_nndescent_leaves_random_states_and_threads_alone():
 
 
 def test_nndescent_announces_its_compile_once(monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "_pynndescent_compiled", False)
+    monkeypatch.setattr(_nndescent, "_compiled", False)
     monkeypatch.setattr(logging.getLogger("bs_lightning"), "propagate", True)  # for caplog
     NNDescentGraph()(gaussian(50))
     NNDescentGraph()(gaussian(50))

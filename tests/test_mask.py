@@ -35,11 +35,57 @@ def test_pair_mask(data):
     assert mask.tolist() == expected
 
 
-def test_refuses():
-    with pytest.raises(ValueError, match="n_nearest must be at least 1, got 0"):
-        mutual_nearest([[1], [0]], 0)
-    with pytest.raises(ValueError, match=r"neighbors must have shape \[P, K\], got shape \[2\]"):
-        mutual_nearest([1, 0], 1)
+def test_mutual_nearest_returns_a_pair_once_where_rows_repeat_neighbours():
+    assert mutual_nearest([[1, 1], [0, 0]], 2).tolist() == [[0, 1]]
+    graph = np.random.default_rng(0).integers(0, 12, (12, 8))
+    assert mutual_nearest(graph, 8).tolist() == literal_mutual(graph, 8)
+
+
+def test_mutual_nearest_of_no_nodes_and_of_rows_without_edges():
+    assert mutual_nearest(np.empty((0, 3), dtype=np.int32), 2).shape == (0, 2)
+    assert mutual_nearest([[0, 1], [1, 1]], 2).shape == (0, 2)  # node 1 has no edge
+
+
+def test_pair_mask_of_an_empty_batch_and_of_no_pairs():
+    assert pair_mask([[1, 2]], []).shape == (0, 0)
+    assert not pair_mask(np.empty((0, 2), dtype=np.int64), [1, 2]).any()
+
+
+def test_pair_mask_accepts_tensors_and_leaves_the_diagonal():
+    pairs, batch = torch.tensor([[3, 8], [3, 3]]), torch.tensor([8, 4, 3])
+    assert pair_mask(pairs, batch).int().tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("neighbors", "n_nearest", "error", "words"),
+    [
+        ([[1], [0]], 0, ValueError, "n_nearest must be at least 1, got 0"),
+        ([[1], [0]], 1.5, TypeError, "n_nearest must be an integer, got 1.5"),
+        ([1, 0], 1, ValueError, r"neighbors must have shape \[P, K\] with K >= 1, got shape \[2\]"),
+        ([[1, 5], [0, 0]], 2, ValueError, r"neighbors must lie in \[0, 2\), got 5"),
+        ([[1, -1], [0, 0]], 2, ValueError, r"neighbors must lie in \[0, 2\), got -1"),
+        ([[1.0], [0.5]], 1, TypeError, "neighbors must hold integers, got dtype float64"),
+    ],
+)
+def test_mutual_nearest_refuses(neighbors, n_nearest, error, words):
+    with pytest.raises(error, match=words):
+        mutual_nearest(neighbors, n_nearest)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch", "error", "words"),
+    [
+        ([1, 2], [1, 2], ValueError, r"pairs must have shape \[m, 2\], got shape \[2\]"),
+        ([[1, 2, 3]], [1, 2], ValueError, r"pairs must have shape \[m, 2\], got shape \[1, 3\]"),
+        ([[1, 2]], [[1, 2]], ValueError, r"batch must have shape \[B\], got shape \[1, 2\]"),
+        ([[1, 2]], [1, 2, 2], ValueError, r"batch must hold distinct integers, got \[1 2 2\]"),
+        ([[1, 2]], [1.0, 2.5], TypeError, "batch must hold integers, got dtype float64"),
+        ([[True, False]], [0, 1], TypeError, "pairs must hold integers, got dtype bool"),
+    ],
+)
+def test_pair_mask_refuses(pairs, batch, error, words):
+    with pytest.raises(error, match=words):
+        pair_mask(pairs, batch)
 
 
 class Asks(Model):
@@ -72,7 +118,7 @@ def test_masks_the_mutual_nearest_of_the_pool_being_trained(kind):
     fit(model, Data(), walker(composer=composer, warmup_epochs=1, mask_nearest=2, **kind))
     assert not torch.stack(model.masks[:12]).any()
     masks = iter(model.masks[12:])
-    for pairs, batches in pools:
+    for pairs, batches in pools[1:]:  # the first was tried before the warm-up
         for batch in batches[: kind.get("refresh_every")]:
             mask = next(masks, None)
             if mask is not None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
+from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 
 N_BATCHES, SIZE, DIM = 6, 20, 5
 
@@ -47,12 +47,12 @@ CASES = {
         lambda batches: mean_of_pairs(lambda batch, i, j: batch[0][i] == batch[0][j], batches),
     ),
     "similarity": (
-        InBatchSimilarity,
+        InBatchHardness,
         (X,),
         lambda batches: mean_of_pairs(lambda batch, i, j: cosine(batch[0][i], batch[0][j]), batches),
     ),
     "similarity of true negatives": (
-        InBatchSimilarity,
+        InBatchHardness,
         (X, LABELS),
         lambda batches: mean_of_pairs(
             lambda batch, i, j: cosine(batch[0][i], batch[0][j]) if batch[1][i] != batch[1][j] else None, batches
@@ -119,12 +119,12 @@ def test_is_nan_before_the_first_update(case):
 
 
 def test_similarity_of_true_negatives_is_nan_where_there_are_none():
-    assert math.isnan(InBatchSimilarity()(X[0], torch.zeros(SIZE)))
+    assert math.isnan(InBatchHardness()(X[0], torch.zeros(SIZE)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_takes_any_floats(dtype):
-    assert InBatchSimilarity()(X.to(dtype)).item() == pytest.approx(InBatchSimilarity()(X).item(), abs=0.01)
+    assert InBatchHardness()(X.to(dtype)).item() == pytest.approx(InBatchHardness()(X).item(), abs=0.01)
 
 
 def test_alignment_and_uniformity_have_gradients():
@@ -139,10 +139,10 @@ def test_alignment_and_uniformity_have_gradients():
         (InBatchFalseNegativeRate, [torch.zeros(1)], "labels must have shape [B] or [n, B] with B >= 2, got [1]"),
         (InBatchFalseNegativeRate, [torch.zeros(2, 1)], "labels must have shape [B] or [n, B] with B >= 2, got [2, 1]"),
         (InBatchFalseNegativeRate, [torch.zeros(2, 2, 2)], "with B >= 2, got [2, 2, 2]"),
-        (InBatchSimilarity, [torch.zeros(1, 4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2, got [1"),
-        (InBatchSimilarity, [torch.zeros(4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2, got [4]"),
-        (InBatchSimilarity, [torch.zeros(4, 2), torch.zeros(3)], "labels must have shape [1, 4], got [1, 3]"),
-        (InBatchSimilarity, [torch.zeros(4, 2), torch.zeros(2, 4)], "labels must have shape [1, 4], got [2, 4]"),
+        (InBatchHardness, [torch.zeros(1, 4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2, got [1"),
+        (InBatchHardness, [torch.zeros(4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2, got [4]"),
+        (InBatchHardness, [torch.zeros(4, 2), torch.zeros(3)], "labels must have shape [1, 4], got [1, 3]"),
+        (InBatchHardness, [torch.zeros(4, 2), torch.zeros(2, 4)], "labels must have shape [1, 4], got [2, 4]"),
         (Alignment, [torch.zeros(4, 2), torch.zeros(4, 3)], "same shape [B, d], got [4, 2] and [4, 3]"),
         (Alignment, [torch.zeros(4), torch.zeros(4)], "same shape [B, d], got [4] and [4]"),
         (Uniformity, [torch.zeros(1, 4)], "x must have shape [B, d] with B >= 2, got [1, 4]"),
@@ -161,7 +161,7 @@ def _on_rank(rank, folder):
     part = slice(0, 2) if rank == 0 else slice(2, None)  # unequal parts
     results = {}
     for name, values in {"similarity": (x,), "similarity of true negatives": (x, labels)}.items():
-        results[name] = updated(InBatchSimilarity(), [value[part] for value in values])
+        results[name] = updated(InBatchHardness(), [value[part] for value in values])
     results["false negatives"] = updated(InBatchFalseNegativeRate(), [labels[part]])
     results["alignment"] = updated(Alignment(alpha=3), [x[part], y[part]])
     results["uniformity"] = updated(Uniformity(t=1.5), [x[part]])

@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,12 +47,14 @@ def test_the_composer_follows_a_schedule_and_survives_pickling():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: LinearDecay(start=0), r"restart_probability must lie in \(0, 1\], got 0"),
-        (lambda: LinearDecay(end=1.5), r"restart_probability must lie in \(0, 1\], got 1.5"),
+        (lambda: LinearDecay(start=0), r"start must lie in \(0, 1\], got 0"),
+        (lambda: LinearDecay(end=1.5), r"end must lie in \(0, 1\], got 1.5"),
         (lambda: LinearDecay(n_epochs=0), "n_epochs must be at least 1 epoch, got 0"),
         (lambda: Staircase(every=0), "every must be at least 1 epoch, got 0"),
-        (lambda: Staircase(step=-0.1), "step must not be negative, got -0.1"),
-        (lambda: Staircase(step=float("nan")), "step must not be negative, got nan"),
+        (lambda: Staircase(step=-0.1), "step must be finite and not negative, got -0.1"),
+        (lambda: Staircase(step=float("nan")), "step must be finite and not negative, got nan"),
+        (lambda: Staircase(step=float("inf")), "step must be finite and not negative, got inf"),
+        (lambda: Staircase(floor=0), r"floor must lie in \(0, 1\], got 0"),
         (lambda: Staircase(floor=0.3), "floor must not be above start 0.2, got 0.3"),
     ],
 )
@@ -60,7 +63,43 @@ def test_refuses_bad_arguments(make, words):
         make()
 
 
-@pytest.mark.parametrize("make", [lambda: LinearDecay(n_epochs=2.5), lambda: Staircase(every=2.5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearDecay(n_epochs=2.5),
+        lambda: Staircase(every=2.5),
+        lambda: LinearDecay()(2.5),
+        lambda: Staircase()(2.5),
+    ],
+)
 def test_refuses_parts_of_epochs(make):
     with pytest.raises(TypeError, match=r"must be an integer, got 2\.5"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LinearDecay(start="0.2"), "start must be a number, got '0.2'"),
+        (lambda: LinearDecay(end=True), "end must be a number, got True"),
+        (lambda: Staircase(step=None), "step must be a number, got None"),
+    ],
+)
+def test_refuses_what_is_not_a_number(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+def test_numpy_numbers_are_used_as_python_numbers():
+    """In float32 the last value would be 0.049999997, and 300 does not fit into uint8."""
+    decay = LinearDecay(np.float32(0.2), np.float32(0.05), np.uint8(10))
+    assert [decay(epoch) for epoch in (0, 10, 300)] == [float(np.float32(each)) for each in (0.2, 0.05, 0.05)]
+    staircase = Staircase(np.float32(0.2), np.float32(0.1), np.uint8(5), np.float32(0.05))
+    assert staircase(300) == float(np.float32(0.05))
+    values = [*vars(decay).values(), *vars(staircase).values(), decay(np.int32(5)), staircase(np.int32(5))]
+    assert {type(value) for value in values} == {int, float}
+
+
+def test_linear_decay_ends_exactly_at_a_tiny_end():
+    """``1 + (1e-20 - 1)`` is 0, which is not a restart probability."""
+    assert LinearDecay(1, 1e-20, 7)(7) == 1e-20

@@ -138,7 +138,9 @@ def test_by_default_a_pool_is_ten_global_batches_and_the_first_epoch_is_uniform(
         return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
     fit(model, Data(8, 320), BatchSamplerCallback(composer=composer), max_epochs=2)
-    assert sizes == [(1, 80)] * 4
+    tried, *planned = sizes
+    assert tried == (0, 80)  # before the warm-up
+    assert planned == [(1, 80)] * 4
 
 
 def test_a_model_that_logs_and_counts_in_forward():
@@ -288,8 +290,10 @@ def test_each_pool_is_encoded_once_with_the_weights_of_its_first_step(loader):
     data = Data(8, 100, **loader)
     fit(model, data, notes, walker(32, composer=composer, embed=embed, warmup_epochs=1), max_epochs=3)
 
-    assert [trained for trained, _, _ in notes.plans] == [12, 16, 20, 24, 28, 32]  # 12 batches an epoch, pools of 4
-    for trained, weight, encoded in notes.plans:
+    (tried, _, _), *plans = notes.plans
+    assert tried == 0  # before the warm-up
+    assert [trained for trained, _, _ in plans] == [12, 16, 20, 24, 28, 32]  # 12 batches an epoch, pools of 4
+    for trained, weight, encoded in plans:
         assert torch.equal(weight, weights[trained])
         pool = sum(model.batches[trained : trained + 4], [])
         assert sorted(encoded) == sorted(pool)
@@ -366,7 +370,7 @@ def test_encoding_leaves_no_trace(make, loader, precision):
         return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
     assert_equal(run(walker(32, composer=composer, warmup_epochs=1)), run())
-    assert encoded == [32, 32, 32]
+    assert encoded == [32, 32, 32, 32]  # one before the warm-up
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import reference
@@ -151,3 +153,26 @@ GRAPH = [[1], [2], [0]]
 def test_refuses_bad_arguments(graph, batch_size, alpha, error, words):
     with pytest.raises(error, match=words):
         rwr_batches(graph, batch_size, restart_probability=alpha)
+
+
+@pytest.mark.parametrize("alpha", [True, "0.2", None, 0.2j])
+def test_refuses_a_restart_probability_that_is_not_a_number(alpha):
+    with pytest.raises(TypeError, match=f"restart_probability must be a number, got {alpha!r}"):
+        rwr_batches(GRAPH, 1, restart_probability=alpha)
+
+
+@pytest.mark.parametrize("seed", [np.uint8(3), np.int32(3), np.int64(3), np.array(3)])
+def test_accepts_numpy_integers_as_seeds(seed):
+    graph = random_graph(200, 5)
+    assert np.array_equal(rwr_batches(graph, 20, seed=seed), rwr_batches(graph, 20, seed=3))
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, np.float32(1), "1", True, [1, 2]])
+def test_refuses_seeds_that_are_not_integers(seed):
+    with pytest.raises(TypeError, match=re.escape(f"seed must be an integer, got {seed!r}")):
+        rwr_batches(GRAPH, 1, seed=seed)
+
+
+def test_refuses_negative_seeds():
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        rwr_batches(GRAPH, 1, seed=np.int64(-1))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 
 Batches = NDArray[np.int64]
 Result = TypeVar("Result")
@@ -77,7 +77,7 @@ def memory(field: str) -> int:
 
 def describe(batches: Batches, z: Tensor, y: Tensor | None, temperature: float = 0.5) -> dict[str, Any]:
     """Return the columns of hardness, false negatives and root similarity; without labels some are empty."""
-    false_negative_rate, hardness = InBatchFalseNegativeRate(), InBatchSimilarity()
+    false_negative_rate, hardness = InBatchFalseNegativeRate(), InBatchHardness()
     masses, roots = [], []
     for batch in batches:
         hardness.update(z[batch], None if y is None else y[batch])

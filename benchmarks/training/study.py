@@ -25,7 +25,7 @@ from bs_lightning import (
     Pools,
 )
 from bs_lightning.isolation import no_trace
-from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchSimilarity, Uniformity
+from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 
 from .. import csv_files
 from ..csv_files import Row
@@ -189,8 +189,8 @@ def describe_batches(
             first, second = model.embed(task.views(batch).flatten(0, 1)).chunk(2)
             other, _ = model.embed(task.views(random_batch).flatten(0, 1)).chunk(2)
             measured["loss"].append(float(nt_xent(first, second, temperature=temperature)))
-            measured["hardness"].append(InBatchSimilarity()(first, labels))
-            measured["hardness_clean"].append(InBatchSimilarity()(clean[batch], labels))
+            measured["hardness"].append(InBatchHardness()(first, labels))
+            measured["hardness_clean"].append(InBatchHardness()(clean[batch], labels))
             measured["alignment"].append(Alignment()(first, second))
             measured["uniformity"].append(Uniformity()(first))
             measured["uniformity_mixed"].append(Uniformity()(other))

@@ -1,11 +1,17 @@
 """Checks of arguments that several modules share."""
 
 import operator
+from numbers import Real
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 
 def check_integer(name: str, value: Any) -> int:
-    """Refuse what is no integer; numpy's integers are.
+    """Return ``value`` as an int. Accept NumPy integers; reject anything else, including bool.
 
     Raises:
         TypeError: Naming the argument and the value.
@@ -18,11 +24,86 @@ def check_integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
-def check_instance_callable(name: str, value: Any, example: str) -> None:
-    """Refuse what cannot be called, and classes, which would be called to make an object.
+def check_number(name: str, value: Any) -> float:
+    """Return ``value`` as a float. Accept NumPy's real numbers; reject anything else, including bool.
 
     Raises:
-        TypeError: Naming the argument, the value, and an example of what is meant.
+        TypeError: Naming the argument and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def check_seed(seed: Any) -> int:
+    """Return ``seed`` as an int, which a checkpoint can hold. Reject negative integers and anything else.
+
+    Raises:
+        TypeError: If ``seed`` is not an integer.
+        ValueError: If ``seed`` is negative.
+    """
+    number = check_integer("seed", seed)
+    if number < 0:
+        raise ValueError(f"seed must not be negative, got {seed}. Use 0 or a positive integer.")
+    return number
+
+
+def check_instance_callable(name: str, value: Any, example: str) -> None:
+    """Reject what cannot be called. Reject classes too: calling a class only makes an object.
+
+    Raises:
+        TypeError: Naming the argument, the value, and an example of a valid value.
     """
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be callable, such as {example}, got {value!r}.")
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` as a tensor. Accept dense real tensors and copy NumPy arrays of real numbers; reject the rest.
+
+    Raises:
+        TypeError: Naming the argument and what it is.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(value, order="C"))  # a copy: torch warns of read-only arrays
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
+        return value
+    found = type(value).__name__
+    if isinstance(value, np.ndarray):
+        found = f"an array of dtype {value.dtype}"
+    elif isinstance(value, Tensor):
+        found = f"a tensor of dtype {value.dtype} and layout {value.layout}"
+    raise TypeError(f"{name} must be a dense tensor or NumPy array of real numbers, got {found}.")
+
+
+def check_integer_array(name: str, value: ArrayLike) -> NDArray[np.integer[Any]]:
+    """Return ``value`` as a NumPy array. Accept integers of any width, and an empty list; reject bool and the rest.
+
+    Raises:
+        TypeError: Naming the argument and its dtype.
+    """
+    array = np.asarray(value)
+    if array.size == 0 and array.dtype == np.float64:  # NumPy's dtype for an empty list
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}. Convert it, e.g. astype('int32').")
+    return array
+
+
+def check_neighbors(neighbors: ArrayLike) -> NDArray[np.integer[Any]]:
+    """Return a neighbour graph as a NumPy array. Reject an array that is not a graph.
+
+    Raises:
+        TypeError: If ``neighbors`` does not hold integers.
+        ValueError: If ``neighbors`` does not have shape ``[P, K]`` with ``K >= 1`` and entries in ``[0, P)``.
+    """
+    graph = check_integer_array("neighbors", neighbors)
+    if graph.ndim != 2 or graph.shape[1] < 1:
+        raise ValueError(f"neighbors must have shape [P, K] with K >= 1, got shape {list(graph.shape)}.")
+    size = len(graph)
+    if size and (graph.min() < 0 or graph.max() >= size):
+        bad = int(graph.min()) if graph.min() < 0 else int(graph.max())
+        raise ValueError(
+            f"neighbors must lie in [0, {size}), got {bad}. For 'no edge here' write the row's own number."
+        )
+    return graph

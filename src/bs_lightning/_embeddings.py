@@ -1,29 +1,73 @@
-"""Checks and scaling of embeddings that several modules share."""
+"""Checks, scaling and similarities of embeddings that several modules share."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
+from bs_lightning._types import Embeddings
+
+BLOCK_ENTRIES = 2**24
+"""Similarities that :func:`similarity_blocks` holds at a time: 64 MB of float32."""
+
+BELOW_ANY_COSINE = -2.0
+"""Stands in for the similarity to an all-zero row, so that such a row is chosen last."""
 
 
-def check_embeddings(embeddings: Tensor) -> None:
-    """Refuse what is not of shape ``[P, d]`` with ``P >= 2``, or not finite in float32.
+def as_embeddings(embeddings: Embeddings) -> Tensor:
+    """Return embeddings as a tensor of floats, ``[P, d]``, on the device that they are on.
 
     Raises:
-        ValueError: Naming the shape, or the first row that is not finite.
+        TypeError: If they are not a dense tensor or a NumPy array of real floats.
+        ValueError: If they are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or a row is not finite in
+            float32; naming the shape or the first such row.
     """
-    if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise ValueError(f"embeddings must have shape [P, d] with P >= 2, got {list(embeddings.shape)}.")
-    finite = torch.isfinite(embeddings.float()).all(dim=1)
-    if not finite.all():
-        raise ValueError(f"embeddings must be finite, but row {int((~finite).nonzero()[0])} is not.")
+    if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # refused below
+            # A copy, as torch cannot share arrays that are read-only, reversed or of foreign byte order.
+            embeddings = torch.from_numpy(embeddings.astype(np.float32))
+    if (
+        not isinstance(embeddings, Tensor)
+        or embeddings.layout is not torch.strided
+        or not embeddings.is_floating_point()
+    ):
+        raise TypeError(
+            f"embeddings must be a dense tensor or a NumPy array of floats, got {_kind(embeddings)}. Convert them to a "
+            "float32 tensor of shape [P, d]."
+        )
+    if embeddings.ndim != 2 or len(embeddings) < 2 or embeddings.shape[1] < 1:
+        raise ValueError(
+            f"embeddings must have shape [P, d] with P >= 2 and d >= 1, got {list(embeddings.shape)}. Give one row for "
+            "each instance."
+        )
+    row = first_not_finite(embeddings.float())
+    if row is not None:
+        raise ValueError(f"embeddings must be finite, but row {row} is not. Check that instance and the model.")
+    return embeddings
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and layout {value.layout}"
+    if isinstance(value, np.ndarray):
+        return f"an array of dtype {value.dtype}"
+    return f"a {type(value).__name__}"
+
+
+def first_not_finite(rows: Tensor) -> int | None:
+    """Return the number of the first row that holds a NaN or an infinity, or ``None`` if there is none."""
+    finite = torch.isfinite(rows).all(dim=1)
+    return None if finite.all() else int((~finite).nonzero()[0])
 
 
 def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
-    """Refuse what does not make whole batches.
+    """Check that ``batch_size`` divides the number of embeddings.
 
     Raises:
-        TypeError: If ``batch_size`` is no integer.
+        TypeError: If ``batch_size`` is not an integer.
         ValueError: If it does not divide the number of embeddings.
     """
     if check_integer("batch_size", batch_size) < 1 or n_embeddings % batch_size:
@@ -34,19 +78,34 @@ def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
 
 
 def unit_rows(embeddings: Tensor) -> Tensor:
-    """A copy with rows of length 1, float32 ``[P, d]`` without gradient; all-zero rows stay."""
+    """Return a copy with rows of length 1, float32 ``[P, d]`` without gradient. All-zero rows stay zero."""
     return unit_rows_(embeddings.detach().to(torch.float32, copy=True))
 
 
 def unit_rows_(rows: Tensor) -> Tensor:
-    """As :func:`unit_rows`, in place, of float32 rows.
+    """Scale float32 rows to length 1 in place, as :func:`unit_rows` does in a copy.
 
     Returns:
         ``rows``.
     """
     largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
-    # First by a power of two, which is exact: a norm of very large or small numbers would overflow or vanish.
+    # The first scaling is by a power of two, which is exact. Without it the norm of very large or very small numbers
+    # would overflow or vanish.
     exponent = torch.frexp(largest).exponent.clamp(-126, 126)
     rows.ldexp_(-exponent)
     rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return rows
+
+
+def similarity_blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the cosine similarities of all rows to all rows, a block of rows at a time.
+
+    Args:
+        unit: Rows of length 1, float32 ``[P, d]``.
+
+    Yields:
+        The block's first row, and its similarities: a new tensor of shape ``[rows in the block, P]``.
+    """
+    rows_per_block = max(1, BLOCK_ENTRIES // len(unit))
+    for start in range(0, len(unit), rows_per_block):
+        yield start, unit[start : start + rows_per_block] @ unit.T

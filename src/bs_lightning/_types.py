@@ -4,6 +4,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+Embeddings = Tensor | NDArray[np.floating[Any]]
+"""Floats of shape ``[P, d]``, one row for each instance."""
 
 Indices = NDArray[np.int64]
 """Dataset indices, or positions in a pool; any shape."""

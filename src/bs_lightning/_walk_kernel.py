@@ -1,5 +1,8 @@
 """The numba kernel behind :func:`bs_lightning.rwr_batches`: plain arrays in and out, nothing checked."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -8,7 +11,14 @@ import numpy as np
 PATIENCE = 200
 
 
-@numba.njit(cache=True, nogil=True)
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder for the cache can be written: each process compiles the kernel, about a second
+        return numba.njit(nogil=True)(function)
+
+
+@_compile
 def walk_batches(neighbors, batch_size, restart_probability, n_roots, replacement, rng):  # type: ignore[no-untyped-def]
     n_nodes, n_neighbors = neighbors.shape
     n_batches = n_nodes // batch_size

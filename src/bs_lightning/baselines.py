@@ -1,8 +1,7 @@
-"""Baselines: other ways to compose batches, on the interface of :class:`~bs_lightning.RWRComposer`.
+"""Baselines: composers to compare :class:`~bs_lightning.RWRComposer` with.
 
-Each is a composer (see :mod:`bs_lightning.compose`) that uses every instance once; give it to
-``BatchSamplerCallback(composer=...)`` or call it on embeddings of your own. What they cost and how hard their batches
-are stands in ``docs/composers.md``.
+Each uses every instance once. Give it to ``BatchSamplerCallback(composer=...)``, or call it on your own embeddings (see
+:mod:`bs_lightning.compose`). ``docs/composers.md`` says how long they take and how hard their batches are.
 """
 
 from dataclasses import dataclass
@@ -13,18 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._embeddings import check_embeddings, check_whole_batches, unit_rows
-from bs_lightning._types import Batches
+from bs_lightning._checks import check_instance_callable, check_integer, check_seed
+from bs_lightning._embeddings import (
+    BELOW_ANY_COSINE,
+    as_embeddings,
+    check_whole_batches,
+    similarity_blocks,
+    unit_rows,
+)
+from bs_lightning._types import Batches, Embeddings
 from bs_lightning.compose import Composer, Graph
-from bs_lightning.graphs import _BLOCK_ENTRIES, ExactGraph
+from bs_lightning.graphs import ExactGraph
 
 
-def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
-    """Uniform batches: a random permutation, cut.
+def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
+    """Compose uniform batches: cut a random permutation.
 
     Args:
-        embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``; only ``P`` counts.
+        embeddings: Embeddings of ``P`` instances, ``P`` a multiple of ``batch_size``. Only their number is used.
         batch_size: Instances in a batch.
         seed: The same seed gives the same batches.
         epoch: Not used.
@@ -33,7 +38,8 @@ def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: in
         int64 of shape ``[P // batch_size, batch_size]``.
 
     Raises:
-        ValueError: If ``batch_size`` does not divide ``P``.
+        TypeError: If ``batch_size`` or ``seed`` is not an integer.
+        ValueError: If ``seed`` is negative, or ``batch_size`` does not divide ``P``.
 
     Example:
         >>> import torch
@@ -41,18 +47,21 @@ def uniform_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: in
         >>> uniform_batches(torch.randn(64, 8), 16, seed=0, epoch=0).shape
         (4, 16)
     """
+    seed = check_seed(seed)
     check_whole_batches(len(embeddings), batch_size)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
 
 @torch.no_grad()
-def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
-    """The paper's "kNN sampler": a random instance and its nearest, among those that no earlier batch took.
+def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
+    """Compose batches as the paper's "kNN sampler": a random instance and its nearest neighbours.
 
-    The work grows with ``P^2 d / batch_size``. All-zero embeddings are similar to nothing: they are taken last.
+    No batch takes instances that an earlier batch took. All-zero embeddings are similar to nothing, so they are taken
+    last. The work grows with ``P^2 d / batch_size``.
 
     Args:
-        embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``, on any device.
+        embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
+            ``batch_size``.
         batch_size: Instances in a batch.
         seed: The same seed gives the same batches.
         epoch: Not used.
@@ -61,8 +70,10 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
         int64 of shape ``[P // batch_size, batch_size]``, each batch's first instance followed by its nearest.
 
     Raises:
-        ValueError: If ``batch_size`` does not divide ``P``, or the embeddings are not of shape ``[P, d]`` or not
-            finite.
+        TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an array
+            of floats.
+        ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, or the embeddings are not of shape
+            ``[P, d]`` or not finite.
 
     Example:
         >>> import torch
@@ -72,7 +83,8 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
 
     Source: arXiv 2306.03355, section 4.4.
     """
-    check_embeddings(embeddings)
+    seed = check_seed(seed)
+    embeddings = as_embeddings(embeddings)
     check_whole_batches(len(embeddings), batch_size)
     unit = unit_rows(embeddings)
     isolated = ~unit.any(dim=1)
@@ -85,7 +97,7 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
         while taken[order[position]]:
             position += 1
         root = order[position]
-        similarity = (unit @ unit[root]).masked_fill_(isolated, -2.0).masked_fill_(used, -torch.inf)
+        similarity = (unit @ unit[root]).masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
         similarity[root] = torch.inf
         nearest = similarity.topk(batch_size).indices
         used[nearest] = True
@@ -95,17 +107,17 @@ def knn_batches(embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -
 
 @dataclass(frozen=True)
 class GCBSComposer(Composer):
-    """Global contrastive batch sampling: the most similar pairs are brought together by reordering.
+    """Global contrastive batch sampling (GCBS): order instances so that the most similar pairs stand close together.
 
-    The pairs above a quantile of all similarities make a sparse graph; reverse Cuthill-McKee orders it so that its
-    edges are short; the order is cut into batches. Needs scipy (``pip install bs-lightning[baselines]``).
+    The pairs above a quantile of all similarities form a sparse graph. Reverse Cuthill-McKee orders the graph so that
+    its edges are short. The order is cut into batches. Needs scipy (``pip install bs-lightning[baselines]``).
 
     Args:
-        n_neighbors: Pairs kept, as a mean per instance; it sets the quantile, which is estimated from a sample.
+        n_neighbors: Pairs to keep per instance, on average. This sets the quantile, which is estimated from a sample.
 
     Raises:
         ImportError: If scipy is not installed.
-        TypeError: If ``n_neighbors`` is no integer.
+        TypeError: If ``n_neighbors`` is not an integer.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -126,26 +138,30 @@ class GCBSComposer(Composer):
             raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors}.")
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
+    def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Compose batches.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``, on any device.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
+                ``batch_size``.
             batch_size: Instances in a batch.
-            seed: Seed of the sample that the quantile is estimated from.
+            seed: Seed of the sample from which the quantile is estimated.
             epoch: Not used.
 
         Returns:
             int64 of shape ``[P // batch_size, batch_size]``.
 
         Raises:
-            ValueError: If ``batch_size`` does not divide ``P``, the embeddings are not of shape ``[P, d]`` or not
-                finite, or ``P`` is so small that all pairs would be kept.
+            TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an
+                array of floats.
+            ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
+                ``[P, d]`` or not finite, or ``P`` is so small that the composer would keep all pairs.
         """
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-        check_embeddings(embeddings)
+        seed = check_seed(seed)
+        embeddings = as_embeddings(embeddings)
         check_whole_batches(len(embeddings), batch_size)
         size = len(embeddings)
         if self.n_neighbors >= size - 1:
@@ -155,10 +171,9 @@ class GCBSComposer(Composer):
             )
         unit = unit_rows(embeddings)
         threshold = self._threshold(unit, seed)
-        rows_per_block = max(1, _BLOCK_ENTRIES // size)
         pieces = []
-        for start in range(0, size, rows_per_block):
-            kept = (unit[start : start + rows_per_block] @ unit.T > threshold).nonzero().int().cpu().numpy()
+        for start, similarity in similarity_blocks(unit):
+            kept = (similarity > threshold).nonzero().int().cpu().numpy()
             pieces.append(kept + np.array([start, 0], dtype=np.int32))
         rows, columns = np.concatenate(pieces).T
         graph = csr_array((np.ones(len(rows), dtype=np.bool_), (rows, columns)), shape=(size, size))
@@ -166,32 +181,33 @@ class GCBSComposer(Composer):
         return np.asarray(order, dtype=np.int64).reshape(-1, batch_size)
 
     def _threshold(self, unit: Tensor, seed: int) -> float:
-        """The similarity that ``n_neighbors`` others exceed, on average over instances."""
+        """Return the similarity that ``n_neighbors`` others exceed, on average over instances."""
         size = len(unit)
         some = torch.from_numpy(np.random.default_rng(seed).permutation(size)[: max(2, 2**21 // size)]).to(unit.device)
         similarity = (unit[some] @ unit.T).flatten()
-        above = round(len(similarity) * (self.n_neighbors + 1) / size)  # and each with itself
+        above = round(len(similarity) * (self.n_neighbors + 1) / size)  # and each is similar to itself
         return float(similarity.kthvalue(len(similarity) - above).values)
 
 
 @dataclass(frozen=True)
 class B3Composer(Composer):
-    """B3: communities of a graph that leaves out the very nearest, several of them in a batch.
+    """B3 ("breaking the batch barrier"): fill batches with communities of a graph that leaves out the nearest.
 
-    The graph joins two instances where each has the other at a rank of ``n_skipped`` to ``n_skipped + n_neighbors`` in
-    similarity, as the nearest are taken for false negatives; METIS cuts it into communities; batches are filled with
-    communities in random order. B3 ranks by a fixed teacher; here the model itself is the teacher. Needs pymetis
-    (``pip install bs-lightning[baselines]``).
+    Each instance ranks the others by similarity. It skips the first ``n_skipped``, which may be false negatives, and
+    keeps the next ``n_neighbors``. The graph joins two instances if each keeps the other. METIS cuts the graph into
+    communities. Batches are filled with communities in random order. In the paper a fixed teacher model ranks; here
+    the model in training does. Needs scipy and pymetis (``pip install bs-lightning[baselines]``).
 
     Args:
-        n_skipped: Nearest left out (B3's p).
-        n_neighbors: Neighbours kept after them (B3's m).
-        community_size: Instances in a community, about; the larger, the harder the batches, up to ``batch_size``.
-        graph: Ranks the neighbours; ``None`` is ``ExactGraph(n_skipped + n_neighbors)``.
+        n_skipped: Nearest neighbours to skip per instance (B3's p).
+        n_neighbors: Neighbours to keep per instance after the skipped ones (B3's m).
+        community_size: Approximate number of instances in a community. Larger communities make harder batches, up to
+            ``batch_size``.
+        graph: Ranks the neighbours. ``None`` stands for ``ExactGraph(n_skipped + n_neighbors)``.
 
     Raises:
         ImportError: If scipy or pymetis is not installed.
-        TypeError: If a number is no integer, or ``graph`` no callable.
+        TypeError: If a number is not an integer, or ``graph`` is not callable.
         ValueError: If an argument is out of range.
 
     Example:
@@ -202,8 +218,8 @@ class B3Composer(Composer):
         (4, 16)
 
     Source: Thirukovalluru et al., "Breaking the batch barrier (B3) of contrastive learning via smart batch mining",
-    NeurIPS 2025, arXiv 2505.11293; edges in both directions only, as in its public code; the defaults are in the names
-    of its public models.
+    NeurIPS 2025, arXiv 2505.11293. As in its public code, an edge needs both directions. The defaults are the numbers
+    in the names of its public models.
     """
 
     n_skipped: int = 30
@@ -219,11 +235,12 @@ class B3Composer(Composer):
         if self.graph is not None:
             check_instance_callable("graph", self.graph, "ExactGraph(130)")
 
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
+    def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Compose batches.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``, on any device.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
+                ``batch_size``.
             batch_size: Instances in a batch.
             seed: The same seed gives the same batches.
             epoch: Not used.
@@ -232,10 +249,14 @@ class B3Composer(Composer):
             int64 of shape ``[P // batch_size, batch_size]``.
 
         Raises:
-            ValueError: If ``batch_size`` does not divide ``P``, the embeddings are not of shape ``[P, d]`` or not
-                finite, or ``P`` is so small that all but the skipped would be joined, or one community would be left.
+            TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an
+                array of floats.
+            ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
+                ``[P, d]`` or not finite, ``P`` is so small that each instance would keep all that it does not skip, or
+                there would be only one community.
         """
-        check_embeddings(embeddings)
+        seed = check_seed(seed)
+        embeddings = as_embeddings(embeddings)
         check_whole_batches(len(embeddings), batch_size)
         if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:
             raise ValueError(
@@ -258,14 +279,14 @@ class B3Composer(Composer):
         community = self._communities(neighbors, seed)
         rng = np.random.default_rng(seed)
         shuffled = rng.permutation(community.max() + 1)[community]
-        # Random within a community too, as a batch's end may cut it.
+        # Instances of a community come in random order too, as the end of a batch may cut the community.
         return np.lexsort((rng.random(len(community)), shuffled)).reshape(-1, batch_size)
 
     def _n_communities(self, size: int) -> int:
         return max(1, round(size / self.community_size))
 
     def _communities(self, neighbors: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
-        """Each instance's community, by METIS on the edges that the graph has in both directions."""
+        """Assign each instance to a community, with METIS on the edges that the graph has in both directions."""
         import pymetis
         from scipy.sparse import csr_array
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._types import Batches, Neighbors
+from bs_lightning._types import Batches, Embeddings, Neighbors
 from bs_lightning.graphs import NNDescentGraph, RandomCandidateGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
@@ -23,13 +23,14 @@ from bs_lightning.walk import check_restart_probability, rwr_batches
 class Graph(Protocol):
     """Embeddings ``[P, d]`` -> neighbours int32 ``[P, K]``."""
 
-    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors: ...
+    # `Any`, as some graphs take arrays too and some tensors alone, and jsonargparse compares annotations literally.
+    def __call__(self, embeddings: Any, *, seed: int = 0) -> Neighbors: ...
 
 
 class ComposeFunction(Protocol):
     """Embeddings ``[P, d]`` -> batches int64 ``[P // batch_size, batch_size]``."""
 
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches: ...
+    def __call__(self, embeddings: Any, batch_size: int, *, seed: int, epoch: int) -> Batches: ...
 
 
 class Composer(ABC):
@@ -182,7 +183,7 @@ class RWRComposer(Composer):
     def __repr__(self) -> str:
         return f"RWRComposer({self.graph!r})"
 
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
+    def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Compose a pool's batches.
 
         Args:

@@ -1,11 +1,9 @@
 """Graphs: embeddings -> each instance's nearest neighbours.
 
-A graph is any callable ``(embeddings, *, seed=0) -> int32 [P, K]`` that returns real neighbours: never the instance
-itself, never a placeholder.
+A graph is any callable ``(embeddings, *, seed=0) -> int32 [P, K]``. Row ``i`` holds neighbours of instance ``i``, and
+never ``i`` itself or a placeholder.
 """
 
-import logging
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,34 +11,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_integer
-from bs_lightning._embeddings import check_embeddings, unit_rows, unit_rows_
-from bs_lightning._types import Neighbors
+from bs_lightning._checks import check_integer, check_seed
+from bs_lightning._embeddings import (
+    BELOW_ANY_COSINE,
+    as_embeddings,
+    similarity_blocks,
+    unit_rows,
+    unit_rows_,
+)
+from bs_lightning._nndescent import descend
+from bs_lightning._types import Embeddings, Neighbors
 
-_log = logging.getLogger(__name__)
-_BLOCK_ENTRIES = 2**24  # similarities that `ExactGraph` holds at a time: 64 MB of float32
-_CHUNK_ENTRIES = 2**22  # the same for `RandomCandidateGraph`
-# Runs of distances in `RandomCandidateGraph`. More let two steps of a walk reach further, as sums of two distances
-# cover more, and take longer; `benchmarks/composers.py paper` measures both.
+_CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
+# Runs of distances in `RandomCandidateGraph`. With more runs, two steps of a walk reach more instances, and a graph
+# takes longer. `benchmarks/composers` measures both.
 _N_RUNS = 64
-_RUN_BLOCK = 32  # rows of one product in it
-_pynndescent_compiled = False
+_RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 
 
 @dataclass(frozen=True)
 class NNDescentGraph:
-    """Approximate nearest neighbours by cosine similarity, found by nearest neighbour descent.
+    """Find approximate nearest neighbours by cosine similarity, with nearest neighbour descent.
 
-    The first graph built in a process makes pynndescent compile its kernels, which takes about half a minute; one
-    line says so when it happens. For pools up to some thousands :class:`ExactGraph` is as fast and needs no compile.
+    The first graph built in a process makes pynndescent compile its kernels, which takes about half a minute. One
+    line in the log says when. For pools up to some thousands :class:`ExactGraph` is as fast and needs no compile.
 
-    The same seed gives the same graph on the same number of threads.
+    pynndescent runs on numba's threads, which numba starts once per process. The first graph starts them on the layer
+    that numba calls ``forksafe``, so that the process can fork data-loading workers afterwards. Unless ``tbb`` is
+    installed, this layer aborts a process in which two threads run parallel numba code at the same time. Graphs in
+    different threads wait for each other. If your own threads run such code, choose a different layer with the
+    environment variable ``NUMBA_THREADING_LAYER``: the graph keeps to your choice.
+
+    The same seed gives the same graph if the number of threads is the same.
 
     Args:
-        n_neighbors: Neighbours kept per instance (the paper's K); clipped to ``P - 1``.
+        n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
 
     Raises:
-        TypeError: If ``n_neighbors`` is no integer.
+        TypeError: If ``n_neighbors`` is not an integer.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -59,52 +67,40 @@ class NNDescentGraph:
     def __post_init__(self) -> None:
         _check_n_neighbors(self.n_neighbors)
 
-    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
         """Build the graph.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P >= 2``, on any device.
-            seed: Seed of the random initialisation.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` with ``P >= 2``.
+            seed: Seed of the random start.
 
         Returns:
             int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
 
         Raises:
-            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
+            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
+            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
+                ``seed`` is negative.
         """
-        check_embeddings(embeddings)
-        unit = unit_rows(embeddings.cpu())
+        seed = check_seed(seed)
+        unit = unit_rows(as_embeddings(embeddings).cpu())
         k = min(self.n_neighbors, len(unit) - 1)
-        found = self._descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
+        found = descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
         return _real_neighbors(found, k, ~unit.any(dim=1).numpy(), seed)
-
-    @staticmethod
-    def _descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
-        global _pynndescent_compiled
-        if not _pynndescent_compiled:
-            _log.info("NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process.")
-        from pynndescent import NNDescent
-
-        with warnings.catch_warnings():
-            # "Failed to correctly find n_neighbors for some samples": those rows are filled up below.
-            warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
-            index = NNDescent(data, metric="cosine", n_neighbors=n_neighbors, random_state=seed % 2**32)
-        _pynndescent_compiled = True
-        return index.neighbor_graph[0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class ExactGraph:
-    """Exact nearest neighbours by cosine similarity: a blocked matrix product with top-k.
+    """Find exact nearest neighbours by cosine similarity, with a matrix product per block of rows.
 
-    Runs on the embeddings' device and holds at most 64 MB of similarities at a time, never all ``P x P``. The work
-    grows with ``P^2``: on a CPU it suits pools up to some thousands, on a GPU far larger ones.
+    The graph is computed on the device of the embeddings. It holds 64 MB of similarities at a time, not all
+    ``P x P``. The work grows with ``P^2``. On a CPU it suits pools of up to some thousands, on a GPU far larger ones.
 
     Args:
-        n_neighbors: Neighbours kept per instance (the paper's K); clipped to ``P - 1``.
+        n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
 
     Raises:
-        TypeError: If ``n_neighbors`` is no integer.
+        TypeError: If ``n_neighbors`` is not an integer.
         ValueError: If ``n_neighbors`` is below 1.
 
     Example:
@@ -122,57 +118,59 @@ class ExactGraph:
         _check_n_neighbors(self.n_neighbors)
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
         """Build the graph.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P >= 2``, on any device.
-            seed: Seed for the neighbours of all-zero rows, which are random.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` with ``P >= 2``.
+            seed: Seed of the neighbours of all-zero rows, which are random.
 
         Returns:
             int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
 
         Raises:
-            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
+            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
+            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
+                ``seed`` is negative.
         """
-        check_embeddings(embeddings)
-        unit = unit_rows(embeddings)
+        seed = check_seed(seed)
+        unit = unit_rows(as_embeddings(embeddings))
         size = len(unit)
         k = min(self.n_neighbors, size - 1)
         isolated = ~unit.any(dim=1)
-        rows_per_block = max(1, _BLOCK_ENTRIES // size)
         found = torch.empty((size, k), dtype=torch.int32, device=unit.device)
-        for start in range(0, size, rows_per_block):
-            block = unit[start : start + rows_per_block]
-            similarity = block @ unit.T
-            rows = torch.arange(len(block), device=unit.device)
-            similarity[rows, start + rows] = -torch.inf
-            similarity[:, isolated] = -2.0  # below any cosine: chosen only where there is nobody else
-            found[start : start + len(block)] = similarity.topk(k, dim=1).indices.int()
+        for start, similarity in similarity_blocks(unit):
+            similarity[:, isolated] = BELOW_ANY_COSINE
+            similarity.diagonal(start).fill_(-torch.inf)  # no instance is its own neighbour
+            found[start : start + len(similarity)] = similarity.topk(k, dim=1).indices.int()
         return _real_neighbors(found.cpu().numpy(), k, isolated.cpu().numpy(), seed)
 
 
 @dataclass(frozen=True)
 class RandomCandidateGraph:
-    """The paper's graph: each instance's nearest neighbours among random candidates, by cosine similarity.
+    """Build the paper's graph: each instance's nearest neighbours among random candidates, by cosine similarity.
 
-    Instances stand in a random order on a circle, and the candidates of each are those at ``n_candidates`` random
-    distances ahead of it, the same distances for all. So each draws exactly ``n_candidates`` distinct others, and is
-    drawn exactly as often. The distances are a few runs of consecutive numbers: all similarities are products of slices
-    of one matrix that is gathered once, where drawing for each instance gathers ``n_candidates`` embeddings for each.
-    What an instance draws is as random as then; what its neighbours draw is not quite independent of it, so that two
-    steps reach somewhat less far in large data sets. Runs on the embeddings' device, in memory
-    ``O(P (d + n_neighbors))``.
+    Fewer candidates make batches less hard and lower their false-negative rate. This graph is meant for whole
+    datasets. A pool is itself a random choice of candidates: in a pool, use :class:`NNDescentGraph` or
+    :class:`ExactGraph`.
 
-    Fewer candidates make softer batches with fewer false negatives. It is meant for whole data sets; within a pool,
-    which is itself a random choice, the nearest of all serve better.
+    All instances stand on a circle in random order. Each instance's candidates are the instances at ``n_candidates``
+    random distances ahead of it. The distances are the same for all instances. So each instance draws exactly
+    ``n_candidates`` distinct others, and is drawn exactly as often.
+
+    The distances form a few runs of consecutive numbers. So all similarities are products of slices of one matrix, and
+    no embedding is copied for each instance that draws it. In exchange, the draws of neighbouring instances are not
+    quite independent: two steps of a walk reach slightly fewer instances of a large dataset. The graph is computed on
+    the device of the embeddings, in ``O(P (d + n_neighbors))`` memory.
 
     Args:
-        n_candidates: Random candidates per instance (the paper's M); from ``P - 1`` on, this is :class:`ExactGraph`.
-        n_neighbors: Neighbours kept per instance (the paper's K), at most ``n_candidates``; clipped to ``P - 1``.
+        n_candidates: Random candidates per instance (the paper's M). With ``P - 1`` or more, the result equals
+            :class:`ExactGraph`.
+        n_neighbors: Neighbours to keep per instance (the paper's K), at most ``n_candidates``. A pool of ``P``
+            instances gives at most ``P - 1``.
 
     Raises:
-        TypeError: If an argument is no integer.
+        TypeError: If an argument is not an integer.
         ValueError: If ``n_neighbors`` is below 1 or above ``n_candidates``.
 
     Example:
@@ -196,23 +194,26 @@ class RandomCandidateGraph:
             )
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
         """Build the graph.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P >= 2``, on any device.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` with ``P >= 2``.
             seed: Seed of the candidates.
 
         Returns:
             int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
 
         Raises:
-            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2``, or not finite.
+            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
+            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
+                ``seed`` is negative.
         """
+        seed = check_seed(seed)
+        embeddings = as_embeddings(embeddings)
         size = len(embeddings)
         if self.n_candidates >= size - 1:
             return ExactGraph(self.n_neighbors)(embeddings, seed=seed)
-        check_embeddings(embeddings)
         rng = np.random.default_rng(seed)
         device = embeddings.device
         order = torch.from_numpy(rng.permutation(size)).to(device)
@@ -222,7 +223,7 @@ class RandomCandidateGraph:
         chunk = max(_RUN_BLOCK, _CHUNK_ENTRIES // self.n_candidates // _RUN_BLOCK * _RUN_BLOCK)
         chunk = min(chunk, -(-size // _RUN_BLOCK) * _RUN_BLOCK)
         longest = chunk + max(stop - start for start, stop in runs)
-        # As far beyond its end as slices reach, so that each is in one piece.
+        # The circle repeats its beginning after its end, so that each slice is in one piece.
         circle = unit_rows_(embeddings[order[torch.arange(size + longest, device=device) % size]].float())
         isolated = ~circle[:size].any(dim=1)
         found = torch.empty((size, self.n_neighbors), dtype=torch.int32, device=device)
@@ -236,7 +237,7 @@ class RandomCandidateGraph:
             rows = torch.arange(first, min(first + chunk, size), device=device)
             if isolated.any():
                 candidates = (rows[:, None] + ahead) % size
-                similarity[: len(rows)].masked_fill_(isolated[candidates], -2.0)  # below any cosine
+                similarity[: len(rows)].masked_fill_(isolated[candidates], BELOW_ANY_COSINE)
             nearest = ahead[similarity[: len(rows)].topk(self.n_neighbors, dim=1).indices]
             found[order[rows]] = order[(rows[:, None] + nearest) % size].int()
 
@@ -247,7 +248,7 @@ class RandomCandidateGraph:
 
 
 def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Disjoint runs ``[start, stop)`` of distances in ``[1, size)``, ``n_candidates`` distances together."""
+    """Draw disjoint runs ``[start, stop)`` of distances in ``[1, size)``, ``n_candidates`` distances in all."""
     n_runs = min(_N_RUNS, n_candidates)
     lengths = np.full(n_runs, n_candidates // n_runs)
     lengths[: n_candidates % n_runs] += 1
@@ -257,23 +258,24 @@ def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list
 
 
 def _banded_product(circle: Tensor, rows: int, columns: int, n_rows: int, width: int) -> Tensor:
-    """Products of row ``rows + i`` with rows ``columns + i`` to ``columns + i + width - 1``, for ``n_rows`` of ``i``.
+    """Multiply row ``rows + i`` with rows ``columns + i`` to ``columns + i + width - 1``, for each ``i < n_rows``.
 
     Returns:
-        A view of shape ``[n_rows / b, b, width]``.
+        A view of shape ``[n_rows / b, b, width]``, where ``b`` is the number of rows of a block.
     """
     b, d = _RUN_BLOCK, circle.shape[1]
     blocks = circle[rows : rows + n_rows].view(-1, b, d)
     others = circle.as_strided((len(blocks), b + width, d), (b * d, d, 1), columns * d)
     product = torch.bmm(blocks, others.transpose(1, 2))
-    # Row i of a block begins i columns further right: that is a stride of one row and one column.
+    # Row i of a block begins i columns further right: its stride is one row and one column.
     return product.as_strided((len(blocks), b, width), (b * (b + width), b + width + 1, 1))
 
 
 def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed: int) -> Neighbors:
-    """Keep each row's first ``k`` real neighbours and fill what lacks with random other instances.
+    """Keep each row's first ``k`` real neighbours, and fill the row up with random other instances.
 
-    Not real are the instance itself, -1, all-zero (``isolated``) instances, and every entry of an isolated row.
+    An entry is not real if it is -1, the instance itself, or an all-zero (``isolated``) instance. No entry of an
+    isolated row is real.
     """
     own = np.arange(len(found), dtype=np.int32)[:, None]
     real = (found >= 0) & (found != own) & ~isolated[found] & ~isolated[:, None]

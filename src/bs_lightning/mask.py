@@ -1,59 +1,65 @@
-"""Mask: a pool's graph -> which pairs of a batch are likely false negatives, to be left out of the loss."""
+"""Mask: a pool's graph -> the pairs of a batch that are likely false negatives, which the loss can leave out."""
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_integer, check_integer_array, check_neighbors
 from bs_lightning._types import Pairs
 
 
 def mutual_nearest(neighbors: ArrayLike, n_nearest: int) -> Pairs:
-    """The pairs of nodes that are among each other's nearest.
+    """Find the pairs of nodes in which each node is among the other node's nearest neighbours.
 
     Args:
-        neighbors: Integers of shape ``[P, K]``, each row nearest first, as the graphs here return them.
-        n_nearest: How many of a row count as nearest; at most ``K`` do.
+        neighbors: Integers of shape ``[P, K]``, the nearest neighbour of each row first, as the graphs of this library
+            return them. An entry equal to its own row's number means "no edge here".
+        n_nearest: How many entries of a row count as nearest, at least 1. Above ``K``, all of them count.
 
     Returns:
-        int64 of shape ``[m, 2]``, each pair once, the lower node first; ``m`` is at most ``P * n_nearest / 2``.
+        int64 of shape ``[m, 2]``. Each pair occurs once, with the lower node first. ``m`` is at most
+        ``P * n_nearest / 2``.
 
     Raises:
-        TypeError: If ``n_nearest`` is no integer.
-        ValueError: If ``n_nearest`` is below 1, or ``neighbors`` not of shape ``[P, K]``.
+        TypeError: If ``neighbors`` does not hold integers, or ``n_nearest`` is not an integer.
+        ValueError: If ``neighbors`` does not have shape ``[P, K]`` with entries in ``[0, P)``, or ``n_nearest`` is
+            below 1.
 
     Example:
         >>> from bs_lightning.mask import mutual_nearest
         >>> mutual_nearest([[1, 2], [0, 2], [1, 0]], n_nearest=1).tolist()
         [[0, 1]]
 
-    Source: that instances which are each other's nearest are likely of one class is known from re-ranking with
-    k-reciprocal neighbours (Zhong et al., CVPR 2017, arXiv 1701.08398).
+    Source: re-ranking with k-reciprocal neighbours (Zhong et al., CVPR 2017, arXiv 1701.08398), where instances that
+    are each other's nearest neighbours likely have the same class.
     """
-    near = np.asarray(neighbors)
-    if near.ndim != 2:
-        raise ValueError(f"neighbors must have shape [P, K], got shape {list(near.shape)}.")
+    graph = check_neighbors(neighbors)
     if check_integer("n_nearest", n_nearest) < 1:
         raise ValueError(f"n_nearest must be at least 1, got {n_nearest}.")
-    near = near[:, :n_nearest].astype(np.int64)
-    size = len(near)
-    rows = np.repeat(np.arange(size), near.shape[1])
-    columns = near.ravel()
+    nearest = graph[:, :n_nearest].astype(np.int64)
+    size = len(nearest)
+    rows, columns = np.repeat(np.arange(size), nearest.shape[1]), nearest.ravel()
     lower_first = rows < columns
-    back = np.isin(rows[lower_first] * size + columns[lower_first], columns * size + rows)
-    return np.stack([rows[lower_first][back], columns[lower_first][back]], axis=1)
+    # One number for each pair of nodes. A row may name a neighbour twice; `intersect1d` returns each pair once.
+    forward, backward = rows * size + columns, columns * size + rows
+    mutual = np.intersect1d(forward[lower_first], backward)
+    return np.stack(np.divmod(mutual, size), axis=1)
 
 
-def pair_mask(pairs: Pairs, batch: ArrayLike) -> Tensor:
-    """Which pairs of a batch are among some pairs.
+def pair_mask(pairs: ArrayLike, batch: ArrayLike) -> Tensor:
+    """Mark the pairs of a batch that are in a list of pairs.
 
     Args:
-        pairs: int64 of shape ``[m, 2]``.
-        batch: Distinct integers of shape ``[B]``, numbered as ``pairs`` are.
+        pairs: Integers of shape ``[m, 2]``: pairs of instances, such as dataset indices.
+        batch: Distinct integers of shape ``[B]``: the instances of the batch, numbered as in ``pairs``.
 
     Returns:
         bool of shape ``[B, B]``, symmetric, false on the diagonal.
+
+    Raises:
+        TypeError: If ``pairs`` or ``batch`` does not hold integers.
+        ValueError: If ``pairs`` or ``batch`` has a different shape, or ``batch`` holds an instance twice.
 
     Example:
         >>> import numpy as np
@@ -61,11 +67,18 @@ def pair_mask(pairs: Pairs, batch: ArrayLike) -> Tensor:
         >>> pair_mask(np.array([[3, 8], [5, 8]]), [8, 4, 3]).int().tolist()
         [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
     """
-    members = np.asarray(batch)
-    order = np.argsort(members)
-    places = np.searchsorted(members, pairs, sorter=order).clip(max=len(members) - 1)
-    positions = order[places]
-    first, second = positions[(members[positions] == pairs).all(axis=1)].T
+    pairs, members = check_integer_array("pairs", pairs), check_integer_array("batch", batch)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must have shape [m, 2], got shape {list(pairs.shape)}.")
+    if members.ndim != 1:
+        raise ValueError(f"batch must have shape [B], got shape {list(members.shape)}.")
     mask = torch.zeros(len(members), len(members), dtype=torch.bool)
+    if not len(members):
+        return mask
+    ordered, order = np.unique(members, return_index=True)
+    if len(ordered) < len(members):
+        raise ValueError(f"batch must hold distinct integers, got {members}.")
+    positions = order[np.searchsorted(ordered, pairs).clip(max=len(members) - 1)]
+    first, second = positions[(members[positions] == pairs).all(axis=1)].T
     mask[first, second] = mask[second, first] = True
-    return mask
+    return mask.fill_diagonal_(False)  # an instance is never its own negative

@@ -58,7 +58,7 @@ class InBatchFalseNegativeRate(Metric):
         return (self.false_pairs / self.pairs).float()
 
 
-class InBatchSimilarity(Metric):
+class InBatchHardness(Metric):
     """Mean cosine similarity of the negatives within a batch: how hard they are.
 
     As input to ``forward`` and ``update`` the metric accepts:
@@ -76,8 +76,8 @@ class InBatchSimilarity(Metric):
 
     Example:
         >>> import torch
-        >>> from bs_lightning.metrics import InBatchSimilarity
-        >>> metric = InBatchSimilarity()
+        >>> from bs_lightning.metrics import InBatchHardness
+        >>> metric = InBatchHardness()
         >>> metric(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))
         tensor(0.3333)
 

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._types import Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import pair_mask
@@ -181,19 +181,3 @@ class PoolBatchSampler(BatchSampler):
         self._loaded = state
         self.seed = state.seed
         self.epoch = state.epoch
-
-
-def check_seed(seed: int) -> int:
-    """Refuse seeds that are no natural numbers.
-
-    Returns:
-        The seed as a plain integer, which a checkpoint can hold.
-
-    Raises:
-        TypeError: If ``seed`` is no integer.
-        ValueError: If it is negative.
-    """
-    number = check_integer("seed", seed)
-    if number < 0:
-        raise ValueError(f"seed must not be negative, got {seed}.")
-    return number

@@ -1,26 +1,27 @@
 """Schedules of the restart probability over epochs, for :class:`~bs_lightning.RWRComposer`.
 
-A constant is a plain float, and any function of the epoch is a schedule too. These have names, so that a YAML config
-can give them by ``class_path`` and what holds them can be pickled.
+A plain float is a constant restart probability, and any function of the epoch is a schedule. The schedules here are
+classes, so that a YAML config can name them by ``class_path`` and an object that holds one can be pickled.
 """
 
+import math
 from dataclasses import dataclass
 
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_integer, check_number
 from bs_lightning.walk import check_restart_probability
 
 
 @dataclass(frozen=True)
 class LinearDecay:
-    """Falls evenly from ``start`` in epoch 0 to ``end`` in epoch ``n_epochs``, and stays there.
+    """Fall linearly from ``start`` in epoch 0 to ``end`` in epoch ``n_epochs``, then stay there.
 
     Args:
-        start: The first epoch's value, in ``(0, 1]``; the paper's range begins at 0.2.
-        end: The last value; the paper's range ends at 0.05.
-        n_epochs: Epochs until ``end`` is reached, at least 1.
+        start: The value in epoch 0, in ``(0, 1]``. The paper starts at 0.2.
+        end: The last value, in ``(0, 1]``. The paper ends at 0.05.
+        n_epochs: Number of epochs until ``end`` is reached, at least 1.
 
     Raises:
-        TypeError: If an argument is no number, or one in epochs no integer.
+        TypeError: If ``start`` or ``end`` is not a number, or ``n_epochs`` or the epoch is not an integer.
         ValueError: If an argument is out of range.
 
     Example:
@@ -36,26 +37,31 @@ class LinearDecay:
     n_epochs: int = 100
 
     def __post_init__(self) -> None:
-        check_restart_probability(self.start)
-        check_restart_probability(self.end)
-        _check_positive("n_epochs", self.n_epochs)
+        _set(
+            self,
+            start=check_restart_probability(self.start, "start"),
+            end=check_restart_probability(self.end, "end"),
+            n_epochs=_check_epochs("n_epochs", self.n_epochs),
+        )
 
     def __call__(self, epoch: int) -> float:
-        return self.start + (self.end - self.start) * min(epoch / self.n_epochs, 1.0)
+        share = min(check_integer("epoch", epoch) / self.n_epochs, 1.0)
+        # Exact at both ends. `start + (end - start) * share` can round to a last value that is not above 0.
+        return (1 - share) * self.start + share * self.end
 
 
 @dataclass(frozen=True)
 class Staircase:
-    """Falls by ``step`` every ``every`` epochs, never below ``floor``.
+    """Fall by ``step`` every ``every`` epochs, but never below ``floor``.
 
     Args:
-        start: The first epoch's value, in ``(0, 1]``.
-        step: How much it falls at a time, not negative.
-        every: Epochs between two falls, at least 1.
+        start: The value in epoch 0, in ``(0, 1]``.
+        step: The size of each fall, finite and at least 0.
+        every: Number of epochs between two falls, at least 1.
         floor: The lowest value, in ``(0, start]``.
 
     Raises:
-        TypeError: If an argument is no number, or one in epochs no integer.
+        TypeError: If ``start``, ``step`` or ``floor`` is not a number, or ``every`` or the epoch is not an integer.
         ValueError: If an argument is out of range.
 
     Example:
@@ -63,8 +69,9 @@ class Staircase:
         >>> [round(Staircase()(epoch), 3) for epoch in (0, 4, 5, 9, 10, 50)]
         [0.2, 0.2, 0.1, 0.1, 0.05, 0.05]
 
-    Source: the paper's public implementation, in the way that its line ``0.2 - (epoch / 5) * 0.1`` may be meant. What
-    that line does is ``Staircase(0.18, 0.02, every=1)``, as :func:`~bs_lightning.presets.public_code` has it.
+    Source: the line ``0.2 - (epoch / 5) * 0.1`` of the paper's public implementation, read as a fall every 5 epochs.
+    Taken literally, the line falls in each epoch: :func:`~bs_lightning.presets.public_code` uses
+    ``Staircase(0.18, 0.02, every=1)``.
     """
 
     start: float = 0.2
@@ -73,18 +80,34 @@ class Staircase:
     floor: float = 0.05
 
     def __post_init__(self) -> None:
-        check_restart_probability(self.start)
-        check_restart_probability(self.floor)
-        _check_positive("every", self.every)
-        if not self.step >= 0:  # NaN too
-            raise ValueError(f"step must not be negative, got {self.step}. It is what is taken off every few epochs.")
+        _set(
+            self,
+            start=check_restart_probability(self.start, "start"),
+            step=check_number("step", self.step),
+            every=_check_epochs("every", self.every),
+            floor=check_restart_probability(self.floor, "floor"),
+        )
+        if not 0 <= self.step < math.inf:  # NaN too
+            raise ValueError(f"step must be finite and not negative, got {self.step}. It is the size of each fall.")
         if self.floor > self.start:
             raise ValueError(f"floor must not be above start {self.start}, got {self.floor}.")
 
     def __call__(self, epoch: int) -> float:
-        return max(self.start - epoch // self.every * self.step, self.floor)
+        return max(self.start - check_integer("epoch", epoch) // self.every * self.step, self.floor)
 
 
-def _check_positive(name: str, value: int) -> None:
-    if check_integer(name, value) < 1:
+def _set(schedule: LinearDecay | Staircase, **values: float) -> None:
+    """Set fields of a frozen schedule to plain Python numbers.
+
+    NumPy's numbers would let ``__call__`` compute in their type: float32 rounds values out of range, uint8 overflows.
+    """
+    for name, value in values.items():
+        object.__setattr__(schedule, name, value)
+
+
+def _check_epochs(name: str, value: int) -> int:
+    """Return a number of epochs as an int of at least 1."""
+    number = check_integer(name, value)
+    if number < 1:
         raise ValueError(f"{name} must be at least 1 epoch, got {value}.")
+    return number

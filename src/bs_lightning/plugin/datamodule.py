@@ -9,13 +9,13 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bs_lightning._checks import check_seed
 from bs_lightning._types import Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
 from bs_lightning.plan import Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler, TrainerLoader
 from bs_lightning.plugin.loops import check_trainer
-from bs_lightning.sampler import check_seed
 from bs_lightning.state import SamplerState, holds_state
 
 _T = TypeVar("_T")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bs_lightning._types import Indices
 from bs_lightning.compose import Composer, asked_for
-from bs_lightning.isolation import isolated_rng
+from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchSimilarity
+from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
@@ -87,6 +87,7 @@ class TrainerPlanner:
             pool_size: Instances in a pool.
         """
         trainer, layout = self.trainer, self._layout
+        pool_size = min(pool_size, layout.n_full * layout.global_batch_size)
         n_instances = min(2, layout.n_full) * layout.global_batch_size
         indices = permutation(layout.n_instances, seed=0, epoch=0)[:n_instances].astype(np.int64)
         embeddings = self.source.read(indices)
@@ -169,7 +170,7 @@ class TrainerPlanner:
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
         more = {name: value for name, value in (("indices", indices), ("labels", labels)) if name in self._asked}
         start = time.perf_counter()
-        with isolated_rng():
+        with isolated_rng(), isolated_threads():
             returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
@@ -185,7 +186,7 @@ class TrainerPlanner:
         """What is logged of composed batches."""
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
-        similarity = InBatchSimilarity(sync_on_compute=False).to(embeddings.device)
+        similarity = InBatchHardness(sync_on_compute=False).to(embeddings.device)
         similarity.update(embeddings[positions.to(embeddings.device)], labels)
         log = {"batch_sampler/hardness": float(similarity.compute())}
         if labels is not None:

@@ -1,0 +1,109 @@
+"""Nearest neighbour descent by pynndescent, without side effects on the process."""
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_lightning._types import Neighbors
+from bs_lightning.isolation import isolated_threads, numba_threading_layer
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_compiled = False
+_forked_from_gnu_openmp = False
+
+
+def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
+    """Find approximate nearest neighbours by cosine similarity.
+
+    Calls from several threads wait for each other: numba's ``workqueue`` layer aborts a process in which two threads
+    run parallel code at the same time.
+
+    Args:
+        data: float32 of shape ``[P, d]``.
+        n_neighbors: Columns of the result. pynndescent counts each row as its own neighbour.
+        seed: The same seed gives the same result on the same number of threads.
+
+    Returns:
+        int32 of shape ``[P, n_neighbors]``, nearest first, with -1 where pynndescent found too few.
+
+    Raises:
+        RuntimeError: If this process was forked from one that ran GNU OpenMP through numba, or if numba finds no
+            folder for the compiled code of pynndescent.
+    """
+    global _compiled
+    with _lock, isolated_threads(), warnings.catch_warnings():
+        _start_numba_threads()
+        nndescent = _import_nndescent()
+        if not _compiled:
+            _log.info("NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process.")
+        # The caller replaces the -1 that this warning is about.
+        warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
+        index = nndescent(data, metric="cosine", n_neighbors=n_neighbors, random_state=seed % 2**32)
+        _compiled = True
+        return index.neighbor_graph[0]  # type: ignore[no-any-return]
+
+
+def _start_numba_threads() -> None:
+    """Start numba's threads on the layer that the user has chosen, or on one that survives a fork.
+
+    This comes before pynndescent's import, which overrules the choice of ``omp``.
+    """
+    import numba
+
+    if _forked_from_gnu_openmp:
+        raise RuntimeError(
+            "NNDescentGraph cannot run in this process: it was forked from a process in which numba had started GNU "
+            "OpenMP, which does not survive a fork. Set the environment variable NUMBA_THREADING_LAYER=workqueue "
+            "before the program starts, or start processes by 'spawn' or 'forkserver', or use ExactGraph."
+        )
+    if numba_threading_layer() is not None:
+        return
+    config: Any = numba.config
+    if config.THREADING_LAYER == "default":
+        config.THREADING_LAYER = "forksafe"
+    numba.get_num_threads()  # starts them
+    if _runs_gnu_openmp():
+        warnings.warn(
+            "numba starts GNU OpenMP, as NUMBA_THREADING_LAYER or numba.config.THREADING_LAYER says. Processes that "
+            "are forked from now on (data-loading workers, ddp_fork) are killed when they run parallel numba code. If "
+            "yours do, choose 'workqueue', or use ExactGraph.",
+            stacklevel=2,
+        )
+
+
+def _import_nndescent() -> Any:
+    try:
+        from pynndescent import NNDescent
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        raise RuntimeError(
+            "NNDescentGraph cannot import pynndescent: numba can write its compiled code neither beside pynndescent "
+            "nor in the home folder. Set the environment variable NUMBA_CACHE_DIR to a folder that can be written, "
+            "before the program starts, or use ExactGraph."
+        ) from error
+    return NNDescent
+
+
+def _runs_gnu_openmp() -> bool:
+    """Whether numba has started GNU OpenMP in this process."""
+    omppool = sys.modules.get("numba.np.ufunc.omppool")
+    return numba_threading_layer() == "omp" and getattr(omppool, "openmp_vendor", None) == "GNU"
+
+
+def _after_fork_in_child() -> None:
+    """Note whether OpenMP is broken in this process, and free a lock whose thread was not forked."""
+    global _lock, _forked_from_gnu_openmp
+    _lock = threading.Lock()
+    _forked_from_gnu_openmp = _forked_from_gnu_openmp or _runs_gnu_openmp()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork_in_child)

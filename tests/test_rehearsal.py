@@ -1,0 +1,268 @@
+"""What is tried before training, what the processes tell each other, and what adopters stumble over."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
+from processes import run
+
+from bs_lightning import BatchSamplerDataModule, Composer, ExactGraph, RWRComposer
+
+
+class Trained(Callback):
+    """Counts the steps that were trained."""
+
+    steps = 0
+
+    def on_train_batch_end(self, *_):
+        self.steps += 1
+
+
+def wrong_signature(embeddings, batch_size):
+    return pool_order(embeddings, batch_size, seed=0, epoch=0)
+
+
+def failing_graph(embeddings, *, seed=0):
+    raise ValueError("no graph")
+
+
+def no_batches(embeddings, batch_size, *, seed, epoch):
+    return np.zeros((1, batch_size), dtype=int)
+
+
+@pytest.mark.parametrize(
+    ("composer", "error", "words"),
+    [
+        (wrong_signature, TypeError, "unexpected keyword argument 'seed'"),
+        (RWRComposer(failing_graph), ValueError, "no graph"),
+        (
+            RWRComposer(ExactGraph(5), lambda epoch: 2.0),
+            ValueError,
+            r"must lie in \(0, 1\], got 2.0",
+        ),
+        (no_batches, ValueError, "must return batches of shape"),
+    ],
+    ids=["signature", "graph", "walk", "batches"],
+)
+@pytest.mark.parametrize("recycle", [False, True])
+def test_what_cannot_work_fails_before_the_warm_up(composer, error, words, recycle):
+    trained = Trained()
+    with pytest.raises(error, match=words):
+        fit(Model(), Data(8, 96), walker(composer=composer, warmup_epochs=1, recycle=recycle), trained, max_epochs=3)
+    assert trained.steps == 0
+
+
+def test_a_mask_that_cannot_work_fails_before_the_warm_up():
+    class Forgets(Composer):
+        finds_nearest = True
+        neighbors = np.zeros(5, dtype=np.int32)
+
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    trained = Trained()
+    with pytest.raises(ValueError, match=r"neighbors must have shape \[P, K\]"):
+        fit(Model(), Data(8, 96), walker(composer=Forgets(), warmup_epochs=1, mask_nearest=2), trained)
+    assert trained.steps == 0
+
+
+def test_the_rehearsal_leaves_no_trace_and_is_short():
+    class States(Callback):
+        def on_train_start(self, trainer, module):
+            self.seconds = time.perf_counter() - before
+            self.states = [rng_states(), module.state_dict(), module.training]
+
+    def states(*callbacks):
+        nonlocal before
+        torch.manual_seed(3)
+        noted, before = States(), time.perf_counter()
+        fit(Model(dropout=0.3), Data(8, 3000), *callbacks, noted, max_epochs=1, limit_train_batches=1)
+        return noted
+
+    before = 0.0
+    with_callback = states(walker(2560, warmup_epochs=1))
+    assert_equal(with_callback.states, states().states)
+    assert with_callback.seconds < 20
+
+
+def test_without_a_warm_up_nothing_is_tried_twice():
+    calls = []
+
+    def noting(embeddings, batch_size, *, seed, epoch):
+        calls.append(len(embeddings))
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(Model(), Data(8, 96), walker(32, composer=noting), max_epochs=1)
+    assert calls == [32, 32, 32]
+
+
+def test_the_warm_up_logs_the_hardness_of_uniform_batches():
+    class Logs(Callback):
+        def __init__(self):
+            self.hardness, self.rates = [], []
+
+        def on_train_epoch_end(self, trainer, module):
+            self.hardness.append(float(trainer.callback_metrics["batch_sampler/hardness"]))
+            self.rates.append(float(trainer.callback_metrics["batch_sampler/false_negative_rate"]))
+
+    logs, model = Logs(), Model()
+    stops = EarlyStopping("batch_sampler/hardness", patience=10)
+    fit(model, Data(16, 960), walker(320, warmup_epochs=2), stops, logs, max_epochs=3)
+    assert logs.hardness[0] == logs.hardness[1] != logs.hardness[2]  # of the weights before training
+    assert logs.rates[0] == logs.rates[1] == pytest.approx(0.1, abs=0.04)
+    assert logs.rates[2] == pytest.approx(same_cluster_share(model.epochs[2]), abs=1e-5)
+
+
+# Processes that differ
+
+
+@pytest.mark.parametrize(
+    ("differs", "words"),
+    [
+        ("n", "same n_instances, got 203 on rank 0, 211 on rank 1"),
+        pytest.param("seed", "same seed, got 0 on rank 0, 1 on rank 1", marks=pytest.mark.slow),
+        pytest.param("width", "same width_of_embeddings, got 4 on rank 0, 3 on rank 1", marks=pytest.mark.slow),
+        pytest.param("recycled width", "same width_of_embeddings, got 4 on", marks=pytest.mark.slow),
+        pytest.param("composer", "same composer, got .* on rank 0, 'pool_order' on rank 1", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_differ_are_refused_in_all(differs, words, tmp_path):
+    stderr = run(tmp_path, fails=True, differs=differs, recycle=differs == "recycled width", timeout=120)
+    assert len(re.findall(f"ValueError: All processes must have the {words}", stderr)) == 2
+
+
+# Adopters
+
+
+class Items(Points):
+    """As most datasets: item ``i`` is input and label."""
+
+    def __getitem__(self, index):
+        return self.points[index], int(self.targets[index])
+
+
+class Plain(Model):
+    def forward(self, x):
+        return self.encoder(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+
+class Labelled(BatchSamplerDataModule):
+    def train_dataset(self):
+        return Items(96)
+
+
+def test_a_batch_of_inputs_and_labels_says_what_to_do_first():
+    with pytest.raises(TypeError) as raised:
+        fit(Plain(), Labelled(8), walker())
+    note = raised.value.__notes__[0]
+    assert "a training batch of 2 parts" in note
+    assert note.index("def embed(self, batch): return self(batch[0])") < note.index("Else override pool_dataset()")
+
+    class Embeds(Plain):
+        def embed(self, batch):
+            return self(batch[0])
+
+    fit(Embeds(), Labelled(8), walker())
+
+
+def test_pool_items_have_a_collate_function_of_their_own():
+    """Training items are pairs of views, pool items are single views."""
+
+    class Views(Items):
+        def __getitem__(self, index):
+            return self.points[index], self.points[index] + 1
+
+    class Single(Items):
+        def __getitem__(self, index):
+            return self.points[index]
+
+    class Pairs(BatchSamplerDataModule):
+        def __init__(self, **kwargs):
+            super().__init__(8, collate_fn=stack_pairs, **kwargs)
+
+        def train_dataset(self):
+            return Views(96)
+
+        def pool_dataset(self):
+            return Single(96)
+
+    class Trains(Plain):
+        def training_step(self, batch, batch_idx):
+            assert batch.shape == (2, 8, 8)
+            return self(batch[0]).square().mean()
+
+    fit(Trains(), Pairs(pool_collate_fn=torch.stack), walker())
+    with pytest.raises(ValueError, match="values to unpack"):
+        fit(Trains(), Pairs(), walker())
+
+
+def stack_pairs(items):
+    first, second = zip(*((a, b) for a, b in items), strict=True)
+    return torch.stack([torch.stack(first), torch.stack(second)])
+
+
+@pytest.mark.parametrize(
+    ("y", "known"),
+    [
+        (torch.arange(96) % 10, True),
+        (torch.rand(96), False),
+        (torch.arange(96).reshape(96, 1), False),
+        (torch.arange(300), False),
+        ("a name", False),
+    ],
+    ids=["integers", "floats", "columns", "of nodes", "text"],
+)
+def test_the_y_of_a_graph_dataset_is_taken_as_labels(y, known):
+    class Graphs(Points):
+        def __init__(self):
+            super().__init__(96)
+            del self.targets
+            self.y = y
+
+    class GraphData(BatchSamplerDataModule):
+        def train_dataset(self):
+            return Graphs()
+
+    made = fit(Model(), GraphData(8), walker(), max_epochs=1)
+    assert ("batch_sampler/false_negative_rate" in made.callback_metrics) == known
+
+
+@pytest.mark.parametrize("how", ["function", "composer"])
+def test_composers_get_indices_and_labels_if_they_ask(how):
+    seen = []
+
+    def by_class(embeddings, batch_size, *, seed, epoch, indices, labels):
+        seen.append((indices, labels))
+        return np.argsort(labels.numpy(), kind="stable").reshape(-1, batch_size)
+
+    class ByClass(Composer):
+        def __call__(self, embeddings, batch_size, *, seed, epoch, labels, indices):
+            return by_class(embeddings, batch_size, seed=seed, epoch=epoch, indices=indices, labels=labels)
+
+    model = Model()
+    composer = by_class if how == "function" else ByClass()
+    fit(model, Data(8, 96), walker(96, composer=composer), max_epochs=1)
+    assert same_cluster_share(model.batches) > 0.6
+    ((indices, labels),) = seen
+    assert sorted(indices.tolist()) == list(range(96))
+    assert torch.equal(labels, torch.from_numpy(indices) % 10)
+
+
+def test_composers_that_ask_for_labels_get_none_where_there_are_none():
+    class Unlabelled(Data):
+        def train_labels(self):
+            return None
+
+    def composer(embeddings, batch_size, *, seed, epoch, labels=3):
+        assert labels is None
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(Model(), Unlabelled(8, 96), walker(composer=composer), max_epochs=1)

@@ -1,0 +1,183 @@
+"""What a graph leaves behind in its process: numbers of threads, settings, and the ability to fork."""
+
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numba
+import numpy as np
+import pytest
+import torch
+from numba.core import caching
+from threadpoolctl import ThreadpoolController
+
+from bs_lightning import NNDescentGraph, _nndescent, _walk_kernel, rwr_batches
+from bs_lightning.isolation import isolated_threads
+
+LINUX = sys.platform == "linux"
+
+
+# Isolation
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_isolated_threads_restores_what_changed(error):
+    libraries = ThreadpoolController().lib_controllers
+
+    def state():
+        return torch.get_num_threads(), numba.config.THREADING_LAYER, [library.num_threads for library in libraries]
+
+    before = state()
+    try:
+        with isolated_threads():
+            for library in libraries:
+                library.set_num_threads(library.num_threads % 2 + 1)
+            torch.set_num_threads(before[0] + 1)
+            numba.config.THREADING_LAYER = "workqueue"
+            assert all(now != then for now, then in zip(state(), before, strict=True))
+            if error:
+                raise KeyError
+    except KeyError:
+        assert error
+    assert state() == before
+
+
+def test_isolated_threads_sets_nothing_that_did_not_change(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
+    monkeypatch.setattr(numba, "set_num_threads", pytest.fail)
+    with isolated_threads():
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_graph_in_one_thread_does_not_block_the_children_of_another():
+    with _nndescent._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if _nndescent._lock.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_refuses_to_run_where_openmp_was_forked(monkeypatch):
+    monkeypatch.setattr(_nndescent, "_forked_from_gnu_openmp", True)
+    with pytest.raises(RuntimeError, match=r"forked from a process in which numba had started GNU OpenMP.*=workqueue"):
+        NNDescentGraph(5)(torch.randn(20, 4))
+
+
+# In a process of its own, as only the first graph starts numba's threads: this file is the script.
+
+
+def run(*arguments, **environment):
+    source = str(Path(_nndescent.__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_THREADING_LAYER"} | environment
+    environment["PYTHONPATH"] = os.pathsep.join([source, environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LINUX, reason="forks")
+def test_first_graph_leaves_no_trace_and_processes_may_fork_after_it():
+    run("default", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LINUX, reason="GNU OpenMP")
+def test_first_graph_on_a_chosen_layer():
+    run("omp", OMP_NUM_THREADS="2", NUMBA_THREADING_LAYER="omp")
+
+
+@numba.njit(parallel=True)
+def doubled(x):
+    result = np.empty_like(x)
+    for i in numba.prange(len(x)):
+        result[i] = 2 * x[i]
+    return result
+
+
+def build(size=100):
+    return NNDescentGraph(5)(torch.randn(size, 8))
+
+
+def build_and_double(queue):
+    try:
+        queue.put((build().shape, doubled(np.ones(3)).tolist()))
+    except RuntimeError as error:
+        queue.put(str(error))
+
+
+def forked():
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=build_and_double, args=(queue,))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    return queue.get(timeout=1)
+
+
+def process_state():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}  # scikit-learn's
+    return torch.get_num_threads(), numba.config.THREADING_LAYER, environment, list(warnings.filters)
+
+
+def main(layer):
+    torch.set_num_threads(1)
+    torch.randn(50, 50) @ torch.randn(50, 50)  # only then torch has threads that can be changed
+    before = process_state()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build()
+    assert process_state() == before
+    warned = [str(warning.message) for warning in caught if "fork" in str(warning.message)]
+    if layer == "omp":
+        assert numba.threading_layer() == "omp"
+        assert len(warned) == 1
+        assert "choose 'workqueue', or use ExactGraph" in warned[0]
+        assert "NNDescentGraph cannot run in this process: it was forked" in forked()
+    else:
+        assert numba.threading_layer() in ("tbb", "workqueue")
+        assert not warned
+        assert forked() == ((100, 5), [2, 2, 2])
+    graphs = []
+    threads = [threading.Thread(target=lambda: graphs.extend(build(500) for _ in range(5))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(graphs) == 20
+    assert process_state() == before
+
+
+# Machines where numba can write nowhere
+
+
+def test_walks_where_no_folder_can_be_written(monkeypatch):
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    spec = importlib.util.spec_from_file_location("kernel_without_cache", _walk_kernel.__file__)
+    kernel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernel)
+    neighbors = np.random.default_rng(0).integers(0, 60, (60, 5)).astype(np.int32)
+    batches = kernel.walk_batches(neighbors, 6, 0.2, 1, False, np.random.default_rng(1))
+    assert np.array_equal(batches, rwr_batches(neighbors, 6, seed=1))
+
+
+def test_says_what_pynndescent_needs_where_no_folder_can_be_written(monkeypatch):
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "pynndescent"]:
+            del sys.modules[name]
+        with pytest.raises(RuntimeError, match="Set the environment variable NUMBA_CACHE_DIR"):
+            NNDescentGraph(5)(torch.randn(20, 4))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
