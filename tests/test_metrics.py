@@ -131,7 +131,7 @@ def test_the_powers_default_to_2():
 
 
 @pytest.mark.parametrize("case", ["false-negative rate", "hardness", "hardness of true negatives"])
-def test_many_batches_at_once_equal_one_after_another(case):
+def test_many_batches_at_once_equal_one_batch_at_a_time(case):
     make, _, inputs, _ = CASES[case]
     together = make()
     together.update(*inputs)
