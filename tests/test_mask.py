@@ -165,7 +165,7 @@ class Evaluates(Model):
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         with pytest.raises(RuntimeError, match="while no batch is being trained"):
-            self.trainer.datamodule.trained_batch()  # that of the batch before would be wrong
+            self.trainer.datamodule.trained_batch()  # it must not return the batch before
         return batch
 
     def on_train_batch_start(self, batch, batch_idx):

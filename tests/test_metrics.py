@@ -2,12 +2,22 @@ import math
 import re
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
+from bs_lightning.metrics import (
+    Alignment,
+    InBatchFalseNegativeRate,
+    InBatchHardness,
+    Uniformity,
+    alignment,
+    in_batch_false_negative_rate,
+    in_batch_hardness,
+    uniformity,
+)
 
 N_BATCHES, SIZE, DIM = 6, 20, 5
 
@@ -37,22 +47,25 @@ def squared_distance(a, b):
     return 2 - 2 * cosine(a, b)
 
 
-# Each: the metric, its inputs, and a naive reference over the batches of these.
+# Each: the metric, its functional twin, its inputs, and a naive reference over the batches of the inputs.
 
 X, Y, LABELS = data()
 CASES = {
-    "false negatives": (
+    "false-negative rate": (
         InBatchFalseNegativeRate,
+        in_batch_false_negative_rate,
         (LABELS,),
         lambda batches: mean_of_pairs(lambda batch, i, j: batch[0][i] == batch[0][j], batches),
     ),
-    "similarity": (
+    "hardness": (
         InBatchHardness,
+        in_batch_hardness,
         (X,),
         lambda batches: mean_of_pairs(lambda batch, i, j: cosine(batch[0][i], batch[0][j]), batches),
     ),
-    "similarity of true negatives": (
+    "hardness of true negatives": (
         InBatchHardness,
+        in_batch_hardness,
         (X, LABELS),
         lambda batches: mean_of_pairs(
             lambda batch, i, j: cosine(batch[0][i], batch[0][j]) if batch[1][i] != batch[1][j] else None, batches
@@ -60,6 +73,7 @@ CASES = {
     ),
     "alignment": (
         lambda: Alignment(alpha=3),
+        lambda x, y: alignment(x, y, alpha=3),
         (X, Y),
         lambda batches: (
             sum(float(squared_distance(a, b)) ** 1.5 for batch in batches for a, b in zip(*batch, strict=True))
@@ -68,6 +82,7 @@ CASES = {
     ),
     "uniformity": (
         lambda: Uniformity(t=1.5),
+        lambda x: uniformity(x, t=1.5),
         (X,),
         lambda batches: math.log(
             mean_of_pairs(lambda batch, i, j: math.exp(-1.5 * squared_distance(batch[0][i], batch[0][j])), batches)
@@ -85,7 +100,7 @@ def updated(metric, inputs):
 
 @cases
 def test_equals_a_naive_reference_over_several_batches(case):
-    make, inputs, reference = CASES[case]
+    make, _, inputs, reference = CASES[case]
     metric = updated(make(), inputs)
     assert metric.compute().item() == pytest.approx(reference(list(zip(*inputs, strict=True))), abs=1e-5)
     metric.reset()
@@ -95,7 +110,7 @@ def test_equals_a_naive_reference_over_several_batches(case):
 
 @cases
 def test_forward_returns_the_batchs_value_and_accumulates(case):
-    make, inputs, _ = CASES[case]
+    make, _, inputs, _ = CASES[case]
     metric = make()
     for batch in zip(*inputs, strict=True):
         alone = updated(make(), [[each] for each in batch]).compute().item()
@@ -103,12 +118,25 @@ def test_forward_returns_the_batchs_value_and_accumulates(case):
     assert metric.compute().item() == pytest.approx(updated(make(), inputs).compute().item())
 
 
-@pytest.mark.parametrize("case", ["false negatives", "similarity", "similarity of true negatives"])
-def test_many_batches_at_once_equal_one_after_another(case):
-    make, inputs, _ = CASES[case]
+@cases
+def test_the_function_returns_what_the_class_does_for_a_batch(case):
+    make, function, inputs, _ = CASES[case]
+    for batch in zip(*inputs, strict=True):
+        assert function(*batch).item() == pytest.approx(make()(*batch).item(), abs=0, rel=0, nan_ok=True)
+
+
+def test_the_powers_default_to_2():
+    assert alignment(X[0], Y[0]) == alignment(X[0], Y[0], alpha=2) == Alignment()(X[0], Y[0])
+    assert uniformity(X[0]) == uniformity(X[0], t=2) == Uniformity()(X[0])
+
+
+@pytest.mark.parametrize("case", ["false-negative rate", "hardness", "hardness of true negatives"])
+def test_many_batches_at_once_equal_one_batch_at_a_time(case):
+    make, _, inputs, _ = CASES[case]
     together = make()
     together.update(*inputs)
     assert together.compute().item() == pytest.approx(updated(make(), inputs).compute().item())
+    assert CASES[case][1](*inputs).item() == together.compute().item()
 
 
 @cases
@@ -118,8 +146,8 @@ def test_is_nan_before_the_first_update(case):
         assert math.isnan(metric.compute())
 
 
-def test_similarity_of_true_negatives_is_nan_where_there_are_none():
-    assert math.isnan(InBatchHardness()(X[0], torch.zeros(SIZE)))
+def test_hardness_of_true_negatives_is_nan_where_there_are_none():
+    assert math.isnan(InBatchHardness()(X[0], torch.zeros(SIZE, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -127,31 +155,140 @@ def test_takes_any_floats(dtype):
     assert InBatchHardness()(X.to(dtype)).item() == pytest.approx(InBatchHardness()(X).item(), abs=0.01)
 
 
-def test_alignment_and_uniformity_have_gradients():
-    x, y = X[0].clone().requires_grad_(), Y[0]
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_takes_any_integers_as_labels(dtype):
+    labels = (LABELS == 2).to(dtype)
+    expected = in_batch_false_negative_rate(labels.long()), in_batch_hardness(X, labels.long())
+    assert (in_batch_false_negative_rate(labels), in_batch_hardness(X, labels)) == expected
+
+
+@cases
+@pytest.mark.filterwarnings("error")
+def test_takes_numpy_arrays(case):
+    make, function, inputs, _ = CASES[case]
+    arrays = [values[0].numpy().copy() for values in inputs]
+    for array in arrays:
+        array.setflags(write=False)
+    expected = function(*(values[0] for values in inputs)).item()
+    assert function(*arrays).item() == make()(*arrays).item() == expected
+    assert function(*(array[::-1] for array in arrays)).item() == pytest.approx(expected)  # a negative stride
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e25, 1e38])
+def test_rows_of_any_length(scale):
+    x, y = (torch.nn.functional.normalize(values[0], dim=1) for values in (X, Y))
+    labels = LABELS[0]
+    for function, inputs in [(in_batch_hardness, (x,)), (alignment, (x, y)), (uniformity, (x,))]:
+        expected = function(*inputs).item()
+        assert function(*(values * scale for values in inputs)).item() == pytest.approx(expected, abs=0.01)
+    expected = in_batch_hardness(x, labels).item()
+    assert in_batch_hardness(x * scale, labels).item() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 0.37, 1e38])
+def test_equal_rows(scale):
+    rows, labels = torch.full((300, 7), scale), torch.arange(300) % 3
+    assert 1 - 1e-5 < in_batch_hardness(rows) <= 1
+    assert 1 - 1e-5 < in_batch_hardness(rows, labels) <= 1
+    assert -1 <= in_batch_hardness(torch.cat([rows[:1], -rows[:1]])) < -1 + 1e-5
+    assert alignment(rows, rows) == 0
+    assert uniformity(rows) == pytest.approx(0, abs=1e-5)
+
+
+def test_all_zero_rows_are_similar_to_nothing():
+    assert in_batch_hardness(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])) == pytest.approx(1 / 3)
+
+
+def test_a_few_true_negatives_among_many_false_ones():
+    """One row is the opposite of the 499 others of its batch. All other pairs are false negatives, and many."""
+    rows = torch.full((200, 500, 8), 0.37)
+    labels = torch.zeros(200, 500, dtype=torch.int64)
+    rows[0, 0], labels[0, 0] = -0.37, 1
+    assert in_batch_hardness(rows, labels).item() == pytest.approx(-1, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1, 1e20])
+def test_alignment_and_uniformity_have_gradients(scale):
+    x, y = (X[0] * scale).requires_grad_(), Y[0]
     (Alignment()(x, y) + Uniformity()(x)).backward()
-    assert x.grad.abs().sum() > 0
+    through_the_class = x.grad.clone()
+    x.grad = None
+    (alignment(x, y) + uniformity(x)).backward()
+    assert torch.equal(x.grad, through_the_class)
+    # By hand, of the unit rows: torch.nn.functional.normalize of the unscaled rows.
+    z = X[0].clone().requires_grad_()
+    unit, other = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(y, dim=1)
+    pairs = torch.pdist(unit).square().mul(-2).exp()
+    ((unit - other).square().sum(dim=1).mean() + pairs.mean().log()).backward()
+    torch.testing.assert_close(x.grad * scale, z.grad)
+
+
+def test_hardness_and_rate_have_no_gradient():
+    assert not in_batch_hardness(X[0].clone().requires_grad_(), LABELS[0]).requires_grad
+
+
+INTEGERS = torch.zeros(2, 2, 2, dtype=torch.int64)
+BAD_SHAPES = [
+    (InBatchFalseNegativeRate, [INTEGERS[0, 0, :1]], "labels must have shape [B] or [n, B] with B >= 2, got [1]"),
+    (InBatchFalseNegativeRate, [INTEGERS[0, :, :1]], "labels must have shape [B] or [n, B] with B >= 2, got [2, 1]"),
+    (InBatchFalseNegativeRate, [INTEGERS], "with B >= 2, got [2, 2, 2]"),
+    (InBatchHardness, [torch.zeros(1, 4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2 and d >= 1, "),
+    (InBatchHardness, [torch.zeros(4)], "[n, B, d] with B >= 2 and d >= 1, got [4]"),
+    (InBatchHardness, [torch.zeros(4, 0)], "[n, B, d] with B >= 2 and d >= 1, got [4, 0]"),
+    (InBatchHardness, [torch.zeros(4, 2), LABELS[0, :3]], "labels must have shape [1, 4], got [1, 3]"),
+    (InBatchHardness, [torch.zeros(4, 2), LABELS[:2, :4]], "labels must have shape [1, 4], got [2, 4]"),
+    (Alignment, [torch.zeros(4, 2), torch.zeros(4, 3)], "the same shape [B, d] with B >= 1 and d >= 1, got [4, 2] and"),
+    (Alignment, [torch.zeros(4), torch.zeros(4)], "same shape [B, d] with B >= 1 and d >= 1, got [4] and [4]"),
+    (Alignment, [torch.zeros(4, 0), torch.zeros(4, 0)], "with B >= 1 and d >= 1, got [4, 0] and [4, 0]"),
+    (Alignment, [torch.zeros(0, 4), torch.zeros(0, 4)], "with B >= 1 and d >= 1, got [0, 4] and [0, 4]"),
+    (Uniformity, [torch.zeros(1, 4)], "x must have shape [B, d] with B >= 2 and d >= 1, got [1, 4]"),
+    (Uniformity, [torch.zeros(4)], "x must have shape [B, d] with B >= 2 and d >= 1, got [4]"),
+    (Uniformity, [torch.zeros(4, 0)], "x must have shape [B, d] with B >= 2 and d >= 1, got [4, 0]"),
+]
+FUNCTIONS = {
+    InBatchFalseNegativeRate: in_batch_false_negative_rate,
+    InBatchHardness: in_batch_hardness,
+    Alignment: alignment,
+    Uniformity: uniformity,
+}
+
+
+@pytest.mark.parametrize(("metric", "inputs", "words"), BAD_SHAPES)
+def test_refuses_other_shapes(metric, inputs, words):
+    for refuses in (metric().update, FUNCTIONS[metric]):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            refuses(*inputs)
 
 
 @pytest.mark.parametrize(
     ("metric", "inputs", "words"),
     [
-        (InBatchFalseNegativeRate, [torch.zeros(1)], "labels must have shape [B] or [n, B] with B >= 2, got [1]"),
-        (InBatchFalseNegativeRate, [torch.zeros(2, 1)], "labels must have shape [B] or [n, B] with B >= 2, got [2, 1]"),
-        (InBatchFalseNegativeRate, [torch.zeros(2, 2, 2)], "with B >= 2, got [2, 2, 2]"),
-        (InBatchHardness, [torch.zeros(1, 4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2, got [1"),
-        (InBatchHardness, [torch.zeros(4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2, got [4]"),
-        (InBatchHardness, [torch.zeros(4, 2), torch.zeros(3)], "labels must have shape [1, 4], got [1, 3]"),
-        (InBatchHardness, [torch.zeros(4, 2), torch.zeros(2, 4)], "labels must have shape [1, 4], got [2, 4]"),
-        (Alignment, [torch.zeros(4, 2), torch.zeros(4, 3)], "same shape [B, d], got [4, 2] and [4, 3]"),
-        (Alignment, [torch.zeros(4), torch.zeros(4)], "same shape [B, d], got [4] and [4]"),
-        (Uniformity, [torch.zeros(1, 4)], "x must have shape [B, d] with B >= 2, got [1, 4]"),
-        (Uniformity, [torch.zeros(4)], "x must have shape [B, d] with B >= 2, got [4]"),
+        (InBatchFalseNegativeRate, [[0, 1]], "labels must be a dense tensor or NumPy array of real numbers, got list"),
+        (InBatchFalseNegativeRate, [np.array(["a", "b"])], "labels must be .*, got an array of dtype <U1"),
+        (InBatchFalseNegativeRate, [torch.tensor([0.0, math.nan])], "labels must hold integers, got dtype torch.float"),
+        (InBatchHardness, [X[0], torch.zeros(SIZE)], "labels must hold integers, .* Convert them, e.g. labels.long()"),
+        (InBatchHardness, [X[0].tolist()], "embeddings must be a dense tensor or NumPy array of real .*, got list"),
+        (InBatchHardness, [X[0].to_sparse()], "embeddings must be .*, got a tensor of .* layout torch.sparse_coo"),
+        (Alignment, [X[0], X[0].tolist()], "y must be .*, got list"),
+        (Uniformity, [X[0] * 1j], "x must be .*, got a tensor of dtype torch.complex64"),
     ],
 )
-def test_refuses_other_shapes(metric, inputs, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        metric().update(*inputs)
+def test_refuses_other_types(metric, inputs, words):
+    for refuses in (metric().update, FUNCTIONS[metric]):
+        with pytest.raises(TypeError, match=words):
+            refuses(*inputs)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
+def test_powers_must_be_finite_and_above_0(value):
+    for refuses in (lambda: Alignment(value), lambda: alignment(X[0], Y[0], alpha=value)):
+        with pytest.raises(ValueError, match=f"alpha must be finite and above 0, got {value}"):
+            refuses()
+    for refuses in (lambda: Uniformity(value), lambda: uniformity(X[0], t=value)):
+        with pytest.raises(ValueError, match=f"t must be finite and above 0, got {value}"):
+            refuses()
+    with pytest.raises(TypeError, match="alpha must be a number, got '2'"):
+        Alignment("2")
 
 
 def _on_rank(rank, folder):
@@ -160,9 +297,9 @@ def _on_rank(rank, folder):
     x, y, labels = torch.load(f"{folder}/data.pt")
     part = slice(0, 2) if rank == 0 else slice(2, None)  # unequal parts
     results = {}
-    for name, values in {"similarity": (x,), "similarity of true negatives": (x, labels)}.items():
+    for name, values in {"hardness": (x,), "hardness of true negatives": (x, labels)}.items():
         results[name] = updated(InBatchHardness(), [value[part] for value in values])
-    results["false negatives"] = updated(InBatchFalseNegativeRate(), [labels[part]])
+    results["false-negative rate"] = updated(InBatchFalseNegativeRate(), [labels[part]])
     results["alignment"] = updated(Alignment(alpha=3), [x[part], y[part]])
     results["uniformity"] = updated(Uniformity(t=1.5), [x[part]])
     torch.save({name: metric.compute().item() for name, metric in results.items()}, f"{folder}/{rank}.pt")
@@ -180,5 +317,5 @@ def test_two_processes_compute_what_one_does_over_all_data(tmp_path):
     for rank in (0, 1):
         results = torch.load(tmp_path / f"{rank}.pt")
         assert results.keys() == CASES.keys()
-        for case, (make, inputs, _) in CASES.items():
+        for case, (make, _, inputs, _) in CASES.items():
             assert results[case] == pytest.approx(updated(make(), inputs).compute().item(), rel=1e-4)

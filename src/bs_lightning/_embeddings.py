@@ -88,11 +88,7 @@ def unit_rows_(rows: Tensor) -> Tensor:
     Returns:
         ``rows``.
     """
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
-    # The first scaling is by a power of two, which is exact. Without it the norm of very large or very small numbers
-    # would overflow or vanish.
-    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
-    rows.ldexp_(-exponent)
+    rows *= _scales(rows)
     rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return rows
 
@@ -109,3 +105,20 @@ def similarity_blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows_per_block = max(1, BLOCK_ENTRIES // len(unit))
     for start in range(0, len(unit), rows_per_block):
         yield start, unit[start : start + rows_per_block] @ unit.T
+
+
+def unit_rows_with_gradient(embeddings: Tensor) -> Tensor:
+    """Scale rows to length 1, float32 ``[B, d]``, in a differentiable way. All-zero rows stay zero."""
+    rows = embeddings.float()
+    rows = rows * _scales(rows.detach())  # `torch.ldexp` has a wrong gradient
+    lengths: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / lengths.clamp_min(1e-12)
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """Return the power of two, float32 ``[P, 1]``, that scales each row's largest number to between 0.5 and 1.
+
+    Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
+    """
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-126, 126))

@@ -1,4 +1,4 @@
-"""The numba kernel behind :func:`bs_lightning.rwr_batches`: plain arrays in and out, nothing checked."""
+"""The numba kernel of :func:`bs_lightning.rwr_batches`: plain arrays in and out, without checks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import numba
 import numpy as np
 
-# Steps in a row that may meet nothing new before a walk goes on from another root. The walk's work is bounded by this
-# many steps per node. `benchmarks/pools.py --patience` shows what other values do.
+# A walk continues from a new root after this many steps in a row without a new node. So a walk takes at most this many
+# steps per node, plus one. `benchmarks/pools.py --patience` compares values.
 PATIENCE = 200
 
 
@@ -20,19 +20,20 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compile
 def walk_batches(neighbors, batch_size, restart_probability, n_roots, replacement, rng):  # type: ignore[no-untyped-def]
+    """Fill int64 ``[P // batch_size, batch_size]`` with the nodes that the walks meet."""
     n_nodes, n_neighbors = neighbors.shape
     n_batches = n_nodes // batch_size
     batches = np.empty((n_batches, batch_size), dtype=np.int64)
-    taken_by = np.full(n_nodes, -1, dtype=np.int32)  # the last batch that took a node
+    taken_by = np.full(n_nodes, -1, dtype=np.int32)  # each node's last batch, or -1
     lowest_unused = 0
     columns_per_draw = 0.0 if restart_probability == 1 else n_neighbors / (1 - restart_probability)
 
     for batch in range(n_batches):
-        # A node is free if no batch has taken it; with replacement, if this batch has not.
+        # A node is free if no batch has taken it or, with replacement, if this batch has not taken it.
         last_free = batch - 1 if replacement else -1
         size = walk = 0
         root = node = 0
-        idle = PATIENCE  # so that the first step picks a root
+        idle = PATIENCE  # the first step picks a root
         while size < batch_size:
             if idle == PATIENCE:
                 if replacement:
@@ -58,7 +59,7 @@ def walk_batches(neighbors, batch_size, restart_probability, n_roots, replacemen
                 batches[batch, size] = node
                 size += 1
                 idle = 0
-                if size == (walk + 1) * batch_size // n_roots:  # this walk's part of the batch is full
+                if size == (walk + 1) * batch_size // n_roots:  # this walk has filled its part of the batch
                     walk += 1
                     idle = PATIENCE
     return batches

@@ -13,7 +13,7 @@ from bs_lightning.compose import Composer, asked_for
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
+from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
 from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
@@ -186,13 +186,10 @@ class TrainerPlanner:
         """What is logged of composed batches."""
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
-        similarity = InBatchHardness(sync_on_compute=False).to(embeddings.device)
-        similarity.update(embeddings[positions.to(embeddings.device)], labels)
-        log = {"batch_sampler/hardness": float(similarity.compute())}
+        hardness = in_batch_hardness(embeddings[positions.to(embeddings.device)], labels)
+        log = {"batch_sampler/hardness": float(hardness)}
         if labels is not None:
-            false_negatives = InBatchFalseNegativeRate(sync_on_compute=False)
-            false_negatives.update(labels)
-            log["batch_sampler/false_negative_rate"] = float(false_negatives.compute())
+            log["batch_sampler/false_negative_rate"] = float(in_batch_false_negative_rate(labels))
         return log
 
 

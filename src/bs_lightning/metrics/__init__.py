@@ -1,0 +1,20 @@
+"""Metrics of batches and embeddings: each a function, and a ``torchmetrics`` class that accumulates it over batches."""
+
+from bs_lightning.metrics._negatives import (
+    InBatchFalseNegativeRate,
+    InBatchHardness,
+    in_batch_false_negative_rate,
+    in_batch_hardness,
+)
+from bs_lightning.metrics._sphere import Alignment, Uniformity, alignment, uniformity
+
+__all__ = [
+    "Alignment",
+    "InBatchFalseNegativeRate",
+    "InBatchHardness",
+    "Uniformity",
+    "alignment",
+    "in_batch_false_negative_rate",
+    "in_batch_hardness",
+    "uniformity",
+]
