@@ -1,0 +1,169 @@
+"""Compare whole training epochs with and without the callback, and the training steps within them.
+
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --threads 1 2 --rounds 15
+
+Each arm trains the same SimCLR model in a process of its own, and all arms train one epoch in turn, so that a machine
+whose speed drifts is as fast for each. The first composed epochs, in which code is compiled, do not count. A row holds
+medians over the rounds, of ratios to the uniform arm's epoch in the same round:
+
+- epoch ratio: the whole epoch.
+- step ratio: the epoch without the seconds that the callback logs for encode, graph and walk. It shows whether training
+  itself is slowed, as it was when the first graph changed torch's number of threads.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
+
+from .markdown import print_row
+
+BATCH_SIZE = 64
+UNCOUNTED = 3  # epochs: uniform, and two composed ones
+ARMS: dict[str, Callable[[], BatchSamplerCallback | None]] = {
+    "uniform": lambda: None,
+    "exact graph": lambda: BatchSamplerCallback(composer=RWRComposer(ExactGraph(15))),
+    "default": BatchSamplerCallback,
+    "recycled": lambda: BatchSamplerCallback(composer=RWRComposer(ExactGraph(15)), recycle=True),
+}
+STEPS = ("encode", "graph", "walk")
+
+
+class Images(Dataset[Tensor]):
+    """Random images; both views are the same, as augmentation is not what is measured."""
+
+    def __init__(self, size: int) -> None:
+        self.images = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.images[indices]
+
+
+class Data(BatchSamplerDataModule):
+    """The data of all arms."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(BATCH_SIZE, collate_fn=lambda batch: batch)
+        self.size = size
+
+    def train_dataset(self) -> Dataset[Tensor]:
+        return Images(self.size)
+
+
+class SimCLR(LightningModule):
+    """A small convolutional net, trained with NT-Xent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.net(images)
+        return embeddings
+
+    def training_step(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        first, second = (nn.functional.normalize(self(images), dim=1) for _ in range(2))
+        loss = nn.functional.cross_entropy(first @ second.T / 0.5, torch.arange(len(first)))
+        return {"loss": loss, "embeddings": first}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Turns(Callback):
+    """Waits for its turn at the start of each epoch, and tells at the end how long the epoch took."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self.connection = connection
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.connection.recv()
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds = time.perf_counter() - self.start
+        logged = trainer.callback_metrics
+        spent = sum(float(logged.get(f"batch_sampler/{step}_seconds", 0.0)) for step in STEPS)
+        self.connection.send((seconds, spent if trainer.current_epoch > 0 else 0.0))
+
+
+def train(arm: str, threads: int, size: int, epochs: int, connection: "Connection[Any, Any]") -> None:
+    """Train one arm, an epoch at each turn."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "bs_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
+    seed_everything(0, verbose=False)
+    callback = ARMS[arm]()
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=[*([callback] if callback else []), Turns(connection)],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(SimCLR(), datamodule=Data(size))
+
+
+def compare(threads: int, size: int, rounds: int) -> None:
+    """Let all arms train in turn, and print a row for each."""
+    context = multiprocessing.get_context("spawn")
+    ends = {}
+    for arm in ARMS:
+        ours, theirs = context.Pipe()
+        context.Process(target=train, args=(arm, threads, size, UNCOUNTED + rounds, theirs), daemon=True).start()
+        ends[arm] = ours
+    epochs: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
+    for _ in range(UNCOUNTED + rounds):
+        for arm, end in ends.items():
+            end.send("go")
+            epochs[arm].append(end.recv())
+    base = [seconds for seconds, _ in epochs["uniform"]][UNCOUNTED:]
+    for arm, measured in epochs.items():
+        counted = measured[UNCOUNTED:]
+        row = {
+            "threads": threads,
+            "batches": arm,
+            "epoch seconds": statistics.median(seconds for seconds, _ in counted),
+            "epoch ratio": statistics.median(s / b for (s, _), b in zip(counted, base, strict=True)),
+            "step ratio": statistics.median((s - spent) / b for (s, spent), b in zip(counted, base, strict=True)),
+        }
+        print_row(row, with_header=arm == "uniform")
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="torch's numbers of threads to compare at"
+    )
+    parser.add_argument("--instances", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=15, help="epochs of each arm that count")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = arguments()
+    for number in chosen.threads:
+        compare(number, chosen.instances, chosen.rounds)
