@@ -257,7 +257,7 @@ class BatchSamplerCallback(Callback):
                 f"BatchSamplerCallback composes no batch: all of max_epochs={trainer.max_epochs} are within "
                 f"warmup_epochs={self.warmup_epochs}."
             )
-        elif trainer.current_epoch < self.warmup_epochs:
+        elif not trainer.overfit_batches and not self.should_plan(trainer):
             layout = sampler.layout
             whole = layout.n_full * layout.global_batch_size
             self._planner.rehearse(whole if self.refresh_every is not None else self.resolve_pool_size(layout))
