@@ -200,7 +200,8 @@ def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
         for storage, before in copies:
             if storage.nbytes() != before.nbytes:
                 storage.resize_(before.nbytes)
-        # An accelerator makes all comparisons before the first result is waited for.
+        # Unchanged memory is not written to: it may be read-only, or shared with forked workers. An accelerator makes
+        # all comparisons before the first result is waited for.
         changed = [(_integers(storage) != before).any() for storage, before in copies]
         for (storage, before), differs in zip(copies, changed, strict=True):
             if differs:
@@ -211,7 +212,7 @@ def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
 
 def _integers(storage: torch.UntypedStorage) -> Tensor:
     """Return all of a storage as integers, without a copy. As integers, NaN equals NaN, and -0.0 differs from 0.0."""
-    dtype = next(d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if storage.nbytes() % d.itemsize == 0)
+    dtype = next(d for d in (torch.int64, torch.int32, torch.uint8) if storage.nbytes() % d.itemsize == 0)
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
 
 
