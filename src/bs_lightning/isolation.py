@@ -200,11 +200,8 @@ def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
         for storage, before in copies:
             if storage.nbytes() != before.nbytes:
                 storage.resize_(before.nbytes)
-        # Unchanged memory is not written to: it may be read-only, or shared with forked workers. An accelerator makes
-        # all comparisons before the first result is waited for.
-        changed = [(_integers(storage) != before).any() for storage, before in copies]
-        for (storage, before), differs in zip(copies, changed, strict=True):
-            if differs:
+            # Unchanged memory is not written to: it may be read-only, or shared with forked workers.
+            if not torch.equal(_integers(storage), before):
                 _integers(storage).copy_(before)
 
     return restore
