@@ -1,4 +1,3 @@
-import random
 import re
 import warnings
 
@@ -8,7 +7,6 @@ import torch
 from torch import nn
 
 from bs_lightning import BatchFetcher, encode
-from bs_lightning.isolation import isolated_rng, no_trace
 
 DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -111,89 +109,3 @@ def test_float64_beyond_float32_is_not_finite():
 def test_refuses_what_is_no_embedding(embed, error, words):
     with pytest.raises(error, match=re.escape(words)):
         run(embed)
-
-
-# No trace
-
-
-class Encoder(nn.Module):
-    """Everything that an encoder's forward pass may change."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4)
-        self.frozen = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(4)).eval()
-        self.register_buffer("queue", torch.zeros(3))
-        self.register_buffer("assigned", torch.zeros(3))
-        self.register_buffer("shared", self.queue)
-
-    def forward(self, x):
-        random.random(), np.random.rand(), torch.rand(1)
-        self.queue += 1
-        self.assigned = self.assigned + 1
-        self.norm.train()
-        return self.frozen(self.norm(x))
-
-
-def everything(module):
-    """Modes, buffers by value and by identity, and random states."""
-    modes = [part.training for part in module.modules()]
-    values = {name: value.tolist() for name, value in module.state_dict().items()}
-    identities = [id(buffer) for buffer in module.buffers()]
-    numpy_state = np.random.get_state()
-    states = random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
-    return modes, values, identities, states
-
-
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit])
-def test_leaves_everything_as_it_was(error):
-    module = Encoder()
-    before = everything(module)
-
-    def inside():
-        with no_trace(module):
-            assert not any(part.training for part in module.modules())
-            module(DATA)
-            assert module.queue.sum() > 0
-            assert module.norm.running_mean.any()
-            if error is not None:
-                raise error
-
-    if error is None:
-        inside()
-    else:
-        with pytest.raises(error):
-            inside()
-    assert everything(module) == before
-    assert module.shared is module.queue
-
-
-def test_buffers_that_cannot_be_written_to():
-    module = torch.nn.BatchNorm1d(3)
-    module.register_buffer("view", torch.ones(1).expand(4))
-    with torch.inference_mode():
-        module.register_buffer("inferred", torch.ones(2))
-    with no_trace(module):
-        module.running_mean += 1
-    assert module.running_mean.tolist() == [0, 0, 0]
-
-
-def test_buffers_filled_within_are_empty_again():
-    module = nn.Module()
-    module.register_buffer("mask", None)
-    with no_trace(module):
-        module.mask = torch.ones(2)
-    assert module.mask is None
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_isolated_rng_restores_random_states(error):
-    @isolated_rng()
-    def inside():
-        random.seed(1), np.random.seed(1), torch.manual_seed(1)
-        raise error
-
-    before = everything(nn.Module())
-    with pytest.raises(error):
-        inside()
-    assert everything(nn.Module()) == before

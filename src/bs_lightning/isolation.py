@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +12,26 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchmetrics import Metric
 
 
 @contextmanager
 def no_trace(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and restore it on exit.
+    """Put a module into eval mode, and restore it bit for bit on exit.
 
-    Restores the train or eval mode of each submodule, buffers (batch-norm statistics, queues of a momentum encoder),
-    attributes that were set, the states of ``torchmetrics`` metrics, and the random states of Python, NumPy, torch and
-    the current CUDA device. Errors inside change nothing in this.
+    Restores what the code inside and ``eval()`` change of the module: modes; parameters, buffers and all other tensors
+    that it holds in attributes, also in lists, tuples and dictionaries; ``requires_grad``; attributes that are set;
+    the states of ``torchmetrics`` metrics; and the random states of Python, NumPy, torch and the current CUDA device.
+    Errors inside change nothing in this. A module whose ``train()`` is overridden gets its mode back by a call of it.
+
+    Needs memory for a second copy of the module's tensors, on their devices, until it exits.
 
     Args:
         module: The module that encodes inside.
+
+    Raises:
+        RuntimeError: On exit, if gradients or sparse tensors of the module were written to: no copies of them exist.
 
     Example:
         >>> import torch
@@ -35,44 +43,176 @@ def no_trace(module: nn.Module) -> Iterator[None]:
         >>> norm.training
         True
     """
-    restore = [_snapshot(part) for part in module.modules()]
+    modes = [(part, part.training) for part in module.modules()]
+    restore = _snapshot(module)
     with isolated_rng():
         try:
             module.eval()
             yield
         finally:
-            with torch.no_grad():
-                for restore_part in restore:
-                    restore_part()
+            try:
+                # An overridden train() may also have changed what is not a tensor. A parent passes its mode on to its
+                # submodules, so it comes first.
+                for part, training in modes:
+                    if part.training != training:
+                        part.train(training)
+            finally:
+                written = restore()
+    if written:
+        more = f" and to {len(written) - 1} more" if len(written) > 1 else ""
+        raise RuntimeError(
+            f"While {type(module).__name__} encoded, it wrote to {written[0]}{more}. This cannot be undone: no copies "
+            "of gradients and sparse tensors are kept. Give it a method embed(batch) that does not write to them."
+        )
 
 
-def _snapshot(part: nn.Module) -> Callable[[], None]:
-    """Return a function that restores this module (not its submodules) to its current state."""
-    kind, training = type(part), part.training
-    attributes, buffers = dict(part.__dict__), dict(part._buffers.items())
+def _snapshot(module: nn.Module) -> Callable[[], list[str]]:
+    """Return a function that restores a module to its current state, and returns names of what it cannot restore."""
+    parts, tensors = _held(module)
+    plain = [tensor for _, tensor in tensors if _has_bytes(tensor)]
+    restores = [_bytes(plain)]
+    restores += [_names(part) for part in parts]
+    restores += [_place(tensor) for tensor in plain]
+    restores += [_gradient(tensor) for _, tensor in tensors if tensor.is_leaf]
+    watched = [
+        *((f"the gradient of {name}", leaf.grad) for name, leaf in tensors if leaf.is_leaf and leaf.grad is not None),
+        *((name, tensor) for name, tensor in tensors if tensor.layout in _SPARSE and not tensor.is_inference()),
+    ]
+    versions = [(name, tensor, tensor._version) for name, tensor in watched]
+
+    def restore() -> list[str]:
+        with torch.no_grad():
+            for restore_one in restores:
+                restore_one()
+        return [name for name, tensor, version in versions if tensor._version != version]
+
+    return restore
+
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_HOLDERS = (nn.Module, Tensor, dict, list, tuple, set, deque)
+
+
+def _held(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]:
+    """Return the modules that a module holds, itself included, and the tensors that they hold, with names.
+
+    Looks into attributes, and into lists, tuples, sets and dictionaries. Some tensors, sharded or quantised, are made
+    of inner tensors. The inner tensors are returned, too.
+    """
+    parts: list[nn.Module] = []
+    tensors: list[tuple[str, Tensor]] = []
+    seen: set[int] = set()
+    found: list[tuple[str, Any]] = [("", module)]
+    for name, value in found:  # grows in the loop
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        inner: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, nn.Module):
+            parts.append(value)
+            inner = [pair for names in (*_registered(value), vars(value)) for pair in names.items()]
+        elif isinstance(value, Tensor):
+            if not is_lazy(value) and not value.is_meta:
+                tensors.append((name, value))
+                if is_traceable_wrapper_subclass(value):
+                    inner = ((attribute, getattr(value, attribute)) for attribute in value.__tensor_flatten__()[0])
+        elif isinstance(value, dict):
+            inner = value.items()
+        else:
+            inner = enumerate(value)
+        found += [(f"{name}.{key}" if name else str(key), each) for key, each in inner if isinstance(each, _HOLDERS)]
+    return parts, tensors
+
+
+def _registered(part: nn.Module) -> list[dict[str, Any]]:
+    """Return a module's parameters, buffers and submodules, by name."""
+    return [dict(registry.items()) for registry in (part._parameters, part._buffers, part._modules)]
+
+
+def _has_bytes(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own: not sparse, not made of inner tensors, not empty."""
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
+        return False
+    return tensor.untyped_storage().nbytes() > 0
+
+
+def _names(part: nn.Module) -> Callable[[], None]:
+    """Return a function that sets a module's attributes, parameters, buffers and submodules to the current objects."""
+    kind, training, attributes = type(part), part.training, dict(vars(part))
+    registered = _registered(part)
     states = list(part.metric_state.values()) if isinstance(part, Metric) else []
-    tensors = [value for value in (*buffers.values(), *states) if isinstance(value, Tensor)]
-    copies = [(value, value.clone()) for value in tensors if not is_lazy(value)]
     lists = [(value, list(value)) for value in states if isinstance(value, list)]
 
     def restore() -> None:
         part.training = training
         if type(part) is not kind:  # a lazy module has become a real one
             return
-        for name in part.__dict__.keys() - attributes.keys():
+        for name in vars(part).keys() - attributes.keys():
             del part.__dict__[name]
-        for name, value in attributes.items():
-            part.__dict__[name] = value
-        for name, value in buffers.items():
-            setattr(part, name, value)
-        for value, before in copies:
-            # Views and tensors made in inference mode cannot be written to: leave unchanged tensors alone.
-            if not torch.equal(value, before):
-                value.copy_(before)
+        part.__dict__.update(attributes)
+        for now, before in zip(_registered(part), registered, strict=True):
+            for name in now.keys() - before.keys():
+                delattr(part, name)
+            for name, value in before.items():
+                current = now.get(name)
+                # FSDP swaps a parameter for its sharded or gathered form, and keeps account of it.
+                by_fsdp = is_traceable_wrapper_subclass(current) != is_traceable_wrapper_subclass(value)
+                if current is not value and not by_fsdp:
+                    setattr(part, name, value)
         for values, earlier in lists:
             values[:] = earlier
 
     return restore
+
+
+def _place(tensor: Tensor) -> Callable[[], None]:
+    """Return a function that lets a tensor refer to its current memory again, if ``tensor.data`` has been assigned."""
+
+    def place() -> tuple[Any, ...]:
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+    data, before = tensor.data, place()
+
+    def restore() -> None:
+        if place() != before:
+            tensor.data = data
+
+    return restore
+
+
+def _gradient(leaf: Tensor) -> Callable[[], None]:
+    """Return a function that sets a tensor's ``requires_grad`` and ``grad`` to what they are now."""
+    requires_grad, grad = leaf.requires_grad, leaf.grad
+
+    def restore() -> None:
+        if leaf.requires_grad != requires_grad:
+            leaf.detach_().requires_grad_(requires_grad)
+        if leaf.grad is not grad:
+            leaf.grad = grad
+
+    return restore
+
+
+def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
+    """Return a function that restores the memory of tensors, bit for bit. Memory that they share is copied once."""
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    copies = [(storage, _integers(storage).clone()) for storage in storages.values()]
+
+    def restore() -> None:
+        for storage, before in copies:
+            if storage.nbytes() != before.nbytes:
+                storage.resize_(before.nbytes)
+            # Unchanged memory is not written to: it may be read-only, or shared with forked workers.
+            if not torch.equal(_integers(storage), before):
+                _integers(storage).copy_(before)
+
+    return restore
+
+
+def _integers(storage: torch.UntypedStorage) -> Tensor:
+    """Return all of a storage as integers, without a copy. As integers, NaN equals NaN, and -0.0 differs from 0.0."""
+    dtype = next(d for d in (torch.int64, torch.int32, torch.uint8) if storage.nbytes() % d.itemsize == 0)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
 
 
 @contextmanager
