@@ -65,7 +65,7 @@ def test_an_overridden_train_dataloader_is_refused_where_it_is_written():
         (1, 100, 32, "batch_size must be at least 2, got 1"),
         (0, 100, 32, "batch_size must be at least 2, got 0"),
         (8, 100, 7, "pool_size must be at least one global batch, 8 = batch_size 8 x 1 processes, got 7"),
-        (101, 100, 200, "data set has 100 instances, fewer than one global batch of batch_size 101 x 1"),
+        (101, 100, 200, "dataset has 100 instances, fewer than one global batch of batch_size 101 x 1"),
     ],
 )
 def test_sizes_before_training_starts(batch_size, n, pool_size, words):

@@ -58,7 +58,7 @@ def test_the_bank_refuses():
     bank.write(torch.tensor([4]), torch.full((1, 4), torch.nan))
     with pytest.raises(ValueError, match="embedding of dataset index 4 is not finite"):
         bank.read(torch.tensor([1, 4]))
-    with pytest.raises(ValueError, match="embeddings of 5 instances, now there are 6"):
+    with pytest.raises(ValueError, match="embeddings of 5 instances, but the dataset now has 6"):
         EmbeddingBank(6).load_state_dict(bank.state_dict())
 
 
