@@ -39,7 +39,7 @@ def test_returns_rows_of_length_one_whatever_they_were(scale):
 
 
 def test_an_embed_may_write_all_its_results_to_one_place():
-    """As compiled models do with CUDA graphs."""
+    """Compiled models do so with CUDA graphs."""
     place = torch.empty(2, 4)
     assert torch.equal(run(lambda batch: place.copy_(batch), indices=range(6)), run(indices=range(6)))
 
@@ -80,7 +80,7 @@ def test_warns_of_nothing_else():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
-        run(indices=[3])  # one instance is equal to itself
+        run(indices=[3])  # a single instance is no sign of a collapsed model
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -117,7 +117,7 @@ def test_refuses_what_is_no_embedding(embed, error, words):
 
 
 class Encoder(nn.Module):
-    """Everything that an encoder's forward pass may change."""
+    """An encoder whose forward pass changes everything that it may change."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
 
 
 def everything(module):
-    """Modes, buffers by value and by identity, and random states."""
+    """Return the modes, the buffers by value and by identity, and the random states."""
     modes = [part.training for part in module.modules()]
     values = {name: value.tolist() for name, value in module.state_dict().items()}
     identities = [id(buffer) for buffer in module.buffers()]

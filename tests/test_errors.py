@@ -1,4 +1,4 @@
-"""Bad input is refused at once, in words that name the argument, the value and the fix."""
+"""Bad input is refused at once. The error names the argument, the value and the fix."""
 
 import subprocess
 import sys
@@ -183,7 +183,7 @@ def test_another_datamodule_or_none():
 
 
 def test_two_callbacks():
-    """Lightning itself refuses two callbacks of a kind that have a state."""
+    """Lightning itself refuses two stateful callbacks of the same class."""
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `BatchSamplerCallback`"):
         fit(Model(), Data(), walker(), walker())
 
@@ -292,7 +292,7 @@ def test_a_graph_with_too_few_or_too_many_rows():
 
 
 def test_a_training_step_that_fetches_for_itself():
-    """It would lose every epoch's first batch: Lightning counts it before it is asked for."""
+    """Such a step would lose every epoch's first batch: Lightning counts the batch before asking for it."""
 
     class Fetches(Model):
         def training_step(self, dataloader_iter):
