@@ -1,1 +1,1 @@
-"""The tests; a package, so that `python -m benchmarks.stress` can import the parts that both use."""
+"""The tests. They are a package, so that `python -m benchmarks.stress` can import the parts that both use."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-# The tensors here are tiny, and threads that wait for each other are slow where several processes share the cores.
+# The tests' tensors are tiny. Threads would only wait for each other where several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: data that knows its indices, a model that notes them, and a Trainer."""
+"""Parts that the tests of training share: data with known indices, a model that records them, and a Trainer."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGrap
 
 
 class Points(Dataset):
-    """Item ``i`` is ``(i, point i)``; the points lie in ten clusters, ``i % 10``."""
+    """Item ``i`` is ``(i, point i)``. Each point lies in one of ten clusters, ``i % 10``."""
 
     def __init__(self, n: int = 100, dim: int = 8) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -37,7 +37,7 @@ class Data(BatchSamplerDataModule):
 
 
 class Model(LightningModule):
-    """An encoder with batch norm and dropout, and the InfoNCE loss; notes the indices of every batch by epoch."""
+    """An encoder with batch norm and dropout, and the InfoNCE loss. It records the indices of every batch by epoch."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Model(LightningModule):
 
 
 def walker(pool_size: int = 32, **kwargs: Any) -> BatchSamplerCallback:
-    """A callback without pynndescent's compile."""
+    """Return a callback that does not wait for pynndescent to compile."""
     kwargs = {"composer": RWRComposer(ExactGraph(n_neighbors=5)), "warmup_epochs": 0} | kwargs
     return BatchSamplerCallback(pool_size, **kwargs)
 
@@ -91,12 +91,12 @@ def fit(model: Model, data: Data, *callbacks: Any, ckpt_path: str | None = None,
 
 
 def pool_order(embeddings: torch.Tensor, batch_size: int, *, seed: int, epoch: int) -> Any:
-    """A composer that changes nothing."""
+    """Compose batches in the pool's own order."""
     return torch.arange(len(embeddings)).reshape(-1, batch_size).numpy()
 
 
 def same_cluster_share(batches: list[list[int]]) -> float:
-    """Share of pairs in a batch of the same cluster: 0.1 if uniform."""
+    """Return the share of a batch's pairs that lie in the same cluster: 0.1 in uniform batches."""
     same = [(a % 10 == b % 10) for batch in batches for a in batch for b in batch if a != b]
     return sum(same) / len(same)
 
@@ -106,7 +106,7 @@ def rng_states() -> tuple[Any, ...]:
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """Bit for bit, whatever they hold."""
+    """Assert that two nested values are equal bit for bit."""
     assert type(a) is type(b)
     if isinstance(a, dict):
         assert a.keys() == b.keys()

@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, and what is asked of Lightning."""
+"""The shape of the package: which module imports which, and which private parts of Lightning it uses."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ SOURCE = Path(bs_lightning.__file__).parent
 
 
 def imported(path):
-    """The modules that a file imports, wherever in it."""
+    """Return the modules that a file imports, at its top or in its functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             yield node.module
@@ -49,7 +49,7 @@ def test_no_public_name_hides_a_module():
         assert found is importlib.import_module(module.name), f"{module.name} is hidden by {found!r}"
 
 
-# What Lightning's loops are asked for. None of it is documented, so each attribute is named here.
+# The attributes that the library uses of Lightning's loops. Lightning documents none of them, so each is named here.
 
 
 def attribute(owner, path, change):
@@ -84,7 +84,7 @@ def test_what_lightning_is_asked_for_is_there(path, change):
 
 
 def test_what_lightnings_loops_count():
-    """The numbers mean what the plan takes them for: which batch is being trained, and of which epoch."""
+    """Lightning's counters give the batch being trained and its epoch, as the plan assumes."""
 
     class Counts(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -99,7 +99,7 @@ def test_what_lightnings_loops_count():
 
 
 def test_lightning_ends_a_loaders_workers_by_its_iterator():
-    """It sets ``_iterator`` to ``None``, as it does to torch's loaders: that is when ours ends its workers."""
+    """Lightning sets ``_iterator`` to ``None``, as on torch's loaders. Our loader then ends its workers."""
 
     class Loader:
         _iterator = "workers"

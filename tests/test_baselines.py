@@ -41,7 +41,7 @@ def similarity(embeddings, batches):
 @given(n_batches=st.integers(1, 12), batch_size=st.integers(4, 24), seed=st.integers(0, 2**32 - 1), kind=st.booleans())
 def test_takes_each_instance_once(name, n_batches, batch_size, seed, kind):
     size = n_batches * batch_size
-    embeddings = torch.randn(size, 6) if kind else torch.ones(size, 6)  # or of a model that has collapsed
+    embeddings = torch.randn(size, 6) if kind else torch.ones(size, 6)  # equal embeddings, as a collapsed model gives
     composer = SMALL[name]
     batches = composer(embeddings, batch_size, seed=seed, epoch=0)
     assert batches is check_batches(batches, size, batch_size)
@@ -120,18 +120,18 @@ def test_knn_batches_take_all_zero_embeddings_last():
     zero = torch.arange(0, 200, 10)
     embeddings[zero] = 0
     batches = knn_batches(embeddings, 20, seed=3, epoch=0)
-    assert not np.isin(batches[:8, 1:], zero).any()  # a root may be one
+    assert not np.isin(batches[:8, 1:], zero).any()  # the first instance is a root: it may be zero
 
 
 def test_gcbs_brings_neighbors_together_whatever_the_order():
-    """A ring in random order: reverse Cuthill-McKee finds the order along it, from both sides at a time."""
+    """Reverse Cuthill-McKee finds the order along a shuffled ring, from both sides at a time."""
     angle = torch.arange(400) / 400 * 2 * torch.pi
     ring = torch.stack([angle.cos(), angle.sin()], dim=1)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     batches = order.numpy()[GCBSComposer(n_neighbors=4)(ring[order], 40, seed=0, epoch=0)]
     for batch in batches:
         gaps = np.diff(np.sort(batch), append=batch.min() + 400)
-        assert np.sum(gaps > 3) <= 2  # one or two stretches of the ring
+        assert np.sum(gaps > 3) <= 2  # each batch covers one or two stretches of the ring
 
 
 @pytest.mark.parametrize("n_neighbors", [1, 10, 100])
@@ -176,7 +176,7 @@ def test_b3_fills_batches_with_communities():
     nearest = B3Composer(n_skipped=0, n_neighbors=20, community_size=8)(embeddings, 32, seed=0, epoch=0)
     unit = torch.nn.functional.normalize(embeddings, dim=1)[torch.from_numpy(nearest)]
     alike = (unit @ unit.transpose(1, 2) > 0.8).sum(dim=2).float() - 1
-    assert 4 < alike.mean() < 14  # of a community of 8, and not of a batch of 32
+    assert 4 < alike.mean() < 14  # neighbours come from a community of 8, not from a batch of 32
 
 
 def compose(composer, size=40, batch_size=4):
@@ -190,7 +190,7 @@ def compose(composer, size=40, batch_size=4):
         (lambda: B3Composer(n_skipped=-1), "n_skipped must be at least 0, got -1"),
         (lambda: B3Composer(n_neighbors=0), "n_neighbors must be at least 1, got 0"),
         (lambda: B3Composer(community_size=0), "community_size must be at least 1, got 0"),
-        # Else the batches would be as good as uniform, without a word.
+        # Without these errors, the batches would silently be almost uniform.
         (lambda: compose(GCBSComposer(39)), "n_neighbors=39 keeps all pairs of 40 embeddings"),
         (lambda: compose(B3Composer(9, 30)), "n_skipped=9 and n_neighbors=30 take all neighbours of each of 40"),
         (lambda: compose(B3Composer(2, 10, 32)), "community_size=32 makes one community of 40 embeddings"),

@@ -1,4 +1,4 @@
-"""The benchmark of composers: started as users start it, and its messages where it has nothing to show."""
+"""The benchmark of composers, started as users start it, and its messages if it has nothing to show."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A function that runs a command in this process, on `n` clustered embeddings."""
+    """Return a function that runs a command in this process, on `n` clustered embeddings."""
 
     def run(command, *options, n=None, labels=True):
         if n is not None:

@@ -1,4 +1,4 @@
-"""README and docs: their code runs as it is printed, their links and the tests that they name exist."""
+"""README and docs: their code runs as printed, their links lead somewhere, and the tests they name exist."""
 
 import re
 import sys
@@ -80,7 +80,7 @@ def test_the_usage_page():
 
 
 def test_the_loss_that_is_advised():
-    """It is the study's."""
+    """The loss on the page equals the loss of the study."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.training.losses import weighted
 
@@ -105,7 +105,7 @@ def without_code(page):
 
 
 def anchors(page):
-    """The names by which a page's headings are linked to."""
+    """Return the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)", without_code(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

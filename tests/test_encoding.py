@@ -37,7 +37,7 @@ def test_returns_rows_of_length_one_whatever_they_were(scale):
 
 
 def test_an_embed_may_write_all_its_results_to_one_place():
-    """As compiled models do with CUDA graphs."""
+    """Compiled models do so with CUDA graphs."""
     place = torch.empty(2, 4)
     assert torch.equal(run(lambda batch: place.copy_(batch), indices=range(6)), run(indices=range(6)))
 
@@ -78,7 +78,7 @@ def test_warns_of_nothing_else():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
-        run(indices=[3])  # one instance is equal to itself
+        run(indices=[3])  # a single instance is no sign of a collapsed model
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

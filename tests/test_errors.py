@@ -1,4 +1,4 @@
-"""Bad input is refused at once, in words that name the argument, the value and the fix."""
+"""Bad input is refused at once. The error names the argument, the value and the fix."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_an_overridden_train_dataloader_is_refused_where_it_is_written():
         (1, 100, 32, "batch_size must be at least 2, got 1"),
         (0, 100, 32, "batch_size must be at least 2, got 0"),
         (8, 100, 7, "pool_size must be at least one global batch, 8 = batch_size 8 x 1 processes, got 7"),
-        (101, 100, 200, "data set has 100 instances, fewer than one global batch of batch_size 101 x 1"),
+        (101, 100, 200, "dataset has 100 instances, fewer than one global batch of batch_size 101 x 1"),
     ],
 )
 def test_sizes_before_training_starts(batch_size, n, pool_size, words):
@@ -183,7 +183,7 @@ def test_another_datamodule_or_none():
 
 
 def test_two_callbacks():
-    """Lightning itself refuses two callbacks of a kind that have a state."""
+    """Lightning itself refuses two stateful callbacks of the same class."""
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `BatchSamplerCallback`"):
         fit(Model(), Data(), walker(), walker())
 
@@ -292,7 +292,7 @@ def test_a_graph_with_too_few_or_too_many_rows():
 
 
 def test_a_training_step_that_fetches_for_itself():
-    """It would lose every epoch's first batch: Lightning counts it before it is asked for."""
+    """Such a step would lose every epoch's first batch: Lightning counts the batch before asking for it."""
 
     class Fetches(Model):
         def training_step(self, dataloader_iter):

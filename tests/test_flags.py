@@ -1,4 +1,4 @@
-"""Every flag of the Trainer: each index at most once an epoch, the right number of steps, no pool encoded in vain."""
+"""Every flag of the Trainer keeps the number of steps and each index at most once an epoch, without unused encoding."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class Counts(Callback):
 
 
 class Validated(Model):
-    """Has the other loops too."""
+    """A model with validation, test and prediction steps."""
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self(batch).pow(2).mean())
@@ -56,7 +56,7 @@ class Tuned(Validated):
 
 
 class Estimates(Model):
-    """Asks for the number of steps before training, as one-cycle schedules do."""
+    """Reads the number of steps before training, as one-cycle schedules do."""
 
     def configure_optimizers(self):
         self.estimated = self.trainer.estimated_stepping_batches
@@ -76,7 +76,7 @@ def assert_each_index_at_most_once(model):
         assert len(set(indices)) == len(indices)
 
 
-# 12 batches of 8 an epoch, pools of 4 batches.
+# Each epoch has 12 batches of 8, in pools of 4 batches.
 FLAGS = [
     # flags, batches per epoch, optimizer steps in two epochs
     ({}, 12, 24),
@@ -128,7 +128,7 @@ def averaging():
 
 
 def two_fits_and_other_loops(made, model, data):
-    """And then the third fit."""
+    """Run two fits and the other loops, and prepare a third fit."""
     for epochs in (1, 2):
         made.fit_loop.max_epochs = epochs
         made.fit(model, datamodule=data)
@@ -157,7 +157,7 @@ def two_fits_and_other_loops(made, model, data):
     ids=str,
 )
 def test_no_trace(case, tmp_path):
-    """After a warm-up epoch and one that is encoded, all is bit for bit what it is without the callback."""
+    """After a warm-up epoch and an encoded epoch, every state is bit for bit the same as without the callback."""
 
     def run(*callbacks):
         seed_everything(7, verbose=False)
@@ -181,7 +181,7 @@ def test_fast_dev_run():
     fit(model, Data(), walker(embed=counts.embed), fast_dev_run=True)
     assert [len(batch) for batch in model.batches] == [8]
     assert counts.encoded == 8
-    with pytest.raises(TypeError, match="embed must return a float tensor"):  # even where all is warm-up
+    with pytest.raises(TypeError, match="embed must return a float tensor"):  # even if all is warm-up
         fit(model, Data(), walker(embed=lambda module, batch: None, warmup_epochs=1), fast_dev_run=True)
 
 
@@ -234,7 +234,7 @@ def test_beside_other_callbacks(tmp_path):
         EarlyStopping("val_loss", patience=0, min_delta=1e9),
     ]
     fit(model, ValidatedData(), *others, walker(), max_epochs=5, enable_checkpointing=True)
-    assert set(model.epochs) == {0, 1}  # the second epoch was no better
+    assert set(model.epochs) == {0, 1}  # EarlyStopping ends the fit: the second epoch was no better
     assert_each_index_at_most_once(model)
     assert (tmp_path / "last.ckpt").exists()
 
@@ -263,11 +263,11 @@ def test_two_fits_in_a_row_and_the_other_loops_after():
     made.test(model, datamodule=data, verbose=False)
     assert sum(len(z) for z in made.predict(model, datamodule=data)) == 100
     model.epochs.clear()
-    fit(model, data, callback, max_epochs=1)  # another Trainer: the epochs count from 0, nothing is left over
+    fit(model, data, callback, max_epochs=1)  # a new Trainer counts epochs from 0
     assert sorted(sum(model.epochs[0], [])) == sorted(sum(first, []))
-    assert model.epochs[0] != first  # other weights, other walks
+    assert model.epochs[0] != first  # different weights give different walks
     model.epochs.clear()
-    fit(model, data, max_epochs=1)  # and without the callback
+    fit(model, data, max_epochs=1)  # also without the callback
     assert sorted(sum(model.epochs[0], [])) == sorted(sum(first, []))
 
 
@@ -338,7 +338,7 @@ def test_lightning_cli(tmp_path):
 
 
 def test_iterating_the_loader_by_hand_disturbs_nothing():
-    """A user looks at a batch: without a Trainer, before training, and in a validation hook."""
+    """A user may look at a batch without a Trainer, before training, and in a validation hook."""
     plain = Data()
     assert sum(len(batch[0]) for batch in plain.train_dataloader()) == 96
 
@@ -359,7 +359,7 @@ def test_iterating_the_loader_by_hand_disturbs_nothing():
 
 
 class EstimatesInSetup(Data):
-    """Its loader is made before the callback's ``setup``."""
+    """A DataModule whose loader is made before the callback's ``setup``."""
 
     def setup(self, stage):
         self.n_steps = self.trainer.estimated_stepping_batches

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, _nndescent, graphs
 
-# pynndescent compiles once per process: nothing outside of this module may build an NNDescentGraph.
+# pynndescent compiles once per process, so no other test module may build an NNDescentGraph.
 
 
 def gaussian(size, dim=8, seed=0):
@@ -161,7 +161,7 @@ def test_refuses_what_is_not_dense_floats(graph, embeddings, kind):
 @every
 def test_takes_integers_of_numpy_as_seeds(graph):
     embeddings = clusters(200)
-    embeddings[::2] = 0  # their neighbours are random in every graph
+    embeddings[::2] = 0  # all-zero rows have random neighbours in every graph
     for seed in (np.uint8(3), np.int32(3), np.uint64(3)):
         assert np.array_equal(graph(5)(embeddings, seed=seed), graph(5)(embeddings, seed=3))
 
@@ -238,7 +238,7 @@ def test_keeps_the_nearest_of_its_candidates(data, size, seed):
     nearest = reference.nearest_of(embeddings, candidates, k)
     assert all(set(row) <= set(own) for row, own in zip(neighbors.tolist(), candidates.tolist(), strict=True))
 
-    def similarity(found):  # of those equal in float32 either may be kept
+    def similarity(found):  # of two candidates that are equally similar in float32, either may be kept
         unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
         return torch.einsum("pd,pkd->pk", unit, unit[torch.from_numpy(found)])
 
@@ -254,8 +254,12 @@ def test_chunks_do_not_matter(monkeypatch, chunk_entries):
 
 
 def test_candidates_are_uniform_and_independent_of_the_embeddings():
-    """Over 2000 seeds each of the 31 x 30 ordered pairs is drawn with probability 7 / 30, a pair of candidates of one
-    instance together with 7 x 6 / (30 x 29). False alarm: 6 standard deviations, below 1e-5 for all pairs together."""
+    """Candidates are drawn with the expected probabilities, over 2000 seeds.
+
+    Each of the 31 x 30 ordered pairs is drawn with probability 7 / 30. Two candidates of one instance are drawn
+    together with probability 7 x 6 / (30 x 29). The bound is 6 standard deviations: a false alarm has a probability
+    below 1e-5 for all pairs together.
+    """
     size, n_candidates, n_seeds = 31, 7, 2000
     pairs, together = np.zeros((size, size)), np.zeros((size, size))
     for seed in range(n_seeds):
@@ -276,7 +280,7 @@ def test_as_many_candidates_as_there_are_others_is_exact():
 
 
 def test_reaches_in_two_steps_as_far_as_with_candidates_drawn_for_each():
-    """What walks see. With one run of distances it would be half as far."""
+    """Walks reach as many nodes in two steps. One run of distances would halve this reach."""
     embeddings, k = gaussian(20_000, dim=32), 20
     rng = np.random.default_rng(0)
     drawn = [rng.choice(20_000, 200, replace=False) for _ in range(20_000)]
@@ -339,7 +343,7 @@ def test_nndescent_leaves_random_states_and_threads_alone():
 
 def test_nndescent_announces_its_compile_once(monkeypatch, caplog):
     monkeypatch.setattr(_nndescent, "_compiled", False)
-    monkeypatch.setattr(logging.getLogger("bs_lightning"), "propagate", True)  # for caplog
+    monkeypatch.setattr(logging.getLogger("bs_lightning"), "propagate", True)  # so that caplog receives the message
     NNDescentGraph()(gaussian(50))
     NNDescentGraph()(gaussian(50))
     assert [record.message for record in caplog.records] == [

@@ -1,4 +1,4 @@
-"""Masks of likely false negatives: the functions against literal ones, and in training."""
+"""Masks of likely false negatives: the functions against literal versions, and masks in training."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_pair_mask_refuses(pairs, batch, error, words):
 
 
 class Asks(Model):
-    """Notes each step's mask; trains without randomness of its own."""
+    """Records each step's mask. It trains without randomness of its own."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def test_masks_the_mutual_nearest_of_the_pool_being_trained(kind):
     fit(model, Data(), walker(composer=composer, warmup_epochs=1, mask_nearest=2, **kind))
     assert not torch.stack(model.masks[:12]).any()
     masks = iter(model.masks[12:])
-    for pairs, batches in pools[1:]:  # the first was tried before the warm-up
+    for pairs, batches in pools[1:]:  # the first pool is of the rehearsal before the warm-up
         for batch in batches[: kind.get("refresh_every")]:
             mask = next(masks, None)
             if mask is not None:
@@ -165,7 +165,7 @@ class Evaluates(Model):
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         with pytest.raises(RuntimeError, match="while no batch is being trained"):
-            self.trainer.datamodule.trained_batch()  # it must not return the batch before
+            self.trainer.datamodule.trained_batch()  # must not return the previous batch
         return batch
 
     def on_train_batch_start(self, batch, batch_idx):
@@ -196,7 +196,7 @@ OUT_OF_TURN = {
 
 
 class AsksEverywhere(Callback):
-    """Asks in every hook, and is answered only where a batch is being trained."""
+    """Asks for the batch and its mask in every hook. Only hooks within a training step get an answer."""
 
     def __init__(self):
         self.refused, self.answered = set(), set()
@@ -248,7 +248,7 @@ def test_asked_for_out_of_turn(make, flags):
 
 
 def test_asked_for_before_a_resumed_run_trains(tmp_path):
-    """Where Lightning has restored the counters of a batch that was not completed when the checkpoint was written."""
+    """Lightning has then restored the counters of a batch that was incomplete when the checkpoint was written."""
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(Evaluates(), Everything(), walker(mask_nearest=3), saves, enable_checkpointing=True)
     everywhere = AsksEverywhere()
@@ -258,7 +258,7 @@ def test_asked_for_before_a_resumed_run_trains(tmp_path):
 
 
 class Recycles(Asks):
-    """Notes for each step which of its instances had been embedded before its pool was composed."""
+    """Records which instances of each step had an embedding before their pool was composed."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ def test_what_has_no_embedding_yet_has_no_pair(kind):
         (
             {"mask_nearest": 5, "composer": pool_order},
             TypeError,
-            "mask_nearest=5 needs a composer that finds each instance's nearest in the whole pool",
+            "mask_nearest=5 needs a composer that finds each instance's nearest neighbours in the whole pool",
         ),
         (
             {"mask_nearest": 5, "composer": RWRComposer(RandomCandidateGraph(100, 15))},

@@ -23,7 +23,7 @@ N_BATCHES, SIZE, DIM = 6, 20, 5
 
 
 def data():
-    """Embeddings [n, B, d] of any length, other views of them, and labels [n, B]; the batches differ in both."""
+    """Return embeddings [n, B, d] of any length, a second view of each, and labels [n, B]. Batches differ in both."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1, N_BATCHES + 1)
     x = torch.randn(N_BATCHES, SIZE, DIM, generator=generator) * scale[:, None, None] + 1
@@ -47,7 +47,7 @@ def squared_distance(a, b):
     return 2 - 2 * cosine(a, b)
 
 
-# Each: the metric, its functional twin, its inputs, and a naive reference over the batches of the inputs.
+# Each case holds the metric, its functional twin, its inputs, and a naive reference over the inputs' batches.
 
 X, Y, LABELS = data()
 CASES = {
@@ -200,7 +200,7 @@ def test_all_zero_rows_are_similar_to_nothing():
 
 
 def test_a_few_true_negatives_among_many_false_ones():
-    """One row is the opposite of the 499 others of its batch. All other pairs are false negatives, and many."""
+    """One row is the opposite of the other 499 rows of its batch. All other pairs are false negatives."""
     rows = torch.full((200, 500, 8), 0.37)
     labels = torch.zeros(200, 500, dtype=torch.int64)
     rows[0, 0], labels[0, 0] = -0.37, 1
@@ -215,7 +215,7 @@ def test_alignment_and_uniformity_have_gradients(scale):
     x.grad = None
     (alignment(x, y) + uniformity(x)).backward()
     assert torch.equal(x.grad, through_the_class)
-    # By hand, of the unit rows: torch.nn.functional.normalize of the unscaled rows.
+    # Compute the gradients by hand, on the unit rows: torch.nn.functional.normalize of the unscaled rows.
     z = X[0].clone().requires_grad_()
     unit, other = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(y, dim=1)
     pairs = torch.pdist(unit).square().mul(-2).exp()
@@ -295,7 +295,7 @@ def _on_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     x, y, labels = torch.load(f"{folder}/data.pt")
-    part = slice(0, 2) if rank == 0 else slice(2, None)  # unequal parts
+    part = slice(0, 2) if rank == 0 else slice(2, None)  # the processes get unequal parts
     results = {}
     for name, values in {"hardness": (x,), "hardness of true negatives": (x, labels)}.items():
         results[name] = updated(InBatchHardness(), [value[part] for value in values])
@@ -310,7 +310,7 @@ def test_two_processes_compute_what_one_does_over_all_data(tmp_path):
     torch.save((X, Y, LABELS), tmp_path / "data.pt")
     processes = mp.spawn(_on_rank, (str(tmp_path),), nprocs=2, join=False)
     try:
-        assert any(processes.join(timeout=60) for _ in range(2))  # each returns when a process ends
+        assert any(processes.join(timeout=60) for _ in range(2))  # each call returns when a process ends
     finally:
         for process in processes.processes:
             process.kill()

@@ -17,7 +17,7 @@ def layouts(draw):
 
 @st.composite
 def plans(draw):
-    """A layout and arguments for a plan: uniform batches, or pools of any size."""
+    """Draw a layout and arguments for a plan: uniform batches, or pools of any size."""
     layout = draw(layouts())
     arguments = {"seed": draw(st.integers(0, 2**64)), "epoch": draw(st.integers(0, 1000))}
     if draw(st.booleans()):
@@ -27,7 +27,7 @@ def plans(draw):
 
 
 class Shuffle:
-    """A planner that shuffles its pools and notes their lengths."""
+    """A planner that shuffles its pools and records their lengths."""
 
     def __init__(self, layout):
         self.size = layout.global_batch_size
@@ -79,7 +79,7 @@ def test_goes_on_anywhere_with_the_same_batches(plan, data):
     served, pool = [], None
     for part in whole:
         if pool is None and len(served) + len(part) >= start:
-            pool = whole.pool  # as a checkpoint has it that was taken after `start` batches
+            pool = whole.pool  # the pool of a checkpoint that was taken after `start` batches
         served += [batch.tolist() for batch in part]
     assert batches(layout, start=start, pool=pool, **arguments) == served[start:]
 
@@ -225,7 +225,7 @@ def test_the_whole_dataset_is_planned_again_every_few_batches():
     for number, batches in enumerate(plan):
         assert [batch.tolist() for batch in batches] == planned[number][: len(batches)]
         assert len(batches) == (4, 4, 1)[number]
-        assert len(plan.pool.batches) == len(batches)  # the state holds what is served
+        assert len(plan.pool.batches) == len(batches)  # a checkpoint holds only the batches that are served
         assert set(plan.pool.pairs.ravel()) == set(np.ravel(batches))
     assert [sorted(sum(each, [])) == sorted(sum(planned[0], [])) for each in planned] == [True, False, False]
 

@@ -1,4 +1,4 @@
-"""Embeddings that training computes anyway, and graphs over the whole data set that are refreshed every few steps."""
+"""Embeddings that training computes anyway, and graphs over the whole dataset that are refreshed every few steps."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PAPERS = {"pool_size": None, "refresh_every": 5, "composer": RWRComposer(ExactGr
 
 
 class Returns(Model):
-    """Trains without randomness of its own and returns what it has embedded; encoding it fails."""
+    """Trains without randomness of its own and returns its embeddings. Its ``embed`` fails."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def test_the_bank_refuses():
     bank.write(torch.tensor([4]), torch.full((1, 4), torch.nan))
     with pytest.raises(ValueError, match="embedding of dataset index 4 is not finite"):
         bank.read(torch.tensor([1, 4]))
-    with pytest.raises(ValueError, match="embeddings of 5 instances, now there are 6"):
+    with pytest.raises(ValueError, match="embeddings of 5 instances, but the dataset now has 6"):
         EmbeddingBank(6).load_state_dict(bank.state_dict())
 
 
@@ -93,9 +93,9 @@ def test_walks_are_hard_once_there_are_embeddings():
     model = Returns()
     made = fit(model, Data(8, 1000), walker(200, recycle=True), max_epochs=3)
     shares = [same_cluster_share(model.epochs[epoch]) for epoch in range(3)]
-    assert shares[0] < 0.12  # nothing was known
+    assert shares[0] < 0.12  # no instance had an embedding
     assert shares[1] > 0.25
-    # Batch norm takes each batch's own mean out of what is recycled, most where a batch is all alike.
+    # Batch norm removes each batch's mean from the recycled embeddings, most where a batch's instances are alike.
     assert shares[2] > 0.13
     for batches in model.epochs.values():
         assert len(set(sum(batches, []))) == 1000
@@ -114,9 +114,9 @@ def test_refreshing_composes_the_whole_data_anew_every_few_steps():
     assert plans[0] is None
     walked = plans[50:]
     assert [pool["start"] for pool in walked] == [i // 5 * 5 for i in range(50)]
-    assert {tuple(pool["batches"].shape) for pool in walked} == {(5, 8)}  # the state is as large as what is served
+    assert {tuple(pool["batches"].shape) for pool in walked} == {(5, 8)}  # the state is as large as its batches
     served = sum(model.epochs[1], [])
-    assert 160 < len(set(served)) < 360  # walks take again what was taken
+    assert 160 < len(set(served)) < 360  # walks may take instances that earlier batches took
     assert same_cluster_share(model.epochs[1]) > 0.25
 
 

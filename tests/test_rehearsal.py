@@ -1,4 +1,4 @@
-"""What is tried before training, what the processes tell each other, and what adopters stumble over."""
+"""The rehearsal before training, messages between processes, and errors that new users meet."""
 
 import re
 import time
@@ -113,7 +113,7 @@ def test_the_warm_up_logs_the_hardness_of_uniform_batches():
     logs, model = Logs(), Model()
     stops = EarlyStopping("batch_sampler/hardness", patience=10)
     fit(model, Data(16, 960), walker(320, warmup_epochs=2), stops, logs, max_epochs=3)
-    assert logs.hardness[0] == logs.hardness[1] != logs.hardness[2]  # of the weights before training
+    assert logs.hardness[0] == logs.hardness[1] != logs.hardness[2]  # warm-up logs the untrained weights
     assert logs.rates[0] == logs.rates[1] == pytest.approx(0.1, abs=0.04)
     assert logs.rates[2] == pytest.approx(same_cluster_share(model.epochs[2]), abs=1e-5)
 
@@ -136,11 +136,11 @@ def test_processes_that_differ_are_refused_in_all(differs, words, tmp_path):
     assert len(re.findall(f"ValueError: All processes must have the {words}", stderr)) == 2
 
 
-# Adopters
+# New users
 
 
 class Items(Points):
-    """As most datasets: item ``i`` is input and label."""
+    """Item ``i`` is an input and its label, as in most datasets."""
 
     def __getitem__(self, index):
         return self.points[index], int(self.targets[index])
@@ -164,7 +164,7 @@ def test_a_batch_of_inputs_and_labels_says_what_to_do_first():
         fit(Plain(), Labelled(8), walker())
     note = raised.value.__notes__[0]
     assert "a training batch of 2 parts" in note
-    assert note.index("def embed(self, batch): return self(batch[0])") < note.index("Else override pool_dataset()")
+    assert note.index("def embed(self, batch): return self(batch[0])") < note.index("Otherwise override pool_dataset()")
 
     class Embeds(Plain):
         def embed(self, batch):
@@ -174,7 +174,7 @@ def test_a_batch_of_inputs_and_labels_says_what_to_do_first():
 
 
 def test_pool_items_have_a_collate_function_of_their_own():
-    """Training items are pairs of views, pool items are single views."""
+    """Training items are pairs of views, and pool items are single views."""
 
     class Views(Items):
         def __getitem__(self, index):

@@ -11,12 +11,12 @@ from parts import Data, Model, fit, walker
 from processes import batches_by_step, run
 from torch.utils.data import DataLoader
 
-# 12 batches of 8 an epoch in pools of 4; the first epoch is uniform.
+# Each epoch has 12 batches of 8, in pools of 4 batches. The first epoch is uniform.
 EPOCHS = 3
 
 
 class Exact(Model):
-    """Trains without randomness of its own, which Lightning does not restore."""
+    """Trains without randomness of its own, because Lightning does not restore random states."""
 
     def training_step(self, batch, batch_idx):
         self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
@@ -39,7 +39,7 @@ class ValidatedData(Data):
 
 
 class SavesAtBatchEnd(Callback):
-    """Saves where Lightning has not yet counted the batch as completed."""
+    """Saves before Lightning has counted the batch as completed."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -81,7 +81,7 @@ def train(model, folder, saves=None, ckpt_path=None, loader=None, data=Validated
     return fit(model, data(8, 100, seed=seed, **loader or {}), *callbacks, ckpt_path=ckpt_path, **settings | kwargs)
 
 
-# In the quick tests: the epochs' last batches, a pool's middle, last and first.
+# The quick tests resume at epochs' last batches, and at a pool's middle, last and first batch.
 STEPS = {11, 12, 14, 16, 24}
 
 
@@ -121,7 +121,7 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(saves, flags, make, 
 
 @pytest.mark.parametrize("step", [2, 5, 9])
 def test_looking_into_the_loader_while_an_epoch_is_trained_disturbs_nothing(step, tmp_path):
-    """Neither what a checkpoint says, nor `trained_batch`, nor the number of pools that are encoded."""
+    """Checkpoints, `trained_batch` and the number of encoded pools stay the same."""
     served, encoded = [], []
 
     class Looks(Callback):
@@ -160,7 +160,7 @@ LOADERS = [
 @pytest.mark.parametrize("loader", LOADERS, ids=str)
 @pytest.mark.parametrize("step", [12, 14, 15, 16, 23, 24])
 def test_workers_do_not_matter(step, loader, tmp_path):
-    """The middle, the last and the first batch of a pool, and the last of an epoch."""
+    """A run resumes at the middle, last and first batch of a pool, and at the last batch of an epoch."""
     torch.manual_seed(0)
     whole = Exact()
     train(whole, tmp_path, every_step, loader=loader)
@@ -222,7 +222,7 @@ def test_another_pool_size_finishes_the_pool_and_goes_on(tmp_path):
     [
         (4, 100, "global_batch_size=8, now it is 4"),
         (8, 120, "n_instances=100, now it is 120"),
-        # Of fewer batches Lightning believes that all have been trained.
+        # With fewer batches, Lightning believes that all of them have been trained.
         (16, 100, "global_batch_size=8, now it is 16"),
         (8, 60, "n_instances=100, now it is 60"),
     ],
@@ -330,7 +330,7 @@ def test_resuming_is_not_called_unreliable(tmp_path, recwarn):
     ids=str,
 )
 def test_killed_and_resumed(loader, kills, tmp_path):
-    """At an epoch's and a pool's first and last batch, and between."""
+    """A run is killed at the first and last batch of an epoch and of a pool, and between them."""
     settings = {"devices": 1, "n": 100, "batch_size": 8, "pool_size": 32, "warmup_epochs": 1, "max_epochs": EPOCHS}
     settings |= {"loader": loader, "save_every": 3}
     whole = run(tmp_path / "whole", **settings)
@@ -360,14 +360,14 @@ def test_sigterm_while_encoding_leaves_the_model_as_it_was(tmp_path):
         fit(model, Data(), walker(embed=embed))
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), sent[0])
-    assert len(model.batches) == 1  # Lightning finishes the step it is about to train
+    assert len(model.batches) == 1  # Lightning finishes the step that it is about to train
     model.epochs.clear()
     fit(model, Data(), walker(embed=embed), max_epochs=1)
     assert len(model.batches) == 12
 
 
 def test_another_checkpoints_state_is_not_taken(tmp_path):
-    """A DataModule that was resumed once, and then validates or fits from other checkpoints."""
+    """A DataModule resumes once. It then validates and fits with other checkpoints."""
     whole, data = Exact(), ValidatedData(8, 100, seed=11)
     train(whole, tmp_path, every_step)
     train(Exact(), tmp_path / "other", every_step, seed=12)

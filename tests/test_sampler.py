@@ -11,7 +11,7 @@ from bs_lightning import PlannedPool, Planning, PoolBatchSampler, PoolLoader, Po
 
 
 def planner(batch_size):
-    """Shuffles pools into batches of ``batch_size``."""
+    """Return a planner that shuffles pools into batches of ``batch_size``."""
 
     def plan_pool(indices, *, seed, epoch):
         return PlannedPool(np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, batch_size))
@@ -60,7 +60,7 @@ def test_ranks_serve_slices_of_the_same_batches(batch_size, world_size, extra, d
         assert [sum(slices, []) for slices in zip(*parts, strict=True)] == served
         seen.append(sum(served, []))
         assert len(seen[-1]) == len(set(seen[-1])) == (n_instances - n_instances % size if drop_last else n_instances)
-    assert seen[0] != seen[1] or n_instances < 8  # a small permutation may come again
+    assert seen[0] != seen[1] or n_instances < 8  # two epochs may draw the same small permutation
 
 
 def test_set_epoch_chooses_the_epoch():
@@ -81,7 +81,7 @@ def test_serves_a_plain_data_loader(num_workers):
 
 
 @pytest.mark.parametrize("pool_size", [16, None])
-@pytest.mark.parametrize("served", [0, 1, 4, 6, 24, 25])  # 4: a pool's end, 25: the epoch's
+@pytest.mark.parametrize("served", [0, 1, 4, 6, 24, 25])  # 4 is a pool's end, 25 is the epoch's end
 def test_resumes_where_the_state_was_taken(served, pool_size):
     def make():
         return sampler(103) if pool_size else PoolBatchSampler(103, 4)
@@ -94,7 +94,7 @@ def test_resumes_where_the_state_was_taken(served, pool_size):
     assert first + list(restored) == [*first, *batches]
     assert restored.epoch == 2
     assert len(restored) == 25
-    # What follows is whole epochs, in the resumed process as in the one before.
+    # Later iterations serve whole epochs, in the resumed sampler as in the first.
     for epoch in (2, 3):
         for each in (made, restored):
             each.set_epoch(epoch)
@@ -213,7 +213,7 @@ def test_refuses_bad_arguments(arguments, error, words):
 
 
 def test_the_mask_of_a_hand_written_loop():
-    """The pairs of a pool travel with it: through its batches, a checkpoint, and no further."""
+    """A pool's pairs reach all its batches and come back from a checkpoint. They do not reach other pools."""
 
     def plan_pool(indices, *, seed, epoch):
         batches = np.random.default_rng(seed).permutation(len(indices)).reshape(-1, 4)

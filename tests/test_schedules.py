@@ -11,7 +11,7 @@ from bs_lightning.schedules import LinearDecay, Staircase
 
 
 def literal_staircase(epoch):
-    """0.2, lowered by 0.1 every 5 epochs, not below 0.05."""
+    """Return 0.2, lowered by 0.1 every 5 epochs, but at least 0.05."""
     alpha = 0.2
     for past in range(1, epoch + 1):
         if past % 5 == 0:
@@ -26,7 +26,7 @@ def test_staircase(epoch):
 
 @given(st.integers(0, 200))
 def test_the_presets_schedule_is_the_public_codes(epoch):
-    """Which counts epochs from 1."""
+    """The public code counts epochs from 1."""
     literal = max(0.2 - ((epoch + 1) / 5) * 0.1, 0.05)
     assert public_code().composer.restart_probability(epoch) == pytest.approx(literal)
 

@@ -1,4 +1,4 @@
-"""The state that a checkpoint holds: it comes back as it was, or is refused in words."""
+"""The state that a checkpoint holds: it is restored unchanged, or refused with an explanation."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def make(**kwargs):
 
 
 def taken(served, **kwargs):
-    """The state after some batches."""
+    """Return the state after ``served`` batches."""
     made = make(**kwargs)
     batches = iter(made)
     for _ in range(served):
@@ -60,7 +60,7 @@ def test_every_single_edit_is_refused_or_changes_nothing(path):
         else:
             inner[path[-1]] = wrong
         if path == ("pool", "replacement") and wrong is True:
-            assert goes_on(state) == whole  # fewer checks, and the same batches
+            assert goes_on(state) == whole  # makes fewer checks, but the batches are the same
         else:
             with pytest.raises((ValueError, TypeError), match="checkpoint"):
                 goes_on(state)
@@ -78,7 +78,7 @@ def test_no_edit_of_a_pools_batches_resumes_wrongly(data):
         kept = batches[row, column].item() == value
         repeated = value in batches[row].tolist()
         batches[row, column] = value
-        # Walks with replacement may take any instance of the dataset. The first two of a row are a masked pair.
+        # Walks with replacement may take any instance of the dataset. A row's first two instances are a masked pair.
         if not kept and (not replacement or not 0 <= value < 103 or repeated):
             with pytest.raises(ValueError, match="does not hold the instances"):
                 goes_on(state)
@@ -161,7 +161,7 @@ KEPT = {
 
 @pytest.mark.parametrize("kind", KEPT)
 def test_checkpoints_of_format_1_are_resumed(kind):
-    """They are kept in the repository, written by ``write_checkpoints`` of the version that introduced the format."""
+    """The repository keeps them. ``write_checkpoints`` wrote them in the version that introduced the format."""
     seed_everything(0, verbose=False)
     model, how = Exact(), kept(kind)
     fit(model, Data(8, 103), walker(**how), max_epochs=2, ckpt_path=CHECKPOINTS / f"format1-{kind}.ckpt")

@@ -1,4 +1,4 @@
-"""What a graph leaves behind in its process: numbers of threads, settings, and the ability to fork."""
+"""A graph leaves no trace in its process: numbers of threads, settings and the ability to fork stay."""
 
 import importlib.util
 import multiprocessing
@@ -70,7 +70,7 @@ def test_refuses_to_run_where_openmp_was_forked(monkeypatch):
         NNDescentGraph(5)(torch.randn(20, 4))
 
 
-# In a process of its own, as only the first graph starts numba's threads: this file is the script.
+# These tests run this file as a script in a new process, because only the first graph starts numba's threads.
 
 
 def run(*arguments, **environment):
@@ -125,13 +125,14 @@ def forked():
 
 
 def process_state():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}  # scikit-learn's
+    # scikit-learn sets variables with this prefix.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
     return torch.get_num_threads(), numba.config.THREADING_LAYER, environment, list(warnings.filters)
 
 
 def main(layer):
     torch.set_num_threads(1)
-    torch.randn(50, 50) @ torch.randn(50, 50)  # only then torch has threads that can be changed
+    torch.randn(50, 50) @ torch.randn(50, 50)  # starts torch's threads, whose number can then be changed
     before = process_state()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -157,7 +158,7 @@ def main(layer):
     assert process_state() == before
 
 
-# Machines where numba can write nowhere
+# Machines where numba cannot write to any folder
 
 
 def test_walks_where_no_folder_can_be_written(monkeypatch):

@@ -65,7 +65,7 @@ def test_uniform_batches_are_the_same_with_and_without_the_callback():
 
 
 def noting(seen):
-    """A composer that notes each pool's embeddings and changes nothing."""
+    """Return a composer that records each pool's embeddings and keeps the pool's order."""
 
     def composer(embeddings, batch_size, *, seed, epoch):
         seen.append(embeddings)
@@ -89,12 +89,12 @@ def test_hardness_is_that_of_the_embeddings_the_batches_were_made_from():
 
 
 def test_hardness_is_that_of_true_negatives_where_labels_are_known():
-    """Pools of one and of three batches: each batch counts alike."""
+    """Pools of one and of three batches: every batch has the same weight."""
     seen = []
 
     class Unequal(Model):
         def on_train_batch_start(self, batch, batch_idx):
-            plan = self.trainer.train_dataloader.batch_sampler._plan  # after a first pool of one batch
+            plan = self.trainer.train_dataloader.batch_sampler._plan  # the first pool has one batch
             plan.planning = replace(plan.planning, cut=Pools(24))
 
     model = Unequal()
@@ -104,7 +104,7 @@ def test_hardness_is_that_of_true_negatives_where_labels_are_known():
     for batch, z in zip(model.batches, torch.cat(seen).reshape(4, 8, -1), strict=True):
         labels = torch.tensor(batch) % 10
         similarities.append((z @ z.T)[labels[:, None] != labels].mean())
-    # The first pool weighs a quarter; within the second all its pairs count alike.
+    # The first pool has a weight of a quarter. Within the second pool, all pairs have the same weight.
     counts = [int(sum(a % 10 != b % 10 for a in batch for b in batch)) for batch in model.batches]
     second = np.average([s.item() for s in similarities[1:]], weights=counts[1:])
     expected = (similarities[0].item() + 3 * second) / 4
@@ -139,12 +139,12 @@ def test_by_default_a_pool_is_ten_global_batches_and_the_first_epoch_is_uniform(
 
     fit(model, Data(8, 320), BatchSamplerCallback(composer=composer), max_epochs=2)
     tried, *planned = sizes
-    assert tried == (0, 80)  # before the warm-up
+    assert tried == (0, 80)  # the rehearsal before the warm-up
     assert planned == [(1, 80)] * 4
 
 
 def test_a_model_that_logs_and_counts_in_forward():
-    """Encoding goes through the same `forward`, and must not be counted."""
+    """Encoding calls the same `forward`, but the model must not count these calls."""
 
     class Logs(Model):
         def __init__(self):
@@ -195,7 +195,7 @@ def test_pools_smaller_than_the_graphs_neighbors():
 
 
 def test_the_batch_size_is_that_of_the_loader_being_served():
-    """Changed in mid-fit it is read when the next loader is made, as Lightning does it."""
+    """A change during a fit takes effect when the next loader is made, as in Lightning."""
 
     class Grows(Callback):
         def on_train_epoch_start(self, trainer, module):
@@ -223,7 +223,7 @@ def test_seed_none_takes_the_global_seed():
     seed_everything(1, verbose=False)
     data = Data()
     orders = []
-    for global_seed in (1, 2):  # a second fit of the same DataModule takes the seed as it is then
+    for global_seed in (1, 2):  # a second fit of the same DataModule reads the global seed again
         seed_everything(global_seed, verbose=False)
         model = Model()
         fit(model, data, max_epochs=1)
@@ -244,7 +244,7 @@ def test_labels_come_from_targets_or_the_hook():
 
 
 class Notes(Callback):
-    """Notes what a composer is called with: how many steps were trained, and the weights."""
+    """Records the number of trained steps, and the weights, at each call of a composer."""
 
     def __init__(self):
         self.trained = 0
@@ -278,7 +278,7 @@ def test_each_pool_is_encoded_once_with_the_weights_of_its_first_step(loader):
     rows = []
 
     def embed(module, batch):
-        if notes.trained:  # what is tried before training does not count
+        if notes.trained:  # the rehearsal before training does not count
             rows.extend(batch[0].tolist())
         return module(batch)
 
@@ -291,8 +291,8 @@ def test_each_pool_is_encoded_once_with_the_weights_of_its_first_step(loader):
     fit(model, data, notes, walker(32, composer=composer, embed=embed, warmup_epochs=1), max_epochs=3)
 
     (tried, _, _), *plans = notes.plans
-    assert tried == 0  # before the warm-up
-    assert [trained for trained, _, _ in plans] == [12, 16, 20, 24, 28, 32]  # 12 batches an epoch, pools of 4
+    assert tried == 0  # the rehearsal before the warm-up
+    assert [trained for trained, _, _ in plans] == [12, 16, 20, 24, 28, 32]  # an epoch has 12 batches, a pool 4
     for trained, weight, encoded in plans:
         assert torch.equal(weight, weights[trained])
         pool = sum(model.batches[trained : trained + 4], [])
@@ -315,7 +315,7 @@ def test_the_same_seed_gives_the_same_batches_for_every_loader_setting():
 
 
 class Recorder(Callback):
-    """All that encoding must not change, after every step."""
+    """Records everything that encoding must not change, after every step."""
 
     def __init__(self):
         self.states = []
@@ -370,7 +370,7 @@ def test_encoding_leaves_no_trace(make, loader, precision):
         return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
     assert_equal(run(walker(32, composer=composer, warmup_epochs=1)), run())
-    assert encoded == [32, 32, 32, 32]  # one before the warm-up
+    assert encoded == [32, 32, 32, 32]  # the first pool is of the rehearsal before the warm-up
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -505,7 +505,7 @@ def test_encodes_in_its_own_batch_size():
         return module(batch)
 
     fit(Model(), Data(8, 96), walker(48, embed=embed), max_epochs=1)
-    assert sizes == [32, 16] * 2  # four times the training batch
+    assert sizes == [32, 16] * 2  # four times the training batch size
     sizes.clear()
     fit(Model(), Data(8, 96), walker(48, embed=embed, encode_batch_size=20), max_epochs=1)
     assert sizes == [20, 20, 8] * 2
@@ -542,7 +542,7 @@ def test_encoding_shows_in_the_progress_bar(bar, monkeypatch, capfd):
 
 
 class ForgetsWarnings:
-    """What pynndescent's graph does: it makes Python forget which warnings it has shown."""
+    """Makes Python forget which warnings it has shown, as pynndescent's graph does."""
 
     def __call__(self, embeddings, *, seed=0):
         with warnings.catch_warnings():
@@ -583,7 +583,7 @@ def test_zero_rows_are_served_and_warned_of_once():
 
 @pytest.mark.usefixtures("_nothing_warned_of")
 def test_two_equal_instances_are_no_collapse():
-    """Before the warm-up two instances are embedded on trial."""
+    """The rehearsal before the warm-up may embed only two instances."""
 
     class Twins(Points):
         def __init__(self, n):

@@ -1,4 +1,4 @@
-"""The training benchmark: its losses, measures and intervals against literal ones, and studies that go on."""
+"""The training benchmark: its losses, measures and intervals against literal versions, and studies that resume."""
 
 import io
 import math
@@ -19,7 +19,7 @@ BATCH, TEMPERATURE = 5, 0.3
 
 
 def literal_loss(first, second, kind, class_prior=0.0, concentration=1.0):
-    """Pair by pair, as the papers write it."""
+    """Compute a loss pair by pair, as the papers write it."""
     if kind == "weighted":
         kind, class_prior = "hard", 0.0
     views = [view / view.norm() for view in [*first, *second]]
@@ -42,7 +42,7 @@ def literal_loss(first, second, kind, class_prior=0.0, concentration=1.0):
 
 
 @pytest.mark.parametrize("kind", list(losses.LOSSES))
-@pytest.mark.parametrize("class_prior", [0.0, 0.05, 0.6])  # with 0.6 some anchors reach the lower bound
+@pytest.mark.parametrize("class_prior", [0.0, 0.05, 0.6])  # with 0.6, some anchors reach the lower bound
 def test_losses_are_those_of_the_papers(kind, class_prior):
     first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
     loss = losses.LOSSES[kind](first, second, temperature=TEMPERATURE, class_prior=class_prior)
@@ -59,7 +59,7 @@ def test_losses_stay_finite_at_low_temperatures(kind):
 
 
 def test_masked_pairs_are_no_negatives():
-    """Masking all of an instance's others but one leaves the loss over that one."""
+    """Masking all of an instance's negatives but one leaves the loss over that negative."""
     first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
     masked = torch.zeros(BATCH, BATCH, dtype=torch.bool)
     masked[:2, 2:] = masked[2:, :2] = masked[0, 0] = True
@@ -84,7 +84,7 @@ def test_retrieval_and_recall():
     expected = (np.mean(first_hits), np.mean(precisions))
     assert evaluate.retrieval(features, labels, rows_at_a_time=16) == pytest.approx(expected)
     assert evaluate.recall_at_1(features, labels) == pytest.approx(expected[0])
-    assert evaluate.recall_at_1(features, labels, distractors=features) == 0  # each has itself among them
+    assert evaluate.recall_at_1(features, labels, distractors=features) == 0  # each row is its own distractor
 
 
 def test_paired_interval_is_that_of_scipy():
@@ -113,7 +113,7 @@ def test_overview_and_plot_show_the_main_results(tmp_path):
             values = {"result/r1_held_back": 0.5 + 0.1 * (arm == "pool10"), "result/map_held_back": 0.25 * seed}
             csv_files.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **settings, **values})
     assert "\n".join(report.overview([path])).count("| pool10 | 3 | +0.1000 ± ") == 2
-    figure = report.plot([path])  # of a task's own settings only
+    figure = report.plot([path])  # draws only rows with a task's default settings
     assert [axes.get_title() for axes in figure.axes] == ["omniglot-pairs"]
     (of_first, _) = figure.axes[0].containers
     assert of_first.lines[0].get_xdata() == pytest.approx([10])
@@ -151,7 +151,7 @@ def test_every_arm_composes_a_pool(arm):
 
 
 def test_resnet18_has_as_many_parameters_as_the_papers():
-    """As torchvision's, with a 3 x 3 convolution at first and without a classifier."""
+    """The network is torchvision's, with a first convolution of 3 x 3 and without the classifier."""
     task = object.__new__(cifar10.CIFAR10ResNet18)
     task.width = 64
     encoder, projector = task.networks()
@@ -186,7 +186,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     assert runs_before + runs == [("uniform", 0), ("pool10", 0), ("uniform", 1), ("pool10", 1)]
     runs.clear()
     assert go_on(temperature=0.1, steps=9) == []
-    with pytest.raises(KeyboardInterrupt):  # another setting is another study
+    with pytest.raises(KeyboardInterrupt):  # different settings make a different study
         go_on(temperature=0.2, steps=9)
     assert len(csv_files.read(tmp_path / "results.csv")) == 7
 

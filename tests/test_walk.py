@@ -13,7 +13,7 @@ from bs_lightning._walk_kernel import PATIENCE, walk_batches
 
 @st.composite
 def walks(draw):
-    """A graph of any kind (self-loops, repeated edges, no edges, disconnected) and arguments for a walk on it."""
+    """Draw any graph (self-loops, repeated edges, no edges, disconnected) and arguments for a walk on it."""
     size, n_neighbors = draw(st.integers(1, 40)), draw(st.integers(1, 6))
     own = np.arange(size, dtype=np.int32)[:, None]
     edges = draw(arrays(np.int32, (size, n_neighbors), elements=st.integers(0, size - 1)))
@@ -59,7 +59,7 @@ def test_nothing_lost_or_doubled(walk):
     assert batches.max() < size
     assert all(len(set(batch)) == batch_size for batch in batches.tolist())
     if not arguments["replacement"]:
-        assert len(np.unique(batches)) == batches.size  # all of them where `batch_size` divides `size`
+        assert len(np.unique(batches)) == batches.size  # covers all nodes if `batch_size` divides `size`
     assert np.array_equal(batches, rwr_batches(graph, batch_size, **arguments))
 
 
@@ -70,7 +70,7 @@ def test_work_is_bounded(walk):
     bound = len(graph) * (PATIENCE + 1)
     rng = np.random.default_rng(arguments["seed"])
     walk_batches(graph, batch_size, *(arguments[k] for k in ("restart_probability", "n_roots", "replacement")), rng)
-    # The kernel drew `bound` numbers at most if its next one is among the first `bound + 1`.
+    # If the next number is among the first `bound + 1`, the kernel drew at most `bound` numbers.
     assert rng.random() in np.random.default_rng(arguments["seed"]).random(bound + 1)
 
 
@@ -103,8 +103,8 @@ def test_a_higher_restart_probability_stays_closer_to_the_root():
         batches = rwr_batches(ring % 1000, 20, restart_probability=alpha, replacement=True)
         return np.median([np.ptp(batch) for batch in batches])
 
-    assert spread(0.01) < 40  # one stretch of the ring
-    assert spread(1.0) > 500  # never leaves its roots: uniform
+    assert spread(0.01) < 40  # a batch covers one stretch of the ring
+    assert spread(1.0) > 500  # the walk never leaves its roots, so batches are uniform
 
 
 def test_roots_share_a_batch_evenly():

@@ -33,7 +33,7 @@ __all__ = [
     "rwr_batches",
 ]
 
-# As Lightning does: one-line messages reach a user who has not set up logging.
+# Show one-line messages even to a user who has not set up logging, as Lightning does.
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.INFO)
 if not logging.root.hasHandlers():

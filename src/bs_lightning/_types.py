@@ -1,4 +1,4 @@
-"""The arrays that the library's functions take and return, by name."""
+"""Names for the arrays that the library's functions take and return."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Indices = NDArray[np.int64]
 """Dataset indices, or positions in a pool; any shape."""
 
 Order = NDArray[np.integer[Any]]
-"""A permutation of the dataset, in the smallest integers that hold it."""
+"""A permutation of the dataset indices, or a part of it: int32 where that suffices, else int64."""
 
 Batches = NDArray[np.int64]
 """Positions in a pool, ``[P // batch_size, batch_size]``."""

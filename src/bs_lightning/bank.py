@@ -12,10 +12,10 @@ from bs_lightning._embeddings import unit_rows
 class EmbeddingBank:
     """Keeps each instance's last embedding, so that pools need not be encoded.
 
-    Memory is ``2 N d`` bytes: rows of length 1 in float16, on the device of the embeddings that are written first.
+    Rows have length 1 and are kept in float16: ``2 N d`` bytes, on the device of the embeddings that were written last.
 
     Args:
-        n_instances: Length of the data set (the paper's N).
+        n_instances: Length of the dataset (the paper's N).
 
     Example:
         >>> import torch
@@ -33,14 +33,14 @@ class EmbeddingBank:
         self._rows: Tensor | None = None
 
     def write(self, indices: Tensor, embeddings: Tensor) -> None:
-        """Keep the embeddings of some instances.
+        """Keep the embeddings of some instances, in place of their earlier embeddings.
 
         Args:
             indices: Dataset indices, int64 ``[b]``.
             embeddings: Floats of shape ``[b, d]``.
 
         Raises:
-            ValueError: If the embeddings are not of shape ``[b, d]``, or ``d`` is not that of earlier ones.
+            ValueError: If the embeddings are not of shape ``[b, d]``, or ``d`` differs from earlier embeddings.
         """
         check_rows(embeddings, indices)
         unit = unit_rows(embeddings).half()
@@ -48,17 +48,18 @@ class EmbeddingBank:
             self._rows = unit.new_zeros(self.n_instances, unit.shape[1])
         if self._rows.shape[1] != unit.shape[1]:
             raise ValueError(f"embeddings must keep their width, {self._rows.shape[1]}, got shape {list(unit.shape)}.")
-        self._rows = self._rows.to(unit.device)  # restored ones are on the CPU
+        self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
         self._rows[indices.to(unit.device)] = unit
 
     def read(self, indices: Tensor) -> Tensor:
-        """The last embeddings of some instances.
+        """Return the last embeddings of some instances.
 
         Args:
             indices: Dataset indices, int64 ``[P]``.
 
         Returns:
-            float32 of shape ``[P, d]``, rows of length 1; zero, which is similar to nothing, where nothing was written.
+            float32 of shape ``[P, d]``, rows of length 1. An instance without an embedding has a zero row, which is
+            similar to nothing.
 
         Raises:
             ValueError: If an embedding is not finite; the message names the dataset index.
@@ -76,25 +77,36 @@ class EmbeddingBank:
         return torch.nn.functional.normalize(rows, dim=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows, ``2 N d`` bytes."""
+        """Return all rows for a checkpoint.
+
+        Returns:
+            The number of instances, and the rows: ``2 N d`` bytes.
+        """
         return {"n_instances": self.n_instances, "rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the rows of a state.
+        """Restore the rows from a checkpoint.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state is of another number of instances.
+            ValueError: If the state holds a different number of instances.
         """
         if state_dict["n_instances"] != self.n_instances:
             raise ValueError(
-                f"The checkpoint holds embeddings of {state_dict['n_instances']} instances, now there are "
-                f"{self.n_instances}."
+                f"The checkpoint holds embeddings of {state_dict['n_instances']} instances, but the dataset now has "
+                f"{self.n_instances}. Resume with the same dataset."
             )
         self._rows = state_dict["rows"]
 
 
 def check_rows(embeddings: Tensor, indices: Sized) -> None:
-    """Refuse embeddings that are not one row for each instance.
+    """Refuse embeddings that do not have one row for each instance.
+
+    Args:
+        embeddings: What should be floats of shape ``[b, d]``.
+        indices: The ``b`` dataset indices of the batch.
 
     Raises:
         ValueError: Naming both numbers.
@@ -102,5 +114,5 @@ def check_rows(embeddings: Tensor, indices: Sized) -> None:
     if embeddings.ndim != 2 or len(embeddings) != len(indices):
         raise ValueError(
             f"embeddings must have shape [b, d] with one row for each of the batch's {len(indices)} instances, got "
-            f"{list(embeddings.shape)}. Of two views return one, or both side by side: torch.cat([a, b], dim=1)."
+            f"{list(embeddings.shape)}. Of two views, return one, or both side by side: torch.cat([a, b], dim=1)."
         )

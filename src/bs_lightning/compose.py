@@ -1,8 +1,8 @@
 """Compose: a pool's embeddings -> its batches.
 
-Everything about batches is varied here. A composer is a subclass of :class:`Composer`, or a plain function
-``(embeddings, batch_size, *, seed, epoch)`` that returns positions in the pool, int64 ``[P // batch_size,
-batch_size]``, and uses each position once.
+To compose batches differently, write a composer. It is a subclass of :class:`Composer`, or a plain function
+``(embeddings, batch_size, *, seed, epoch)``. It returns positions in the pool, int64 ``[P // batch_size, batch_size]``,
+and uses each position once.
 """
 
 import inspect
@@ -21,32 +21,44 @@ from bs_lightning.walk import check_restart_probability, rwr_batches
 
 
 class Graph(Protocol):
-    """Embeddings ``[P, d]`` -> neighbours int32 ``[P, K]``."""
+    """Finds neighbours: embeddings ``[P, d]`` -> neighbours int32 ``[P, K]``."""
 
-    # `Any`, as some graphs take arrays too and some tensors alone, and jsonargparse compares annotations literally.
-    def __call__(self, embeddings: Any, *, seed: int = 0) -> Neighbors: ...
+    # `Any`, because some graphs take arrays too, some only tensors, and jsonargparse compares annotations literally.
+    def __call__(self, embeddings: Any, *, seed: int = 0) -> Neighbors:
+        """Find each instance's neighbours.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``.
+            seed: The same seed must give the same neighbours.
+
+        Returns:
+            int32 of shape ``[P, K]``: positions in the pool. A row's own position means that it has no neighbour there.
+        """
+        ...
 
 
 class ComposeFunction(Protocol):
-    """Embeddings ``[P, d]`` -> batches int64 ``[P // batch_size, batch_size]``."""
+    """A composer as a plain function: embeddings ``[P, d]`` -> batches int64 ``[P // batch_size, batch_size]``."""
 
-    def __call__(self, embeddings: Any, batch_size: int, *, seed: int, epoch: int) -> Batches: ...
+    def __call__(self, embeddings: Any, batch_size: int, *, seed: int, epoch: int) -> Batches:
+        """Compose a pool's batches, as :meth:`Composer.__call__` does."""
+        ...
 
 
 class Composer(ABC):
-    """Base class of composers: override :meth:`__call__`, and of the rest what differs.
+    """Base class of composers. Override :meth:`__call__`, and each attribute whose default does not fit.
 
-    A composer that needs more than embeddings asks by name. If its ``__call__`` has a keyword argument ``indices``,
-    the callback passes the pool's dataset indices, int64 ``[P]``. If it has ``labels``, the callback passes the pool's
-    labels, an int64 tensor ``[P]``, or ``None`` where there are none. The same holds for plain functions.
+    A composer may ask for more than embeddings. If its ``__call__`` has a keyword argument ``indices``, the callback
+    passes the pool's dataset indices, int64 ``[P]``. If it has ``labels``, the callback passes the pool's labels, an
+    int64 tensor ``[P]``, or ``None`` if the data has no labels. Plain functions may ask in the same way.
 
     Attributes:
         replacement: Whether different batches may share instances. A single batch never repeats one.
-        finds_nearest: Whether ``neighbors`` holds each instance's nearest in the whole pool after a call.
+        finds_nearest: Whether a call leaves each instance's nearest neighbours in the whole pool in ``neighbors``.
             ``BatchSamplerCallback(mask_nearest=...)`` needs such a composer.
         neighbors: The last call's neighbours, int32 ``[P, K]``, each row nearest first; ``None`` if there are none.
-        seconds: What the last call spent in each of its steps, by the step's name. The callback logs them. If it is
-            empty, the callback logs the whole call as ``"compose"``.
+        seconds: Seconds that the last call spent in each step, by the step's name. The callback logs them. If there are
+            none, the callback logs the time of the whole call as ``"compose"``.
 
     Example:
         >>> import numpy as np
@@ -65,10 +77,15 @@ class Composer(ABC):
 
     @property
     def finds_nearest(self) -> bool:
+        """Whether a call leaves each instance's nearest neighbours in the whole pool in ``neighbors``."""
         return False
 
-    def check_batch_size(self, batch_size: int) -> None:  # noqa: B027, most composers serve any
-        """Refuse a batch size that this composer cannot serve. Called before training starts."""
+    def check_batch_size(self, batch_size: int) -> None:  # noqa: B027, most composers accept any batch size
+        """Refuse a batch size that this composer cannot serve. Called before training starts.
+
+        Args:
+            batch_size: Instances in a batch; under several processes, in a global batch.
+        """
 
     @abstractmethod
     def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -86,11 +103,11 @@ class Composer(ABC):
 
 
 class FunctionComposer(Composer):
-    """A plain function as a composer.
+    """Wraps a plain function as a composer.
 
     Args:
-        function: ``(embeddings, batch_size, *, seed, epoch)`` -> positions in the pool, and perhaps with ``indices`` or
-            ``labels``.
+        function: ``(embeddings, batch_size, *, seed, epoch)`` -> positions in the pool. It may also have the keyword
+            arguments ``indices`` and ``labels``.
     """
 
     def __init__(self, function: ComposeFunction) -> None:
@@ -104,7 +121,13 @@ class FunctionComposer(Composer):
 
 
 def as_composer(composer: Composer | ComposeFunction) -> Composer:
-    """Return a composer as it is, and a plain function as a composer with the defaults of :class:`Composer`.
+    """Return a composer unchanged, and wrap a plain function as a composer with the defaults of :class:`Composer`.
+
+    Args:
+        composer: A composer or a plain function.
+
+    Returns:
+        A composer.
 
     Raises:
         TypeError: If ``composer`` is not callable, or is a class instead of an object.
@@ -114,30 +137,38 @@ def as_composer(composer: Composer | ComposeFunction) -> Composer:
 
 
 def asked_for(composer: Composer) -> set[str]:
-    """Which of ``indices`` and ``labels`` a composer has a keyword argument for."""
+    """Return which of the keyword arguments ``indices`` and ``labels`` a composer has.
+
+    Args:
+        composer: A composer.
+
+    Returns:
+        A subset of ``{"indices", "labels"}``.
+    """
     called = composer.function if isinstance(composer, FunctionComposer) else composer
     return {"indices", "labels"} & inspect.signature(called).parameters.keys()
 
 
 class RWRComposer(Composer):
-    """Batches that random walks with restart visit on a neighbour graph: BatchSampler's way.
+    """Composes batches by random walks with restart on a neighbour graph, as BatchSampler does.
 
     Args:
         graph: Builds the graph; ``None`` is ``NNDescentGraph(n_neighbors=15)``.
         restart_probability: Chance per step to jump back to the walk's start (the paper's alpha), in ``(0, 1]``, or a
-            function of the epoch that returns it. Higher stays closer: harder batches, more false negatives.
-        replacement: ``True`` lets a batch take instances that earlier batches took, as the paper does; about 40% of
-            the data then goes unseen in an epoch.
-        n_roots: Walks that make a batch; 1 is the paper's. With more, an instance meets a few hard others among many
-            easy ones.
+            function of the epoch that returns it. With a higher chance, walks stay closer to their start: batches are
+            harder and have more false negatives.
+        replacement: ``True`` lets a batch take instances that earlier batches took, as in the paper. About 40% of the
+            data then goes unseen in an epoch.
+        n_roots: Number of walks that make a batch; the paper uses 1. With more walks, an instance meets a few hard
+            negatives among many easy ones.
 
     Attributes:
         neighbors: The last call's graph, int32 ``[P, K]``; ``None`` before the first call.
-        seconds: What the last call spent in ``"graph"`` and ``"walk"``.
+        seconds: Seconds that the last call spent in ``"graph"`` and ``"walk"``.
 
     Raises:
-        TypeError: If ``graph`` cannot be called, or an argument is of another type.
-        ValueError: If ``restart_probability`` is a number outside ``(0, 1]``, or ``n_roots`` below 1.
+        TypeError: If ``graph`` is not callable, or an argument has a wrong type.
+        ValueError: If ``restart_probability`` is a number outside ``(0, 1]``, or ``n_roots`` is below 1.
 
     Example:
         >>> import torch
@@ -172,7 +203,10 @@ class RWRComposer(Composer):
         return not isinstance(self.graph, RandomCandidateGraph)
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuse batches of fewer instances than roots.
+        """Refuse batches that have fewer instances than ``n_roots``.
+
+        Args:
+            batch_size: Instances in a batch; under several processes, in a global batch.
 
         Raises:
             ValueError: Naming both numbers.
@@ -188,19 +222,19 @@ class RWRComposer(Composer):
 
         Args:
             embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``.
-            batch_size: Instances in a batch; under several processes the global batch.
+            batch_size: Instances in a batch; under several processes, in a global batch.
             seed: The same seed gives the same batches.
-            epoch: Handed to ``restart_probability`` where that is a function.
+            epoch: The epoch's number, passed to ``restart_probability`` if that is a function.
 
         Returns:
             int64 of shape ``[P // batch_size, batch_size]``, positions in the pool.
 
         Raises:
-            ValueError: If the embeddings are not of shape ``[P, d]`` or not finite, or the graph does not give a row
-                of neighbours for each.
+            ValueError: If the embeddings are not of shape ``[P, d]`` or not finite, or if the graph does not return one
+                row of neighbours for each embedding.
         """
         alpha = self.restart_probability
-        self.neighbors = None  # two graphs of a whole dataset may not fit
+        self.neighbors = None  # two graphs of a whole dataset may not fit into memory
         start = time.perf_counter()
         neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()

@@ -18,25 +18,25 @@ Embed = Callable[[Any], Tensor]
 def encode(
     indices: Sequence[int], load: Load, embed: Embed, *, batch_size: int, advance: Callable[[], None] | None = None
 ) -> Tensor:
-    """Embed a pool: the hot path.
+    """Embed a pool without gradients, and scale each embedding to length 1.
 
-    Runs without gradients. Embeddings stay on the device on which ``embed`` makes them until the pool is done; nothing
-    waits for the device before.
+    This is the hot path. Embeddings stay on the device on which ``embed`` makes them. Nothing waits for the device
+    before the whole pool is embedded.
 
     Args:
         indices: Dataset indices, ``P`` of them.
         load: Loads batches of indices, as :class:`bs_lightning.BatchFetcher` does.
-        embed: A batch as loaded -> floats of shape ``[b, d]``; it moves the batch to the device itself.
+        embed: A batch as loaded -> floats of shape ``[b, d]``. The function moves the batch to the device itself.
         batch_size: Instances embedded at a time; the last batch may be smaller.
-        advance: Called after each batch.
+        advance: A function without arguments, called after each batch.
 
     Returns:
         float32 of shape ``[P, d]``, on the device, rows of length 1. All-zero rows stay zero, with a warning.
 
     Raises:
-        TypeError: If ``embed`` returns no float tensor.
-        ValueError: If it returns another shape than ``[b, d]``, another number of rows than the batch has, or numbers
-            that are not finite; then the message names the dataset index.
+        TypeError: If ``embed`` does not return a float tensor.
+        ValueError: If ``embed`` does not return shape ``[b, d]`` with one row per instance of the batch, or returns
+            numbers that are not finite. The message then names the dataset index.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ def encode(
     for chunk, batch in zip(chunks, load(chunks), strict=True):
         piece = embed(batch)
         _check_piece(piece, len(chunk), pieces[0].shape[1] if pieces else None)
-        pieces.append(piece.to(torch.float32, copy=True))  # a compiled model may write the next into the same place
+        pieces.append(piece.to(torch.float32, copy=True))  # a compiled model may reuse its output's memory
         if advance is not None:
             advance()
     embeddings = torch.cat(pieces)
@@ -59,18 +59,18 @@ def encode(
         row = int((~finite).nonzero()[0])
         raise ValueError(
             f"The embedding of dataset index {indices[row]} is not finite. Check that instance, or whether training "
-            "diverged; lower precisions overflow sooner."
+            "diverged. Lower precisions overflow sooner."
         )
     if not embeddings.any(dim=1).all():
         _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
     unit_rows_(embeddings)
-    # Two may be of one instance that the data has twice.
+    # Two equal embeddings prove nothing: the dataset may hold an instance twice.
     if len(embeddings) > 2 and torch.allclose(embeddings, embeddings[:1], atol=1e-6):
         _warn_once("A pool's embeddings are all equal: the model has collapsed. Batches are random.")
     return embeddings
 
 
-@cache  # Python's own memory of warnings is lost wherever somebody uses `warnings.catch_warnings`
+@cache  # Python forgets which warnings it has shown wherever somebody uses `warnings.catch_warnings`
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 

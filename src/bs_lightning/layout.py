@@ -10,18 +10,24 @@ from bs_lightning._types import Order
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How many batches an epoch has, and which part of each a process serves.
+    """Says how many batches an epoch has, and which part of each batch a process serves.
 
     Args:
         n_instances: Instances in the dataset (the paper's N).
         batch_size: Instances per batch and process, at least 2.
-        world_size: Processes that serve a slice each of every global batch.
-        drop_last: ``False`` serves what the global batches leave over as one smaller, uniform batch at the end.
+        world_size: Number of processes. Each serves its own slice of every global batch.
+        drop_last: ``False`` serves the remainder of the epoch as one smaller, uniform batch at the end.
 
     Raises:
-        TypeError: If ``batch_size`` is no integer.
-        ValueError: If ``batch_size`` is below 2, the data set is smaller than a global batch, or a last batch would
-            leave a process with fewer than two instances.
+        TypeError: If ``batch_size`` is not an integer.
+        ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, or a smaller last batch
+            would leave a process with fewer than two instances.
+
+    Example:
+        >>> from bs_lightning.layout import BatchLayout
+        >>> layout = BatchLayout(n_instances=100, batch_size=8, world_size=2, drop_last=False)
+        >>> layout.global_batch_size, layout.n_full, layout.n_last, layout.n_batches
+        (16, 6, 4, 7)
     """
 
     n_instances: int
@@ -38,13 +44,13 @@ class BatchLayout:
             raise ValueError(f"world_size must be at least 1, got {self.world_size}.")
         if self.n_instances < self.global_batch_size:
             raise ValueError(
-                f"The data set has {self.n_instances} instances, fewer than one global batch of "
+                f"The dataset has {self.n_instances} instances, fewer than one global batch of "
                 f"batch_size {self.batch_size} x {self.world_size} processes. Lower batch_size."
             )
         if 0 < self.n_last < 2 * self.world_size:
             raise ValueError(
                 f"drop_last=False would leave a last batch of {self.n_last} instances for {self.world_size} "
-                "processes, fewer than two for each. Use drop_last=True or another batch_size."
+                "processes, fewer than two for each. Use drop_last=True or a different batch_size."
             )
 
     @property
@@ -54,7 +60,7 @@ class BatchLayout:
 
     @property
     def n_full(self) -> int:
-        """Full global batches in an epoch."""
+        """Number of full global batches in an epoch."""
         return self.n_instances // self.global_batch_size
 
     @property
@@ -64,10 +70,18 @@ class BatchLayout:
 
     @property
     def n_batches(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch, with the smaller batch at its end."""
         return self.n_full + (self.n_last > 0)
 
     def slice(self, batch: Order, rank: int) -> Order:
-        """The contiguous part of a global batch that process ``rank`` serves."""
+        """Return the contiguous part of a global batch that one process serves.
+
+        Args:
+            batch: Dataset indices of the global batch, integers ``[B]``.
+            rank: The process's number.
+
+        Returns:
+            Dataset indices, integers ``[b]``.
+        """
         part: Order = np.array_split(batch, self.world_size)[rank]
         return part

@@ -1,7 +1,7 @@
 """Plan: which instances make the batches of one epoch, pool after pool.
 
-An epoch is a random permutation of the dataset. Its batches are consecutive pieces of the permutation. Where a planner
-is given, it rearranges each pool when the pool's first batch is about to be trained.
+An epoch is a random permutation of the dataset. Its batches are consecutive pieces of the permutation. A planner, if
+there is one, rearranges each pool when the pool's first batch is about to be trained.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,15 @@ NO_PAIRS: Pairs = np.empty((0, 2), dtype=np.int64)
 
 
 class PlannedPool(NamedTuple):
-    """What a planner returns for a pool. All numbers are positions in the pool."""
+    """What a planner returns for a pool. All numbers are positions in the pool.
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning import PlannedPool
+        >>> planned = PlannedPool(batches=np.array([[2, 0], [1, 3]]))
+        >>> len(planned.batches), len(planned.pairs)
+        (2, 0)
+    """
 
     batches: Batches
     """The pool's global batches, int64 ``[P // global_batch_size, global_batch_size]``."""
@@ -29,7 +37,18 @@ class PlannedPool(NamedTuple):
 class PoolPlanner(Protocol):
     """Arranges a pool, given as dataset indices int64 ``[P]``, into batches."""
 
-    def __call__(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool: ...
+    def __call__(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
+        """Arrange a pool into batches.
+
+        Args:
+            indices: Dataset indices of the pool, int64 ``[P]``.
+            seed: The pool's seed.
+            epoch: The epoch's number.
+
+        Returns:
+            The batches, as positions in the pool.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,12 @@ class Pools:
 
     Raises:
         TypeError: If ``size`` is not an integer.
+
+    Example:
+        >>> from bs_lightning import Pools
+        >>> from bs_lightning.layout import BatchLayout
+        >>> Pools(size=16).next_pool(0, 10, BatchLayout(40, batch_size=4))
+        (slice(0, 4, None), 4)
     """
 
     size: int
@@ -51,6 +76,9 @@ class Pools:
 
     def check(self, layout: BatchLayout) -> None:
         """Refuse pools that cannot hold one global batch.
+
+        Args:
+            layout: The epoch's sizes.
 
         Raises:
             ValueError: Naming both sizes.
@@ -62,9 +90,17 @@ class Pools:
             )
 
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """The batches to plan together from batch ``start`` on, and the batch before which they end.
+        """Return which batches to plan together, and how far to serve them.
 
-        It depends on what remains alone, so that a resumed epoch cuts the same pools.
+        The pool depends only on the batches that remain, so a resumed epoch cuts the same pools.
+
+        Args:
+            start: The number of the next batch to serve.
+            stop: The number of the batch before which the epoch ends.
+            layout: The epoch's sizes.
+
+        Returns:
+            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
         """
         remaining = stop - start
         n_pools = max(1, int(remaining * layout.global_batch_size / self.size + 0.5))
@@ -74,14 +110,20 @@ class Pools:
 
 @dataclass(frozen=True)
 class WholeData:
-    """Plans the whole dataset at the start of an epoch, and again after every few batches.
+    """Plans the whole dataset at the start of an epoch, and again after ``every`` batches.
 
     Args:
-        every: Batches that are served from one plan, at least 1 (the paper's t).
+        every: Number of batches that are served from one plan, at least 1 (the paper's t).
 
     Raises:
         TypeError: If ``every`` is not an integer.
         ValueError: If ``every`` is below 1.
+
+    Example:
+        >>> from bs_lightning import WholeData
+        >>> from bs_lightning.layout import BatchLayout
+        >>> WholeData(every=3).next_pool(0, 10, BatchLayout(40, batch_size=4))
+        (slice(0, 10, None), 3)
 
     Source: the refresh interval of arXiv 2306.03355.
     """
@@ -93,10 +135,23 @@ class WholeData:
             raise ValueError(f"refresh_every must be at least 1 step, got {self.every}. The paper's is 100.")
 
     def check(self, layout: BatchLayout) -> None:
-        """Every layout will do."""
+        """Accept every layout.
+
+        Args:
+            layout: The epoch's sizes.
+        """
 
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """All full batches of the epoch, and the batch before which the next plan begins."""
+        """Return the numbers of all full batches, and how far to serve their plan.
+
+        Args:
+            start: The number of the next batch to serve.
+            stop: The number of the batch before which the epoch ends.
+            layout: The epoch's sizes.
+
+        Returns:
+            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
+        """
         return slice(0, layout.n_full), min(start + self.every, stop)
 
 
@@ -107,7 +162,7 @@ class Planning:
     Args:
         plan_pool: Arranges a pool into batches. It gets the pool's dataset indices, int64 ``[P]``, a seed and the
             epoch, and returns a :class:`PlannedPool`.
-        cut: What is planned together: :class:`Pools` or :class:`WholeData`.
+        cut: Which instances are planned together: :class:`Pools` or :class:`WholeData`.
         replacement: Whether different batches may share instances.
 
     Raises:
@@ -148,12 +203,20 @@ class Pool(NamedTuple):
     """Whether different batches may share instances."""
 
     def serves(self, epoch: int, batch: int) -> bool:
-        """Whether batch number ``batch`` of ``epoch`` is one of this pool."""
+        """Return whether a batch belongs to this pool.
+
+        Args:
+            epoch: The epoch's number.
+            batch: The batch's number in the epoch.
+
+        Returns:
+            ``True`` if the pool holds that batch.
+        """
         return self.epoch == epoch and self.start <= batch < self.start + len(self.batches)
 
 
 class EpochPlan:
-    """One epoch's global batches. Iterating over it plans each pool when the pool's first batch is asked for.
+    """Serves one epoch's global batches, and plans each pool when its first batch is asked for.
 
     Args:
         layout: The epoch's sizes.
@@ -161,16 +224,23 @@ class EpochPlan:
         epoch: The epoch's number.
         start: The first batch to serve.
         stop: The batch before which the epoch ends; ``None`` serves all.
-        planning: How batches are composed; ``None`` serves the permutation as it is: uniform batches.
-        pool: A pool planned earlier, as a checkpoint had it. It is served if ``start`` falls into it.
+        planning: How batches are composed; ``None`` serves uniform batches, in the order of the permutation.
+        pool: A pool that was planned earlier, from a checkpoint. It is served if it holds batch ``start``.
 
     Attributes:
         pool: The pool being served; ``None`` in an epoch of uniform batches.
-        served: The number of the batch to serve next. Whoever iterates counts.
+        served: The number of the batch to serve next. The caller who iterates must count it.
 
     Raises:
         ValueError: If ``planning`` cuts pools that are smaller than a global batch, or ``pool`` is not a pool of this
             epoch's permutation.
+
+    Example:
+        >>> from bs_lightning.layout import BatchLayout
+        >>> from bs_lightning.plan import EpochPlan
+        >>> plan = EpochPlan(BatchLayout(10, batch_size=4), seed=0, epoch=0)
+        >>> [len(batch) for pool in plan for batch in pool]
+        [4, 4]
     """
 
     def __init__(
@@ -198,7 +268,14 @@ class EpochPlan:
             check_pool(pool, self._order, layout)
 
     def global_batch(self, batch: int) -> Order:
-        """The dataset indices of batch number ``batch``, which must have been planned."""
+        """Return the dataset indices of a global batch.
+
+        Args:
+            batch: The batch's number in the epoch. Its pool must have been planned.
+
+        Returns:
+            Dataset indices, integers ``[B]``.
+        """
         if self.pool is not None and self.pool.serves(self.epoch, batch):
             planned: Indices = self.pool.batches[batch - self.pool.start]
             return planned
@@ -206,11 +283,18 @@ class EpochPlan:
         return self._order[batch * size : (batch + 1) * size]
 
     def pairs(self, batch: int) -> Pairs:
-        """The likely false negatives of the pool that serves batch number ``batch``, as pairs of dataset indices."""
+        """Return the likely false negatives of the pool that serves a batch.
+
+        Args:
+            batch: The batch's number in the epoch.
+
+        Returns:
+            Pairs of dataset indices, int64 ``[m, 2]``.
+        """
         return self.pool.pairs if self.pool is not None and self.pool.serves(self.epoch, batch) else NO_PAIRS
 
     def __iter__(self) -> Iterator[list[Order]]:
-        """Yield each pool's batches that are still to be served; the pool is planned at this moment."""
+        """Plan each pool and yield its batches that are still to be served."""
         size = self.layout.global_batch_size
         full_stop = min(self.stop, self.layout.n_full)
         batch = self.start
@@ -240,13 +324,13 @@ class EpochPlan:
         positions = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
         batches = indices[positions[: end - start]]
         pairs = indices[planned.pairs]
-        if len(batches) < len(positions):  # the state holds what is served, and no more
+        if len(batches) < len(positions):  # a checkpoint holds only the pairs whose batches are served
             pairs = pairs[np.isin(pairs, batches).all(axis=1)]
         return Pool(self.epoch, start, batches, pairs, planning.replacement)
 
 
 def check_batches(batches: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> Batches:
-    """Refuse what is no composition of a pool, whoever made it.
+    """Refuse batches that a pool cannot be arranged into.
 
     Args:
         batches: What a composer returned.
@@ -258,8 +342,13 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
         The batches as int64 of shape ``[pool_size // batch_size, batch_size]``.
 
     Raises:
-        TypeError: If they are not integers.
-        ValueError: If they have another shape, lie outside ``[0, pool_size)``, or repeat a position.
+        TypeError: If the batches do not hold integers.
+        ValueError: If the batches have a different shape, lie outside ``[0, pool_size)``, or repeat a position.
+
+    Example:
+        >>> from bs_lightning.plan import check_batches
+        >>> check_batches([[2, 0], [1, 3]], pool_size=4, batch_size=2).tolist()
+        [[2, 0], [1, 3]]
     """
     try:
         array = np.asarray(batches)
@@ -291,7 +380,7 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
 
 
 def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:
-    """Refuse a pool from a checkpoint that does not hold the instances of its place in the epoch.
+    """Refuse a pool from a checkpoint whose instances do not belong to its place in the epoch.
 
     Args:
         pool: A pool of the epoch.
@@ -299,7 +388,7 @@ def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:
         layout: The epoch's sizes.
 
     Raises:
-        ValueError: Saying that the checkpoint is damaged, or is of different data or a different seed.
+        ValueError: If the checkpoint is damaged, or was taken with different data or a different seed.
     """
     size, stop = layout.global_batch_size, pool.start + len(pool.batches)
     fits = 0 <= pool.start < stop <= layout.n_full and pool.batches.shape[1] == size and pool.pairs.shape[1] == 2
@@ -311,13 +400,27 @@ def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:
     if not fits or not np.isin(pool.pairs, pool.batches).all():
         raise ValueError(
             f"The checkpoint's pool, batches {pool.start} to {stop} of epoch {pool.epoch}, does not hold the instances "
-            "that the seed gives it. The checkpoint is damaged, or was taken with a different dataset: resume from a "
+            "that the seed puts there. The checkpoint is damaged, or was taken with a different dataset: resume from a "
             "different checkpoint."
         )
 
 
 def permutation(n_instances: int, seed: int, epoch: int) -> Order:
-    """The random order of the data in one epoch, in the smallest integers that hold it."""
+    """Return the random order of the dataset in one epoch.
+
+    Args:
+        n_instances: Length of the dataset.
+        seed: The sampler's seed.
+        epoch: The epoch's number.
+
+    Returns:
+        Dataset indices, integers ``[n_instances]``: int32 where that suffices, else int64.
+
+    Example:
+        >>> from bs_lightning.plan import permutation
+        >>> sorted(permutation(4, seed=0, epoch=0).tolist())
+        [0, 1, 2, 3]
+    """
     dtype = np.int32 if n_instances <= np.iinfo(np.int32).max else np.int64
     order: Order = np.arange(n_instances, dtype=dtype)
     np.random.default_rng([seed, epoch]).shuffle(order)
@@ -325,5 +428,19 @@ def permutation(n_instances: int, seed: int, epoch: int) -> Order:
 
 
 def pool_seed(seed: int, epoch: int, batch: int) -> int:
-    """The seed of the pool that begins at ``batch``: different for every pool, below 2**32."""
+    """Return the seed of a pool: different for every pool, and below 2**32.
+
+    Args:
+        seed: The sampler's seed.
+        epoch: The epoch's number.
+        batch: The number of the pool's first batch in the epoch.
+
+    Returns:
+        The pool's seed.
+
+    Example:
+        >>> from bs_lightning.plan import pool_seed
+        >>> pool_seed(0, epoch=0, batch=0) == pool_seed(0, epoch=0, batch=10)
+        False
+    """
     return int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0])

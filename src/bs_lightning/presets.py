@@ -7,19 +7,25 @@ from bs_lightning.schedules import Staircase
 
 
 def public_code() -> BatchSamplerCallback:
-    """The settings of the paper's public implementation.
+    """Return a callback with the settings of the paper's public implementation.
 
-    Every 100 steps a graph over the whole data set: each instance's 100 nearest among 1000 random candidates, in the
-    embeddings that training has computed (``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``; the public
-    code takes both views' projections: ``torch.cat([z1, z2], dim=1)``). Walks may take what earlier batches took. One
-    uniform epoch first. The restart probability is ``0.2 - epoch / 5 * 0.1`` with epochs from 1, at least 0.05: it
-    falls by 0.02 every epoch, and not by 0.1 every five, as one may read it.
+    Every 100 steps it builds a graph over the whole dataset: each instance's 100 nearest among 1000 random candidates.
+    The graph is built on the embeddings that training has computed. ``training_step`` returns them, as
+    ``{"loss": ..., "embeddings": [b, d]}``. The public code takes both views' projections:
+    ``torch.cat([z1, z2], dim=1)``. Walks may take instances that earlier batches took. The first epoch is uniform.
 
-    Trained there with batches of 256, temperature 0.5, and Adam with learning rate 1e-3 and weight decay 1e-6. An epoch
-    here has ``N // B`` batches, in which walks with replacement see about 60% of the data. There it goes on until all
-    were seen, roots being drawn from those that were not: some six times as many batches, so the restart probability
-    falls so much slower by steps. ``Staircase(0.18, 0.02, every=6)`` comes near to that. This library's defaults see
-    all in ``N // B`` batches.
+    The restart probability is ``0.2 - epoch / 5 * 0.1``, at least 0.05, with epochs counted from 1. It falls by 0.02
+    every epoch. One may misread the public code as a fall by 0.1 every five epochs.
+
+    The public code trains with batches of 256, temperature 0.5, and Adam with learning rate 1e-3 and weight decay 1e-6.
+
+    An epoch here has ``N // B`` batches, in which walks with replacement see about 60% of the data. In the public code,
+    an epoch goes on until all instances were seen, and draws its roots from the unseen instances. It has about six
+    times as many batches. Counted in steps, its restart probability falls about six times more slowly, close to
+    ``Staircase(0.18, 0.02, every=6)`` here. This library's defaults see all instances in ``N // B`` batches.
+
+    Returns:
+        A new callback, for the Trainer's ``callbacks``.
 
     Example:
         >>> from bs_lightning.presets import public_code

@@ -16,24 +16,24 @@ from bs_lightning.state import SamplerState
 
 
 class PoolBatchSampler(BatchSampler):
-    """Serves an epoch pool after pool, each planned when its first batch is asked for.
+    """Serves an epoch pool after pool, and plans each pool when its first batch is asked for.
 
-    With :class:`~bs_lightning.PoolLoader` that is when the batch is about to be trained. A plain ``DataLoader`` works
-    too. With workers it asks for batches ``num_workers * prefetch_factor`` ahead.
+    :class:`~bs_lightning.PoolLoader` asks for that batch when it is about to be trained. A plain ``DataLoader`` works
+    too. With workers, it asks for batches ``num_workers * prefetch_factor`` ahead.
 
     Args:
         n_instances: Length of the dataset.
         batch_size: Instances per batch and process.
-        planning: How batches are composed: a planner, and what it plans together. ``None`` serves uniform batches.
-            You may set the attribute between two epochs.
+        planning: How batches are composed: a planner, and which instances it plans together. ``None`` serves uniform
+            batches. You may set the attribute between two epochs.
         drop_last: ``False`` serves the remainder as a smaller, uniform batch at the end.
         seed: The same seed gives the same pools.
         rank: This process's number.
-        world_size: Processes that serve a slice each of every global batch.
+        world_size: Number of processes. Each serves its own slice of every global batch.
 
     Raises:
-        TypeError: If ``batch_size`` or ``seed`` is no integer.
-        ValueError: If a size does not fit; the message names both.
+        TypeError: If ``batch_size`` or ``seed`` is not an integer.
+        ValueError: If an argument is out of range, or two sizes do not fit. The message names both sizes.
 
     Example:
         >>> from bs_lightning import PoolBatchSampler
@@ -78,31 +78,50 @@ class PoolBatchSampler(BatchSampler):
                 yield batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration serves. Call it before each, as with a ``DistributedSampler``."""
+        """Choose the epoch that the next iteration serves.
+
+        Call it before each iteration, as with a ``DistributedSampler``.
+
+        Args:
+            epoch: The epoch's number.
+        """
         if epoch != self.epoch:
             self.epoch = epoch
             self._loaded = None
 
     @property
     def served(self) -> int:
-        """Batches of the epoch served so far."""
+        """Number of batches of the epoch that were served so far."""
         if self._loaded is not None:
             return self._loaded.served
         return self._plan.served if self._plan is not None and self._plan.epoch == self.epoch else 0
 
     def pools(self, plan: EpochPlan) -> Iterator[Iterator[list[int]]]:
-        """This process's part of each pool's batches, planned when asked for. The caller counts ``plan.served``."""
+        """Yield each pool's batches, as this process serves them.
+
+        A pool is planned when it is asked for. The caller must count ``plan.served``.
+
+        Args:
+            plan: The plan of the iteration.
+
+        Yields:
+            For each pool, an iterator over its batches: lists of dataset indices.
+        """
         for pool in plan:
-            # Lists of Python integers are ten times as large as arrays: one batch at a time.
+            # Convert one batch at a time: lists of Python integers are ten times as large as arrays.
             yield (self.layout.slice(batch, self.rank).tolist() for batch in pool)
 
     @property
     def has_planned(self) -> bool:
-        """Whether an iteration has begun, so that the state is not that of a checkpoint any more."""
+        """Whether an iteration has begun. Until then, the state is as a checkpoint had it."""
         return self._plan is not None
 
     def plan(self) -> EpochPlan:
-        """The plan of one iteration: the whole epoch, or after ``load_state_dict`` what was left of it."""
+        """Begin an iteration, and return its plan.
+
+        Returns:
+            The plan of the whole epoch, or after :meth:`load_state_dict`, of the rest of the epoch.
+        """
         state, self._loaded = self._loaded, None
         start = 0
         if state is not None:
@@ -118,20 +137,23 @@ class PoolBatchSampler(BatchSampler):
         return self._plan
 
     def trained_batch(self) -> Indices | None:
-        """The dataset indices of the global batch that was served last, int64 ``[B]``; ``None`` before the first.
+        """Return the dataset indices of the global batch that was served last.
 
-        It is the batch being trained where :class:`~bs_lightning.PoolLoader` loads. The workers of a plain
-        ``DataLoader`` are served ahead of training.
+        With :class:`~bs_lightning.PoolLoader`, this is the batch being trained. A plain ``DataLoader`` with workers is
+        served ahead of training.
+
+        Returns:
+            int64 ``[B]``; ``None`` before the first batch.
         """
         batch = self._trained_batch_number()
         return None if batch is None or self._plan is None else self._plan.global_batch(batch).astype(np.int64)
 
     def likely_false_negatives(self) -> Tensor | None:
-        """Which pairs of :meth:`trained_batch` the planner called likely false negatives.
+        """Return which pairs of :meth:`trained_batch` are likely false negatives by the planner.
 
         Returns:
-            bool ``[B, B]``, symmetric, false on the diagonal and throughout uniform batches; ``None`` before the first
-            batch.
+            bool ``[B, B]``, symmetric, ``False`` on the diagonal and in all of a uniform batch; ``None`` before the
+            first batch.
         """
         batch = self._trained_batch_number()
         if batch is None or self._plan is None:
@@ -139,20 +161,32 @@ class PoolBatchSampler(BatchSampler):
         return pair_mask(self._plan.pairs(batch), self._plan.global_batch(batch))
 
     def _trained_batch_number(self) -> int | None:
-        """The number in its epoch of the batch that was served last."""
+        """Return the number of the batch that was served last in its epoch, or ``None`` before the first batch."""
         return None if self._plan is None or self.served <= self._plan.start else self.served - 1
 
     def worker_seed(self) -> int:
-        """Seed for the data loader's workers in this epoch, another on every rank."""
-        return pool_seed(self.seed, self.epoch, len(self) + self.rank)  # no pool starts there
+        """Return the seed for the data loader's workers in this epoch.
+
+        Returns:
+            A seed that is different on every rank.
+        """
+        return pool_seed(self.seed, self.epoch, len(self) + self.rank)  # no pool starts at such a batch number
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is: tensors and plain Python, as large as a pool."""
+        """Return the position of training for a checkpoint.
+
+        Returns:
+            Tensors and plain Python values, about as large as a pool.
+        """
         return self.state().to_dict()
 
     def state(self) -> SamplerState:
-        """Where training is."""
-        if self._loaded is not None:  # nothing was served since
+        """Return the position of training within the epoch.
+
+        Returns:
+            The loaded state until an iteration begins, then the current state.
+        """
+        if self._loaded is not None:  # nothing was served since it was loaded
             return self._loaded
         plan = self._plan
         return SamplerState(
@@ -167,7 +201,10 @@ class PoolBatchSampler(BatchSampler):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration go on where ``state_dict`` was taken.
+        """Let the next iteration go on where a state was taken.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
 
         Raises:
             ValueError: If the state is damaged, or was taken within an epoch over different data or with a different

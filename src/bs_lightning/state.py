@@ -1,4 +1,4 @@
-"""State: where training is within an epoch, as tensors and plain Python, and what is checked when it comes back."""
+"""State: where training is within an epoch, as tensors and plain Python values, and the checks of a restored state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "se
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where training is within an epoch.
+    """Holds the position of training within an epoch.
 
     Args:
         seed: The sampler's seed.
@@ -25,9 +25,18 @@ class SamplerState:
         global_batch_size: Instances in a global batch.
         n_batches: Batches in an epoch.
         epoch: The epoch being served.
-        served: How many of its batches were served.
-        composed: Whether this epoch's batches are composed, and not uniform.
-        pool: The pool being served; ``None`` before the first.
+        served: Number of that epoch's batches that were served.
+        composed: Whether that epoch's batches are composed, not uniform.
+        pool: The pool being served; ``None`` if no pool was planned yet.
+
+    Example:
+        >>> from bs_lightning import PoolBatchSampler
+        >>> from bs_lightning.state import SamplerState
+        >>> sampler = PoolBatchSampler(10, batch_size=4)
+        >>> first_batch = next(iter(sampler))
+        >>> state = SamplerState.from_dict(sampler.state_dict())
+        >>> state.served, state.n_batches, state.mid_epoch
+        (1, 2, True)
     """
 
     seed: int
@@ -41,11 +50,15 @@ class SamplerState:
 
     @property
     def mid_epoch(self) -> bool:
-        """Whether some of the epoch's batches were served, and some were not."""
+        """Whether some, but not all, of the epoch's batches were served."""
         return 0 < self.served < self.n_batches
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as a checkpoint holds it: tensors and plain Python, as large as a pool."""
+        """Return the state as a checkpoint holds it.
+
+        Returns:
+            Tensors and plain Python values, about as large as a pool.
+        """
         return {
             "format": FORMAT,
             **{name: int(getattr(self, name)) for name in _COUNTS},
@@ -55,7 +68,13 @@ class SamplerState:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "SamplerState":
-        """The state that :meth:`to_dict` has made a dictionary of.
+        """Return the state that a dictionary holds.
+
+        Args:
+            state: What :meth:`to_dict` returned.
+
+        Returns:
+            The state.
 
         Raises:
             ValueError: If a key is missing, a value is out of range, or the state has a different format.
@@ -64,7 +83,7 @@ class SamplerState:
         if _value(state, "format", int) != FORMAT:
             raise ValueError(
                 f"The checkpoint's sampler state has format {state['format']}, but this version of bs-lightning reads "
-                f"format {FORMAT}. Resume with the version that has written it."
+                f"format {FORMAT}. Resume with the version that wrote it."
             )
         counts = {name: _value(state, name, int) for name in _COUNTS}
         for name, count in counts.items():
@@ -79,10 +98,13 @@ class SamplerState:
         return cls(**counts, composed=_value(state, "composed", bool), pool=pool)
 
     def check_same_batches(self, layout: BatchLayout) -> None:
-        """Refuse to go on within an epoch whose batches were cut from different data or in a different size.
+        """Refuse to go on within an epoch if its batches had a different size or were cut from different data.
+
+        Args:
+            layout: The current epoch's sizes.
 
         Raises:
-            ValueError: Naming what differs, its old and its new value.
+            ValueError: If a size differs. The message names the size, its old and its new value.
         """
         for name in ("n_instances", "global_batch_size"):
             was, now = getattr(self, name), getattr(layout, name)
@@ -96,8 +118,12 @@ class SamplerState:
     def check_position(self, epoch: int, start: int) -> None:
         """Refuse to go on at batch ``start`` of ``epoch`` if this state does not lead there.
 
+        Args:
+            epoch: The number of the epoch to go on in.
+            start: The number of the next batch to serve.
+
         Raises:
-            ValueError: If the state is of a different epoch, or the pool that serves this batch is missing.
+            ValueError: If the state was taken in a different epoch, or lacks the pool that serves batch ``start``.
         """
         if epoch != self.epoch:
             raise ValueError(
@@ -109,12 +135,19 @@ class SamplerState:
         pool = self.pool
         there = pool is not None and pool.epoch == epoch and pool.start <= start <= pool.start + len(pool.batches)
         if self.composed and not there:
-            got = None if pool is None else f"one that begins at batch {pool.start} of epoch {pool.epoch}"
-            raise _damaged("pool", got, f"the one that serves batch {start} of epoch {epoch}")
+            got = None if pool is None else f"a pool that begins at batch {pool.start} of epoch {pool.epoch}"
+            raise _damaged("pool", got, f"the pool that serves batch {start} of epoch {epoch}")
 
 
 def holds_state(state: Mapping[str, Any]) -> bool:
-    """Whether a dictionary holds a sampler's state, perhaps damaged, beside keys of the user's own."""
+    """Return whether a dictionary holds a sampler's state, perhaps a damaged one.
+
+    Args:
+        state: A dictionary that may also hold keys of the user's own.
+
+    Returns:
+        ``True`` if it holds one of the state's keys.
+    """
     return bool({"format", "n_batches", "served", "pool"} & state.keys())
 
 
@@ -139,7 +172,7 @@ def _pool_from_dict(state: Mapping[str, Any]) -> Pool:
 
 
 def _value(state: Mapping[str, Any], name: str, *types: type, where: str = "") -> Any:
-    """A value of one of some types. ``bool`` is not taken for ``int``."""
+    """Return a value of the state. Refuse it unless it has one of the given types; ``bool`` is not an ``int`` here."""
     if name not in state:
         raise ValueError(f"The checkpoint's sampler state lacks {where}{name!r}. {_ADVICE}")
     if type(state[name]) not in types:
@@ -151,7 +184,7 @@ def _value(state: Mapping[str, Any], name: str, *types: type, where: str = "") -
 
 
 def _table(state: Mapping[str, Any], name: str) -> Indices:
-    """An integer tensor of two dimensions, as an array."""
+    """Return a two-dimensional int64 tensor of the state as an array."""
     value = _value(state, name, torch.Tensor, where="pool.")
     if value.ndim != 2 or value.dtype != torch.int64:
         raise _damaged(f"pool.{name}", f"{value.dtype} of shape {list(value.shape)}", "int64 of two dimensions")

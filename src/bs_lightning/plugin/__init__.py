@@ -1,4 +1,4 @@
-"""The part of the library that knows Lightning: the callback, the DataModule, and what stands between them.
+"""The part of the library that knows Lightning: the callback, the DataModule, and the parts between them.
 
 Nothing outside this folder imports Lightning.
 """

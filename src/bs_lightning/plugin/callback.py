@@ -1,4 +1,4 @@
-"""The callback: Lightning's side of the model, which decides when and how pools are planned."""
+"""Callback: decides when and how pools are planned, in Lightning's hooks."""
 
 import re
 import time
@@ -20,12 +20,12 @@ from bs_lightning.plugin.sources import Embed, EmbeddingSource, EncodedEmbedding
 
 
 class BatchSamplerCallback(Callback):
-    """Composes hard batches for in-batch contrastive learning, with the model as it is being trained.
+    """Composes hard batches for in-batch contrastive learning, with the model's current weights.
 
     Add it to the Trainer, and give ``fit`` a :class:`~bs_lightning.BatchSamplerDataModule`. Nothing else changes. The
     first epoch has uniform batches. Later, each epoch's random permutation is cut into pools. When a pool's first batch
     is about to be trained, the pool is embedded with the current weights, and the composer arranges it into batches: by
-    default, a random walk with restart on a neighbour graph. Every instance is still seen once an epoch, but for the
+    default, a random walk with restart on a neighbour graph. Every instance is still seen once an epoch, except for the
     remainder of less than one batch that ``drop_last`` drops.
 
     A pool batch is loaded from ``pool_dataset()`` and passed through ``on_before_batch_transfer`` and
@@ -34,47 +34,47 @@ class BatchSamplerCallback(Callback):
     ``on_after_batch_transfer``, where augmentations on the GPU live, is not run. Encoding leaves no trace in training.
 
     With ``recycle=True`` nothing is encoded. ``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``, one row
-    for each instance of the process's batch. Pools are composed from each instance's last row, kept in float16
-    (``2 N d`` bytes), which is up to an epoch old. An instance without a row yet is similar to nothing, so with
-    ``warmup_epochs=0`` the first epoch is uniform all the same. Checkpoints hold the rows, so that a resumed run goes
-    on exactly. Put callbacks that save in ``on_train_batch_end`` behind this one.
+    for each instance of the process's batch. Pools are composed from each instance's last row, which is up to an epoch
+    old. Rows are kept in float16 (``2 N d`` bytes). An instance without a row is similar to nothing, so the first epoch
+    is uniform even with ``warmup_epochs=0``. Checkpoints hold the rows, so a resumed run goes on exactly. Put callbacks
+    that save in ``on_train_batch_end`` behind this one.
 
     The module logs at each epoch's end:
 
     - ``batch_sampler/hardness``: mean cosine similarity of the negatives in a batch, in the embeddings that the batches
-      were made from. Where labels are known, only true negatives count.
-    - ``batch_sampler/false_negative_rate``: share of a batch's pairs with equal labels, where labels are known.
+      were composed from. If labels are known, only true negatives count.
+    - ``batch_sampler/false_negative_rate``: share of a batch's pairs with equal labels, if labels are known.
     - ``batch_sampler/encode_seconds`` and the composer's own steps, such as ``batch_sampler/graph_seconds`` and
       ``batch_sampler/walk_seconds``.
     - ``batch_sampler/time_share``: the part of the epoch that all these steps took.
 
-    To decide differently which epochs are composed, or from how large pools, subclass the callback and override
+    To choose which epochs are composed, or to change the pool size during training, subclass the callback. Override
     :meth:`should_plan` or :meth:`resolve_pool_size`.
 
     Args:
-        pool_size: About how many instances are planned together: the main knob. Larger pools make harder batches with
-            more false negatives. At least one global batch; ``None`` is ten global batches.
+        pool_size: Approximate number of instances that are planned together. It is the main setting: larger pools make
+            harder batches with more false negatives. At least one global batch; ``None`` is ten global batches.
         composer: Arranges a pool into batches: a :class:`~bs_lightning.compose.Composer`, or a function
             ``(embeddings, batch_size, *, seed, epoch)``. ``None`` is :class:`~bs_lightning.RWRComposer`.
-        warmup_epochs: How many uniform epochs come first.
-        refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this many
-            steps (the paper's t). Needs a composer with ``replacement=True``.
+        warmup_epochs: Number of uniform epochs at the start.
+        refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this number
+            of steps (the paper's t). Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
         mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
             nearest neighbours in the pool. ``datamodule.likely_false_negatives()`` then gives the loss a mask. Use it
             where look-alikes mostly belong together, as paraphrases do. Elsewhere it removes the hardest true
-            negatives. Needs a composer that finds the nearest of the whole pool, so not
-            :class:`~bs_lightning.RandomCandidateGraph`.
+            negatives. Needs a composer that finds the nearest neighbours in the whole pool, which
+            :class:`~bs_lightning.RandomCandidateGraph` does not.
         per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
-            lets every process compose its own batches from its share of the pool, for losses that do not.
-        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own.
-        encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``, which
-            fits where training fits.
+            lets every process compose its own batches from its share of the pool, for losses that do not gather.
+        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own method.
+        encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``. That
+            fits into memory if training does.
 
     Raises:
         ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
             arguments exclude each other.
-        TypeError: If ``composer`` or ``embed`` is not callable, or an argument is of another type.
+        TypeError: If ``composer`` or ``embed`` is not callable, or an argument has a wrong type.
 
     Example::
 
@@ -111,7 +111,7 @@ class BatchSamplerCallback(Callback):
         if pool_size is not None and check_integer("pool_size", pool_size) < 2:
             raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
         if check_integer("warmup_epochs", warmup_epochs) < 0:
-            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. 0 walks from the start.")
+            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. Use 0 for no warm-up.")
         if embed is not None and not callable(embed):
             raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
         if encode_batch_size is not None and check_integer("encode_batch_size", encode_batch_size) < 1:
@@ -132,8 +132,8 @@ class BatchSamplerCallback(Callback):
                 raise ValueError(f"mask_nearest must be at least 1, got {mask_nearest}. 5 suits pools of ten batches.")
             if not self.composer.finds_nearest:
                 raise TypeError(
-                    f"mask_nearest={mask_nearest} needs a composer that finds each instance's nearest in the whole "
-                    f"pool, such as RWRComposer() with NNDescentGraph() or ExactGraph(), got {composer!r}."
+                    f"mask_nearest={mask_nearest} needs a composer that finds each instance's nearest neighbours in "
+                    f"the whole pool, such as RWRComposer() with NNDescentGraph() or ExactGraph(), got {composer!r}."
                 )
         if refresh_every is not None:
             if pool_size is not None:
@@ -141,38 +141,49 @@ class BatchSamplerCallback(Callback):
                     f"refresh_every={refresh_every} composes the whole dataset, so pool_size must be left out, got "
                     f"{pool_size}. Each pool is refreshed at its start anyway."
                 )
-            Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # refused now if ever
+            Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # raises before training
         self._planner: TrainerPlanner | None = None
         self._epoch_start = 0.0
 
-    # What you may override
+    # Methods that you may override
 
     def should_plan(self, trainer: Trainer) -> bool:
-        """Whether the current epoch's batches are composed: after warm-up, and not with ``overfit_batches``.
+        """Return whether the current epoch's batches are composed: after warm-up, and not with ``overfit_batches``.
+
+        Every process calls it. It must return the same value in all of them.
 
         Args:
-            trainer: The Trainer, at the start of an epoch or where it resumes in the middle of one. It is asked in
-                every process, and every process must answer alike.
+            trainer: The Trainer, at the start of an epoch or when it resumes in the middle of an epoch.
+
+        Returns:
+            ``True`` to compose the epoch's batches, ``False`` to serve uniform batches.
         """
         return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
 
     def resolve_pool_size(self, layout: BatchLayout) -> int:
-        """The current epoch's pool size in instances: ``pool_size``, or ten global batches.
+        """Return the current epoch's pool size: ``pool_size``, or ten global batches.
 
         Args:
             layout: The epoch's sizes, such as ``layout.global_batch_size``.
+
+        Returns:
+            Instances in a pool, at least one global batch.
         """
         return 10 * layout.global_batch_size if self.pool_size is None else self.pool_size
 
-    # What the DataModule asks
+    # Called by the DataModule
 
     @property
     def finds_false_negatives(self) -> bool:
-        """Whether planned pools come with pairs that the loss may leave out."""
+        """Whether planned pools come with likely false negatives, which the loss may leave out."""
         return self.mask_nearest is not None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        """Look at the data before training starts, and take what planning needs of it.
+        """Check the data before training starts, and keep the parts that planning needs.
+
+        Args:
+            data: The DataModule.
+            layout: The epoch's sizes.
 
         Raises:
             TypeError: If ``pool_dataset()`` is iterable-style.
@@ -184,14 +195,21 @@ class BatchSamplerCallback(Callback):
         self._planner.attach(data, layout)
 
     def planning(self, layout: BatchLayout) -> Planning | None:
-        """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
+        """Return how the batches of the epoch that begins are composed.
+
+        Args:
+            layout: The epoch's sizes.
+
+        Returns:
+            How batches are composed; ``None`` for uniform batches.
+        """
         assert self._planner is not None
         if not self.should_plan(self._planner.trainer):
             return None
         return Planning(self._plan_pool, self._cut(layout), self.composer.replacement)
 
     def _cut(self, layout: BatchLayout) -> Pools | WholeData:
-        """What is planned together."""
+        """Return which instances are planned together."""
         return Pools(self.resolve_pool_size(layout)) if self.refresh_every is None else WholeData(self.refresh_every)
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
@@ -218,7 +236,7 @@ class BatchSamplerCallback(Callback):
                 "BatchSamplerCallback needs a whole replica in each process (no tensor parallelism)."
             )
         if trainer.overfit_batches:
-            rank_zero_info("BatchSamplerCallback: with overfit_batches the same uniform batches come every epoch.")
+            rank_zero_info("BatchSamplerCallback: with overfit_batches, every epoch serves the same uniform batches.")
         source: EmbeddingSource
         if self.recycle:
             source = RecycledEmbeddings(trainer, self.per_rank)
@@ -261,13 +279,13 @@ class BatchSamplerCallback(Callback):
             layout = sampler.layout
             whole = layout.n_full * layout.global_batch_size
             self._planner.rehearse(whole if self.refresh_every is not None else self.resolve_pool_size(layout))
-        self._start_epoch(trainer)  # resumed in mid-epoch, there is no `on_train_epoch_start`
+        self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # A pool is planned between two batches, where Lightning allows no logging.
+        # Pools are planned between two batches, where Lightning allows no logging. So their values are logged here.
         assert self._planner is not None
         log, n_batches = self._planner.take_log()
         if log:

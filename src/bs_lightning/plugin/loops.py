@@ -1,29 +1,49 @@
-"""Loops: all that the library asks of Lightning's loops, which are not a public interface.
+"""Loops: every use of Lightning's loops, which are not a public interface.
 
-``tests/test_loops.py`` names each attribute that is read here, and fails in words when Lightning moves one.
+``tests/test_architecture.py`` names each attribute used here. If Lightning moves an attribute, that test says so.
 """
 
 from lightning.pytorch import Trainer
 
 
 def next_batch(trainer: Trainer) -> int:
-    """The number in its epoch of the batch to train next.
+    """Return the number of the next batch to train in its epoch.
 
-    It is right when the first batch of an iteration is asked for. A counter of our own would go wrong: other callbacks
-    may save a checkpoint before it is raised.
+    Read it when the first batch of an iteration is asked for: then it is right. A counter of our own would go wrong,
+    because other callbacks may save a checkpoint before we raise it.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The number of the batch in its epoch, from 0.
     """
     ready: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return ready
 
 
 def batch_in_training(trainer: Trainer) -> int | None:
-    """The number in its epoch of the batch being trained, or ``None`` between two batches."""
+    """Return the number of the batch being trained in its epoch.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The number of the batch in its epoch, from 0; ``None`` between two batches.
+    """
     ready, completed = next_batch(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.completed
     return None if ready == completed else ready - 1
 
 
 def epochs_processed(trainer: Trainer) -> int:
-    """Epochs whose batches have all been trained."""
+    """Return the number of epochs whose batches have all been trained.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The number of epochs.
+    """
     processed: int = trainer.fit_loop.epoch_progress.current.processed
     return processed
 
@@ -31,9 +51,12 @@ def epochs_processed(trainer: Trainer) -> int:
 def count_epoch(trainer: Trainer) -> None:
     """Count an epoch that Lightning has begun without counting it.
 
-    Resumed from a checkpoint that was written in ``on_train_batch_end`` of an epoch's last batch, Lightning trains the
-    next epoch uncounted. To Lightning, a checkpoint taken in that epoch looks as if it were taken between two epochs. A
-    run resumed from it would train the epoch's first batches again.
+    This happens after resuming from a checkpoint that was written in ``on_train_batch_end`` of an epoch's last batch.
+    Lightning does not count the epoch that it trains next. To Lightning, a checkpoint from that epoch looks as if it
+    were taken between two epochs. A run resumed from it would train the epoch's first batches again.
+
+    Args:
+        trainer: The Trainer.
     """
     progress = trainer.fit_loop.epoch_progress
     if trainer.fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
@@ -44,8 +67,11 @@ def count_epoch(trainer: Trainer) -> None:
 def check_trainer(trainer: object) -> None:
     """Refuse a Trainer of the package ``pytorch_lightning``, whose classes differ from those of ``lightning``.
 
+    Args:
+        trainer: The Trainer, or ``None`` where there is none yet.
+
     Raises:
-        TypeError: Saying what to import.
+        TypeError: If the Trainer is not of ``lightning``. The message says what to import.
     """
     if trainer is not None and not isinstance(trainer, Trainer):
         raise TypeError(

@@ -21,7 +21,7 @@ from bs_lightning.plugin.sources import EmbeddingSource, check_length
 
 
 class _Composed(NamedTuple):
-    """A pool's batches, what to log of them, and the seconds that each step took."""
+    """A pool's batches, the values to log for them, and the seconds that each step took."""
 
     pool: PlannedPool
     log: dict[str, float]
@@ -29,18 +29,18 @@ class _Composed(NamedTuple):
 
 
 class TrainerPlanner:
-    """Plans pools for a Trainer, and remembers what to log of them.
+    """Plans pools for a Trainer, and keeps the values to log for them.
 
     Args:
         trainer: The Trainer.
-        source: Where embeddings come from.
+        source: Gives the pools' embeddings.
         composer: Arranges a pool into batches.
-        per_rank: Whether each process composes batches of its own share of a pool.
+        per_rank: Whether each process composes batches from its own share of a pool.
         mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
-            nearest neighbours in the pool. ``None`` looks for none.
+            nearest neighbours in the pool. ``None`` finds no false negatives.
 
     Attributes:
-        seconds: What each step took in this epoch.
+        seconds: Seconds that each step took in this epoch, by the step's name.
     """
 
     def __init__(
@@ -67,7 +67,12 @@ class TrainerPlanner:
         self._n_batches = 0
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        """Look at the data before training starts, and take what planning needs of it."""
+        """Check the data before training starts, and keep the parts that planning needs.
+
+        Args:
+            data: The DataModule.
+            layout: The epoch's sizes.
+        """
         self._layout = layout
         self._batch_size = layout.batch_size if self._per_rank else layout.global_batch_size
         self._composer.check_batch_size(self._batch_size)
@@ -78,10 +83,10 @@ class TrainerPlanner:
             check_length("train_labels()", labels, layout)
 
     def rehearse(self, pool_size: int) -> None:
-        """Try every step before the warm-up, so that what cannot work fails now and not after it.
+        """Try every step before the warm-up, so that errors appear now and not after it.
 
-        Two uniform batches are embedded, and described for the log of the warm-up epochs. Then random embeddings are
-        composed, as many as a pool has, but about 2560 at most.
+        Two uniform batches are embedded and measured. The warm-up epochs log these values. Random embeddings are
+        composed, as many as a pool has, but at most about 2560.
 
         Args:
             pool_size: Instances in a pool.
@@ -106,18 +111,22 @@ class TrainerPlanner:
         self.source.end_epoch()
 
     def start_epoch(self, *, composed: bool) -> None:
-        """Forget what was noted of the last epoch.
+        """Forget the last epoch's times and values to log.
 
         Args:
-            composed: Whether the epoch that begins is composed. The log of a uniform epoch is of the batches that
-                :meth:`rehearse` has embedded.
+            composed: Whether the epoch that begins is composed. A uniform epoch logs the values of the batches that
+                :meth:`rehearse` embedded.
         """
         self._log = {} if composed else dict(self._uniform_log)
         self._n_batches = 2
         self.seconds = {}
 
     def take_log(self) -> tuple[dict[str, float], int]:
-        """What is to be logged of a pool planned since the last call, and its number of batches."""
+        """Return the values to log for the pool that was planned since the last call.
+
+        Returns:
+            The values by name, which are empty if no pool was planned, and the pool's number of batches.
+        """
         log, self._log = self._log, {}
         return log, self._n_batches
 
@@ -130,7 +139,7 @@ class TrainerPlanner:
             epoch: The epoch's number.
 
         Returns:
-            The pool's global batches, the same in every process.
+            The pool's global batches and likely false negatives, the same in every process.
         """
         start = time.perf_counter()
         embeddings = self.source.read(indices)
@@ -145,7 +154,7 @@ class TrainerPlanner:
         return pool
 
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
-        """One process composes global batches of the whole pool and tells the others."""
+        """Compose the whole pool's global batches in one process, and send them to the others."""
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
@@ -153,7 +162,7 @@ class TrainerPlanner:
         return self.trainer.strategy.broadcast(composed)  # type: ignore[no-any-return]
 
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
-        """Each process composes batches of its share. Side by side they are the global batches."""
+        """Compose this process's share, and join the batches of all processes side by side into global batches."""
         trainer = self.trainer
         with failing_together(trainer):
             share = own_share(trainer, indices)
@@ -183,7 +192,7 @@ class TrainerPlanner:
         return _Composed(PlannedPool(batches, pairs), self._describe(embeddings, indices, batches), seconds)
 
     def _describe(self, embeddings: Tensor, indices: Indices, batches: Indices) -> dict[str, float]:
-        """What is logged of composed batches."""
+        """Return the values to log for composed batches."""
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
         hardness = in_batch_hardness(embeddings[positions.to(embeddings.device)], labels)
@@ -198,6 +207,6 @@ def _as_labels(labels: Any) -> Tensor:
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise ValueError(
             f"train_labels() must be integers of shape [N], got {array.dtype} of shape {list(array.shape)}. Override "
-            "it to return class numbers, or None: they only serve the false-negative metric."
+            "it to return class numbers, or None: labels are optional."
         )
     return torch.from_numpy(array.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Processes: what a Trainer's processes tell each other."""
+"""Processes: the messages between a Trainer's processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,28 @@ _T = TypeVar("_T")
 
 
 def own_share(trainer: Trainer, indices: Indices) -> Indices:
-    """This process's contiguous part of a pool."""
+    """Return this process's contiguous part of a pool.
+
+    Args:
+        trainer: The Trainer.
+        indices: Dataset indices of the pool, int64 ``[P]``.
+
+    Returns:
+        Dataset indices, int64 ``[P / world_size]``.
+    """
     return np.split(indices, trainer.world_size)[trainer.global_rank]
 
 
 def gather(trainer: Trainer, value: _T) -> list[_T]:
-    """The values of all processes, by rank. Each process must call it."""
+    """Return the values of all processes. Each process must call it.
+
+    Args:
+        trainer: The Trainer.
+        value: This process's value, which must be picklable.
+
+    Returns:
+        The values, in the order of the ranks.
+    """
     if trainer.world_size == 1:
         return [value]
     values: list[_T | None] = [None] * trainer.world_size
@@ -29,14 +45,14 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
 
 
 def check_equal(trainer: Trainer, **values: Any) -> None:
-    """Refuse to go on where the processes differ. Each process must call it.
+    """Refuse to go on if the processes differ. Each process must call it.
 
     Args:
         trainer: The Trainer.
-        **values: What must be equal in all processes, by name.
+        **values: Values that must be equal in all processes, by name.
 
     Raises:
-        ValueError: In all processes, naming what differs and each process's value.
+        ValueError: In all processes, if a value differs. The message gives its name and each process's value.
     """
     everywhere = gather(trainer, values)
     for name in values:
@@ -51,17 +67,20 @@ def check_equal(trainer: Trainer, **values: Any) -> None:
 
 @contextmanager
 def failing_together(trainer: Trainer) -> Iterator[None]:
-    """Stop all processes where one fails, so that none waits for it forever.
+    """Stop all processes if one of them fails, so that no process waits for it forever.
+
+    Args:
+        trainer: The Trainer.
 
     Raises:
-        RuntimeError: In the processes that did not fail, with the error of one that did.
+        RuntimeError: In the processes that did not fail, with the error of a process that failed.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as exception:
         if isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
-            raise  # the others wait within the sharded forward pass that this process has left, not below
+            raise  # the others wait inside the sharded forward pass, and do not reach the exchange below
         error = exception
     if trainer.strategy.reduce_boolean_decision(error is None):
         return

@@ -28,35 +28,52 @@ class EmbeddingSource(Protocol):
     """Gives a pool's embeddings to the process or processes that compose it."""
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        """Look at the data before training starts."""
+        """Check the data before training starts, and keep the parts that embedding needs.
+
+        Args:
+            data: The DataModule.
+            layout: The epoch's sizes.
+        """
         ...
 
     def read(self, indices: Indices) -> Tensor:
-        """Embed a pool. Every process calls it with all of the pool.
+        """Return a pool's embeddings. Every process calls it with the whole pool.
 
         Args:
             indices: Dataset indices, int64 ``[P]``.
 
         Returns:
-            Floats of shape ``[P, d]``, in the processes that compose. Where each process composes its own share of the
-            pool, the share's.
+            Floats of shape ``[P, d]``, in the processes that compose. If each process composes its own share of the
+            pool, only the rows of that share.
         """
         ...
 
     def keep(self, outputs: Any) -> None:
-        """Look at what ``training_step`` has returned."""
+        """Receive the output of a training step.
+
+        Args:
+            outputs: What ``training_step`` returned.
+        """
         ...
 
     def end_epoch(self) -> None:
-        """Free what need not live over epochs."""
+        """Free resources that need not outlive an epoch."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """Return the state that a checkpoint must hold.
+
+        Returns:
+            Tensors and plain Python values.
+        """
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what a checkpoint held."""
+        """Restore the state from a checkpoint.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
         ...
 
     def close(self) -> None:
@@ -65,7 +82,7 @@ class EmbeddingSource(Protocol):
 
 
 class EncodedEmbeddings:
-    """Embeds each pool with the current weights: one forward pass, shared out over processes.
+    """Embeds each pool with the current weights: one forward pass, divided among the processes.
 
     Args:
         trainer: The Trainer, in its ``setup``.
@@ -75,14 +92,14 @@ class EncodedEmbeddings:
         per_rank: Whether each process composes its own share, so that embeddings are not gathered.
 
     Raises:
-        TypeError: If there is nothing to embed with.
+        TypeError: If ``embed`` is ``None`` and the module has neither ``embed`` nor ``forward``.
     """
 
     def __init__(self, trainer: Trainer, embed: Embed | None, batch_size: int | None, per_rank: bool) -> None:
         module = trainer.lightning_module
         if embed is not None:
             self._embed: Callable[[Any], Tensor] = partial(embed, module)
-        # A layer may have the name, too.
+        # Ask the class: a layer of the module may be named `embed`, too.
         elif callable(getattr(type(module), "embed", None)):
             self._embed = module.embed  # type: ignore[assignment]
         elif is_overridden("forward", module):
@@ -142,7 +159,7 @@ class EncodedEmbeddings:
             kwargs = {"pin_memory": module.device.type == "cuda"} | data.dataloader_kwargs
             if data.pool_collate_fn is not None:
                 kwargs["collate_fn"] = data.pool_collate_fn
-            kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global one
+            kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global random state
             self._fetch = BatchFetcher(self._dataset, **kwargs)
         size = min(self._batch_size or 4 * data.batch_size, len(indices))
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
@@ -159,11 +176,11 @@ class EncodedEmbeddings:
                 raise
 
         with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
-            # What a model logs in `forward` is of training, and Lightning allows no logging here. `no_trace` ends it.
+            # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
             module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
-                # Batch norm's statistics differ between ranks until DDP's next forward pass, and only rank 0's are in
-                # a checkpoint: one pool is embedded by one model.
+                # Batch norm's statistics differ between ranks until DDP's next forward pass, but one model must embed
+                # the whole pool. It is rank 0's, because only rank 0's statistics are in a checkpoint.
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
             return encode(indices.tolist(), self._fetch, embed, batch_size=size, advance=advance)
@@ -174,7 +191,7 @@ class RecycledEmbeddings:
 
     Args:
         trainer: The Trainer, in its ``setup``.
-        per_rank: Whether each process composes its own share. If not, only one process keeps embeddings.
+        per_rank: Whether each process composes its own share. If not, only rank 0 keeps embeddings.
     """
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
@@ -199,7 +216,7 @@ class RecycledEmbeddings:
 
     def keep(self, outputs: Any) -> None:
         if not outputs:
-            return  # `training_step` has skipped the batch
+            return  # `training_step` skipped the batch
         embeddings = outputs.get("embeddings") if isinstance(outputs, dict) else None
         if not isinstance(embeddings, Tensor):
             raise TypeError(
@@ -211,7 +228,7 @@ class RecycledEmbeddings:
         layout = trainer.datamodule.train_sampler.layout
         check_rows(embeddings, layout.slice(batch, trainer.global_rank))
         if len(batch) % trainer.world_size:
-            return  # the epoch's last, smaller batch, of which processes have unequal parts
+            return  # the epoch's last batch is smaller, and its parts differ in size between processes
         if trainer.world_size > 1:
             if self._width is None:
                 check_equal(trainer, width_of_embeddings=embeddings.shape[1])
@@ -234,17 +251,22 @@ class RecycledEmbeddings:
         pass
 
     def _restore(self) -> None:
-        """Fill the bank from a checkpoint, once both are there."""
+        """Fill the bank from a checkpoint, as soon as both exist."""
         if self._bank is not None and self._restored:
             self._bank.load_state_dict(self._restored)
             self._restored = None
 
 
 def check_length(name: str, values: Any, layout: BatchLayout) -> None:
-    """Refuse a dataset or labels that differ in length from the dataset that is trained on.
+    """Refuse a dataset or labels that differ in length from the training dataset.
+
+    Args:
+        name: Where the values came from, such as ``"train_labels()"``.
+        values: The dataset or labels.
+        layout: The epoch's sizes.
 
     Raises:
-        ValueError: Naming both lengths.
+        ValueError: If the lengths differ. The message gives both.
     """
     if len(values) != layout.n_instances:
         raise ValueError(
@@ -253,15 +275,15 @@ def check_length(name: str, values: Any, layout: BatchLayout) -> None:
 
 
 def _advice(batch: Any, is_training_data: bool) -> str:
-    """What to do where embedding a batch has failed, the likeliest first."""
+    """Return what to do after embedding a batch has failed, the likeliest fix first."""
     what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
     if is_training_data and isinstance(batch, (list, tuple)):
         return (
             f"{what} Your DataModule does not override pool_dataset(), so this is a training batch of {len(batch)} "
             "parts. If the first part is the input, define `def embed(self, batch): return self(batch[0])` in your "
-            "module. Else override pool_dataset() to return one clean view of each instance."
+            "module. Otherwise override pool_dataset() to return one clean view of each instance."
         )
-    return f"{what} Give the module a method embed(batch) that takes what pool_dataset() gives."
+    return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -269,14 +291,14 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def _batch_hook(trainer: Trainer, name: str) -> Callable[..., Any]:
-    """The DataModule's hook if it overrides it, else the module's: Lightning's rule."""
+    """Return the DataModule's hook if the DataModule overrides it, else the module's. Lightning chooses so, too."""
     owner = trainer.datamodule if is_overridden(name, trainer.datamodule) else trainer.lightning_module
     return getattr(owner, name)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _progress(trainer: Trainer, total: int) -> Iterator[Callable[[], None]]:
-    """A bar for encoding below the Trainer's, where it has one."""
+    """Show a bar for encoding below the Trainer's progress bar, if the Trainer has one."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.progress is not None:
         progress = bar.progress
