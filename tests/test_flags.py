@@ -192,7 +192,7 @@ def test_overfit_batches_serves_the_same_batches_each_epoch(overfit, caplog):
     assert len(model.epochs[0]) == 3
     assert model.epochs[0] == model.epochs[1] == model.epochs[2]
     assert counts.encoded == 0
-    assert "the same uniform batches come every epoch" in caplog.text
+    assert "every epoch serves the same uniform batches" in caplog.text
 
 
 @pytest.mark.parametrize("max_steps", [7, 12, 16, 30])
@@ -401,8 +401,9 @@ def test_a_subclass_decides_which_epochs_are_composed_and_from_how_large_pools()
         def should_plan(self, trainer):
             return trainer.current_epoch % 2 == 1
 
-        def resolve_pool_size(self, layout):
+        def resolve_pool_size(self, trainer, layout):
             sizes.append(layout.global_batch_size)
+            assert trainer.max_epochs == 4
             return 24
 
     sizes, pools = [], []

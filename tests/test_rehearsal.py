@@ -1,6 +1,7 @@
 """The rehearsal before training, messages between processes, and errors that new users meet."""
 
 import re
+import threading
 import time
 
 import numpy as np
@@ -113,9 +114,48 @@ def test_the_warm_up_logs_the_hardness_of_uniform_batches():
     logs, model = Logs(), Model()
     stops = EarlyStopping("batch_sampler/hardness", patience=10)
     fit(model, Data(16, 960), walker(320, warmup_epochs=2), stops, logs, max_epochs=3)
-    assert logs.hardness[0] == logs.hardness[1] != logs.hardness[2]  # warm-up logs the untrained weights
-    assert logs.rates[0] == logs.rates[1] == pytest.approx(0.1, abs=0.04)
+    assert len(set(logs.hardness)) == 3  # the weights differ, and the batches
+    assert logs.rates[:2] == pytest.approx([0.1, 0.1], abs=0.04)
     assert logs.rates[2] == pytest.approx(same_cluster_share(model.epochs[2]), abs=1e-5)
+
+
+def test_composers_that_only_work_later_or_in_large_pools_are_not_refused():
+    def graph(embeddings, *, seed=0):
+        assert len(embeddings) == 4000  # no smaller pool is tried
+        return ExactGraph(5)(embeddings, seed=seed)
+
+    composer = RWRComposer(graph, restart_probability=lambda epoch: 0.2 / epoch)
+    fit(Model(), Data(8, 4000), walker(4000, composer=composer, warmup_epochs=1), max_epochs=2, limit_train_batches=500)
+
+
+def test_a_composer_keeps_its_state_in_the_rehearsal():
+    class Remembers(Composer):
+        def __init__(self):
+            self.epochs = []
+
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            self.epochs.append(epoch)
+            return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    class Locked(Remembers):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()  # cannot be copied
+
+    for composer in (Remembers(), Locked()):
+        fit(Model(), Data(8, 96), walker(96, composer=composer, warmup_epochs=1), max_epochs=2)
+        assert composer.epochs == [1]
+
+
+def test_embed_may_need_what_the_start_of_training_makes():
+    class Late(Model):
+        def on_train_start(self):
+            self.scale = 2.0
+
+        def embed(self, batch):
+            return self.encoder(batch[1]) * self.scale
+
+    fit(Late(), Data(8, 96), walker(96, warmup_epochs=1), max_epochs=2)
 
 
 # Processes that differ

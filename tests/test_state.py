@@ -98,7 +98,7 @@ def test_numpys_integers_are_saved_as_plain_ones():
     torch.save(made.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert {type(value) for name, value in state.items() if name not in ("pool", "composed")} == {int}
+    assert {type(value) for name, value in state.items() if name not in ("pool", "in_pool")} == {int}
     assert SamplerState.from_dict(state).epoch == 2
 
 
@@ -138,7 +138,7 @@ def run(ckpt_path=None, *callbacks, max_epochs=2, limit=1.0, composer=None, **da
 def test_an_epoch_that_has_become_longer_after_its_last_batch_is_refused(first, then, tmp_path):
     last = 5 if "limit" in first else 12
     run(None, Saves(tmp_path / "last.ckpt", last), max_epochs=1, **first)
-    with pytest.raises(ValueError, match=rf"epoch 0 after {last} batches, .* drop_last or limit_train_batches has ch"):
+    with pytest.raises(ValueError, match=f"after all {last} batches of epoch 0, .* drop_last, limit"):
         run(tmp_path / "last.ckpt", **then)
     assert [len(batches) for batches in run(tmp_path / "last.ckpt", **first).values()] == [last]
 
@@ -150,6 +150,42 @@ def test_a_tampered_checkpoint_is_refused(tmp_path):
     torch.save(checkpoint, tmp_path / "mid.ckpt")
     with pytest.raises(ValueError, match="pool, batches 4 to 8 of epoch 0, does not hold the instances"):
         run(tmp_path / "mid.ckpt")
+
+
+def test_a_checkpoint_that_is_saved_while_a_pool_is_planned_is_resumed(tmp_path):
+    """As ModelCheckpoint(save_on_exception=True) does, or a signal from a cluster."""
+
+    class SavesInEmbed(Exact):
+        def embed(self, batch):
+            if self.global_step == 8:
+                self.trainer.save_checkpoint(tmp_path / "planning.ckpt")
+            return self(batch)
+
+    seed_everything(0, verbose=False)
+    whole = SavesInEmbed()
+    fit(whole, Data(8, 103), walker(32), max_epochs=1)
+    assert run(tmp_path / "planning.ckpt", max_epochs=1)[0] == whole.epochs[0][8:]
+
+
+def test_going_on_after_max_steps_ended_an_epoch_early_is_warned_of(tmp_path):
+    class SavesAtTheEnd(Callback):
+        def on_train_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    fit(Exact(), Data(8, 103), walker(32), SavesAtTheEnd(), max_epochs=-1, max_steps=5)
+    with pytest.warns(UserWarning, match="after 5 of 12 batches of epoch 0, as max_steps ended training there"):
+        epochs = run(tmp_path / "cut.ckpt")
+    assert [len(batches) for batches in epochs.values()] == [7]  # as without the callback
+
+
+def test_a_users_own_state_may_have_common_names(tmp_path):
+    class Own(Data):
+        def state_dict(self):
+            return {"format": "jpeg", "pool": 3, "served": "hot"}
+
+    fit(Exact(), Own(8, 103), walker(32), Saves(tmp_path / "own.ckpt", 6), max_epochs=1)
+    with pytest.warns(UserWarning, match="without the state of BatchSamplerDataModule"):
+        fit(Exact(), Own(8, 103), walker(32), max_epochs=1, ckpt_path=tmp_path / "own.ckpt")
 
 
 KEPT = {

@@ -5,6 +5,7 @@ To compose batches differently, write a composer. It is a subclass of :class:`Co
 and uses each position once.
 """
 
+import functools
 import inspect
 import time
 from abc import ABC, abstractmethod
@@ -145,8 +146,9 @@ def asked_for(composer: Composer) -> set[str]:
     Returns:
         A subset of ``{"indices", "labels"}``.
     """
-    called = composer.function if isinstance(composer, FunctionComposer) else composer
-    return {"indices", "labels"} & inspect.signature(called).parameters.keys()
+    called: Any = composer.function if isinstance(composer, FunctionComposer) else composer
+    bound = called.keywords.keys() if isinstance(called, functools.partial) else ()
+    return ({"indices", "labels"} & inspect.signature(called).parameters.keys()) - set(bound)
 
 
 class RWRComposer(Composer):

@@ -321,9 +321,14 @@ class EpochPlan:
         planned = planning.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, start), epoch=self.epoch)
         if not isinstance(planned, PlannedPool):
             raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
+        pairs = np.asarray(planned.pairs)
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
+            raise ValueError(f"plan_pool must return pairs as integers of shape [m, 2], got shape {list(pairs.shape)}.")
+        if pairs.size and (pairs.min() < 0 or pairs.max() >= len(indices)):
+            raise ValueError(f"plan_pool must return pairs of positions in [0, {len(indices)}), got {pairs.min()}.")
         positions = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
         batches = indices[positions[: end - start]]
-        pairs = indices[planned.pairs]
+        pairs = indices[pairs]
         if len(batches) < len(positions):  # a checkpoint holds only the pairs whose batches are served
             pairs = pairs[np.isin(pairs, batches).all(axis=1)]
         return Pool(self.epoch, start, batches, pairs, planning.replacement)
@@ -373,7 +378,7 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
             + (
                 " within one batch."
                 if replacement
-                else ". If batches may share instances, give it `replacement = True`."
+                else ". If batches may share instances, subclass bs_lightning.Composer and set `replacement = True`."
             )
         )
     return array.astype(np.int64, copy=False)

@@ -125,7 +125,7 @@ class PoolBatchSampler(BatchSampler):
         state, self._loaded = self._loaded, None
         start = 0
         if state is not None:
-            start = state.served if state.served < state.n_batches else len(self)
+            start = state.served if state.served < state.stop else len(self)
         self._plan = EpochPlan(
             self.layout,
             seed=self.seed,
@@ -196,7 +196,8 @@ class PoolBatchSampler(BatchSampler):
             n_batches=len(self),
             epoch=self.epoch,
             served=self.served,
-            composed=plan is not None and plan.epoch == self.epoch and plan.planning is not None,
+            stop=len(self) if plan is None or plan.epoch != self.epoch else plan.stop,
+            in_pool=plan is not None and plan.pool is not None and plan.pool.epoch == self.epoch,
             pool=None if plan is None else plan.pool,
         )
 

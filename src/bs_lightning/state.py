@@ -12,7 +12,7 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Pool
 
 FORMAT = 1
-_COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "served")
+_COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "served", "stop")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class SamplerState:
         n_batches: Batches in an epoch.
         epoch: The epoch being served.
         served: Number of that epoch's batches that were served.
-        composed: Whether that epoch's batches are composed, not uniform.
-        pool: The pool being served; ``None`` if no pool was planned yet.
+        stop: Number of batches after which that epoch ends, at most ``n_batches``.
+        in_pool: Whether a pool is being served. ``False`` in uniform epochs, and while a pool is being planned.
+        pool: The pool being served, or the last one; ``None`` if no pool was planned yet.
 
     Example:
         >>> from bs_lightning import PoolBatchSampler
@@ -45,13 +46,14 @@ class SamplerState:
     n_batches: int
     epoch: int
     served: int
-    composed: bool
+    stop: int
+    in_pool: bool
     pool: Pool | None
 
     @property
     def mid_epoch(self) -> bool:
         """Whether some, but not all, of the epoch's batches were served."""
-        return 0 < self.served < self.n_batches
+        return 0 < self.served < self.stop
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as a checkpoint holds it.
@@ -62,7 +64,7 @@ class SamplerState:
         return {
             "format": FORMAT,
             **{name: int(getattr(self, name)) for name in _COUNTS},
-            "composed": bool(self.composed),
+            "in_pool": bool(self.in_pool),
             "pool": None if self.pool is None else _pool_to_dict(self.pool),
         }
 
@@ -92,10 +94,11 @@ class SamplerState:
         whole = counts["n_instances"] // max(counts["global_batch_size"], 1)
         if not whole <= counts["n_batches"] <= whole + 1:
             raise _damaged("n_batches", counts["n_batches"], f"{whole}, or one more")
-        if counts["served"] > counts["n_batches"]:
-            raise _damaged("served", counts["served"], f"at most n_batches, {counts['n_batches']}")
+        for name, most in (("served", "stop"), ("stop", "n_batches")):
+            if counts[name] > counts[most]:
+                raise _damaged(name, counts[name], f"at most {most}, {counts[most]}")
         pool = None if _value(state, "pool", dict, type(None)) is None else _pool_from_dict(state["pool"])
-        return cls(**counts, composed=_value(state, "composed", bool), pool=pool)
+        return cls(**counts, in_pool=_value(state, "in_pool", bool), pool=pool)
 
     def check_same_batches(self, layout: BatchLayout) -> None:
         """Refuse to go on within an epoch if its batches had a different size or were cut from different data.
@@ -123,18 +126,22 @@ class SamplerState:
             start: The number of the next batch to serve.
 
         Raises:
-            ValueError: If the state was taken in a different epoch, or lacks the pool that serves batch ``start``.
+            ValueError: If the state was taken after all batches of a different epoch, or lacks the pool that serves
+                batch ``start``.
         """
+        if epoch != self.epoch and self.served < self.stop:
+            return  # `max_steps` ended the epoch early, and the Trainer begins the next one in its middle
         if epoch != self.epoch:
             raise ValueError(
-                f"The checkpoint was taken in epoch {self.epoch} after {self.served} batches, but training would go on "
-                f"in epoch {epoch} at batch {start}, and lose the batches before it. drop_last or limit_train_batches "
-                "has changed since. Resume with the old values, or from a checkpoint that was taken between two "
-                "epochs (as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
+                f"The checkpoint was taken after all {self.served} batches of epoch {self.epoch}, but training would "
+                f"go on in epoch {epoch} at batch {start}, and lose the batches before it. drop_last, "
+                "limit_train_batches or overfit_batches has changed since. Resume with the old values, or from a "
+                "checkpoint that was taken between two epochs (as with ModelCheckpoint(save_on_train_epoch_end=True), "
+                "not after an epoch's last batch)."
             )
         pool = self.pool
         there = pool is not None and pool.epoch == epoch and pool.start <= start <= pool.start + len(pool.batches)
-        if self.composed and not there:
+        if self.in_pool and not there:
             got = None if pool is None else f"a pool that begins at batch {pool.start} of epoch {pool.epoch}"
             raise _damaged("pool", got, f"the pool that serves batch {start} of epoch {epoch}")
 
@@ -146,9 +153,9 @@ def holds_state(state: Mapping[str, Any]) -> bool:
         state: A dictionary that may also hold keys of the user's own.
 
     Returns:
-        ``True`` if it holds one of the state's keys.
+        ``True`` if it holds at least two of the state's keys that nobody else is likely to use.
     """
-    return bool({"format", "n_batches", "served", "pool"} & state.keys())
+    return len({"n_instances", "global_batch_size", "n_batches", "served"} & state.keys()) >= 2
 
 
 def _pool_to_dict(pool: Pool) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def _table(state: Mapping[str, Any], name: str) -> Indices:
     return array
 
 
-_ADVICE = "It is damaged: resume from a different checkpoint."
+_ADVICE = "It is damaged, or older than version 0.1.0: resume from a different checkpoint."
 
 
 def _damaged(name: str, value: object, expected: str) -> ValueError:

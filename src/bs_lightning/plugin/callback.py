@@ -1,6 +1,5 @@
 """Callback: decides when and how pools are planned, in Lightning's hooks."""
 
-import re
 import time
 from typing import Any
 
@@ -9,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Indices
-from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer
+from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
@@ -144,6 +143,7 @@ class BatchSamplerCallback(Callback):
             Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # raises before training
         self._planner: TrainerPlanner | None = None
         self._epoch_start = 0.0
+        self._must_rehearse = self._must_describe = False
 
     # Methods that you may override
 
@@ -160,10 +160,11 @@ class BatchSamplerCallback(Callback):
         """
         return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
 
-    def resolve_pool_size(self, layout: BatchLayout) -> int:
+    def resolve_pool_size(self, trainer: Trainer, layout: BatchLayout) -> int:
         """Return the current epoch's pool size: ``pool_size``, or ten global batches.
 
         Args:
+            trainer: The Trainer, in its setup or at the start of an epoch.
             layout: The epoch's sizes, such as ``layout.global_batch_size``.
 
         Returns:
@@ -191,8 +192,8 @@ class BatchSamplerCallback(Callback):
                 differs in length from ``train_dataset()``.
         """
         assert self._planner is not None
-        self._cut(layout).check(layout)
         self._planner.attach(data, layout)
+        self._cut(layout).check(layout)
 
     def planning(self, layout: BatchLayout) -> Planning | None:
         """Return how the batches of the epoch that begins are composed.
@@ -210,7 +211,10 @@ class BatchSamplerCallback(Callback):
 
     def _cut(self, layout: BatchLayout) -> Pools | WholeData:
         """Return which instances are planned together."""
-        return Pools(self.resolve_pool_size(layout)) if self.refresh_every is None else WholeData(self.refresh_every)
+        assert self._planner is not None
+        if self.refresh_every is not None:
+            return WholeData(self.refresh_every)
+        return Pools(self.resolve_pool_size(self._planner.trainer, layout))
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         assert self._planner is not None
@@ -267,18 +271,18 @@ class BatchSamplerCallback(Callback):
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
             per_rank=self.per_rank,
-            composer=re.sub(r" at 0x\w+", "", repr(self.composer)),
+            composer=repr(self.composer) if isinstance(self.composer, FunctionComposer) else type(self.composer),
+            replacement=self.composer.replacement,
         )
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        if last <= self.warmup_epochs and not trainer.fast_dev_run:
+        decides = type(self).should_plan is BatchSamplerCallback.should_plan
+        self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
+        if decides and last <= self.warmup_epochs and not trainer.fast_dev_run:
+            self._must_rehearse = False
             rank_zero_warn(
                 f"BatchSamplerCallback composes no batch: all of max_epochs={trainer.max_epochs} are within "
                 f"warmup_epochs={self.warmup_epochs}."
             )
-        elif not trainer.overfit_batches and not self.should_plan(trainer):
-            layout = sampler.layout
-            whole = layout.n_full * layout.global_batch_size
-            self._planner.rehearse(whole if self.refresh_every is not None else self.resolve_pool_size(layout))
         self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -287,6 +291,14 @@ class BatchSamplerCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Pools are planned between two batches, where Lightning allows no logging. So their values are logged here.
         assert self._planner is not None
+        if self._must_rehearse:  # not earlier: the module's start hooks may make what `embed` needs
+            self._planner.rehearse(
+                self._cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch)
+            )
+            self._must_rehearse = False
+        if self._must_describe:
+            self._planner.describe_uniform(trainer.current_epoch)
+            self._must_describe = False
         log, n_batches = self._planner.take_log()
         if log:
             pl_module.log_dict(log, on_step=False, on_epoch=True, batch_size=n_batches, sync_dist=True)
@@ -308,6 +320,8 @@ class BatchSamplerCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
+        if isinstance(trainer.datamodule, BatchSamplerDataModule):
+            trainer.datamodule.forget_planner()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -321,7 +335,8 @@ class BatchSamplerCallback(Callback):
 
     def _start_epoch(self, trainer: Trainer) -> None:
         assert self._planner is not None
-        self._planner.start_epoch(composed=self.should_plan(trainer))
+        self._planner.start_epoch()
+        self._must_describe = not trainer.overfit_batches and not self.should_plan(trainer)
         self._epoch_start = time.perf_counter()
 
     def _close(self) -> None:

@@ -91,7 +91,7 @@ class BatchSamplerDataModule(LightningDataModule):
         self.pool_collate_fn = pool_collate_fn
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
-        self._checkpoint: tuple[Any, SamplerState] | None = None
+        self._checkpoint: tuple[Any, dict[str, Any]] | None = None
         self._planner: BatchPlanner | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -115,11 +115,27 @@ class BatchSamplerDataModule(LightningDataModule):
         self._planner = None  # the callback of this Trainer registers in its `setup`
 
     def register_planner(self, planner: BatchPlanner) -> None:
-        """Let ``planner`` plan the batches of the current Trainer. ``BatchSamplerCallback.setup`` calls it."""
+        """Let a planner plan the batches of the current Trainer. ``BatchSamplerCallback.setup`` calls this.
+
+        Args:
+            planner: The callback.
+
+        Raises:
+            TypeError: If the Trainer has a planner already.
+        """
+        if self._planner not in (None, planner):
+            raise TypeError(
+                f"The Trainer has two callbacks that compose batches, {type(self._planner).__name__} and "
+                f"{type(planner).__name__}. Give it one."
+            )
         self._planner = planner
         # A `setup` of the DataModule that reads `trainer.estimated_stepping_batches` has made the loader already.
         if self.train_sampler is not None:
             planner.attach(self, self.train_sampler.layout)
+
+    def forget_planner(self) -> None:
+        """Serve uniform batches from now on. ``BatchSamplerCallback.teardown`` calls this."""
+        self._planner = None
 
     def train_dataset(self) -> Dataset[Any]:
         """The map-style data set to train on. Must be overridden; called once per ``train_dataloader``.
@@ -240,22 +256,16 @@ class BatchSamplerDataModule(LightningDataModule):
         return {} if sampler is None else sampler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the pool that was being served. Call it where you override it.
-
-        Raises:
-            ValueError: If the state is damaged.
-            TypeError: If a value of the state has a wrong type.
-        """
+        """Go on with the pool that was being served. Call it where you override it."""
         if holds_state(state_dict):
-            path = None if self.trainer is None else self.trainer.ckpt_path
-            self._checkpoint = (path, SamplerState.from_dict(state_dict))
+            self._checkpoint = (None if self.trainer is None else self.trainer.ckpt_path, state_dict)
 
     def restored_state(self) -> SamplerState | None:
         """Our state in the checkpoint that the current fit was resumed from, if it was and has it."""
         if self._checkpoint is None or self.trainer is None or self.trainer.ckpt_path is None:
             return None
         path, state = self._checkpoint
-        return state if path == self.trainer.ckpt_path else None
+        return SamplerState.from_dict(state) if path == self.trainer.ckpt_path else None
 
     @property
     def train_sampler(self) -> TrainerBatchSampler | None:

@@ -1,5 +1,6 @@
 """Planner: a pool's dataset indices -> its batches, composed from embeddings by the processes of a Trainer."""
 
+import copy
 import time
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
-from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches, permutation
+from bs_lightning.plan import NO_PAIRS, PlannedPool, Pools, WholeData, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
 from bs_lightning.plugin.sources import EmbeddingSource, check_length
@@ -58,11 +59,11 @@ class TrainerPlanner:
         self._composer = composer
         self._per_rank = per_rank
         self._mask_nearest = mask_nearest
-        self._layout: BatchLayout
+        self.layout: BatchLayout
         self._batch_size = 0
+        self._n_composing = 1
         self._labels: Tensor | None = None
         self._asked = asked_for(composer)
-        self._uniform_log: dict[str, float] = {}
         self._log: dict[str, float] = {}
         self._n_batches = 0
 
@@ -73,7 +74,8 @@ class TrainerPlanner:
             data: The DataModule.
             layout: The epoch's sizes.
         """
-        self._layout = layout
+        self.layout = layout
+        self._n_composing = layout.world_size if self._per_rank else 1
         self._batch_size = layout.batch_size if self._per_rank else layout.global_batch_size
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
@@ -82,43 +84,56 @@ class TrainerPlanner:
         if labels is not None:
             check_length("train_labels()", labels, layout)
 
-    def rehearse(self, pool_size: int) -> None:
-        """Try every step before the warm-up, so that errors appear now and not after it.
+    def rehearse(self, cut: Pools | WholeData, epoch: int) -> None:
+        """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
 
-        Two uniform batches are embedded and measured. The warm-up epochs log these values. Random embeddings are
-        composed, as many as a pool has, but at most about 2560.
+        Embeds two uniform batches, and composes random embeddings: as many as a pool has, or at most 2560 if the whole
+        dataset is composed. A copy of the composer composes them, so that a composer with state keeps its state. A
+        composer that cannot be copied is not tried.
 
         Args:
-            pool_size: Instances in a pool.
+            cut: What is planned together.
+            epoch: The first epoch that may be composed.
         """
-        trainer, layout = self.trainer, self._layout
-        pool_size = min(pool_size, layout.n_full * layout.global_batch_size)
-        n_instances = min(2, layout.n_full) * layout.global_batch_size
-        indices = permutation(layout.n_instances, seed=0, epoch=0)[:n_instances].astype(np.int64)
-        embeddings = self.source.read(indices)
+        trainer, layout = self.trainer, self.layout
+        embeddings = self.source.read(self._two_batches(epoch))
         with failing_together(trainer):
-            if self._per_rank:
-                indices, pool_size = own_share(trainer, indices), pool_size // trainer.world_size
             if self._per_rank or trainer.is_global_zero:
-                size = max(min(pool_size, 2560) // self._batch_size, 1) * self._batch_size
+                whole = layout.n_full * layout.global_batch_size
+                pool_size = min(whole, cut.size if isinstance(cut, Pools) else 2560) // self._n_composing
+                size = max(pool_size // self._batch_size, 1) * self._batch_size
                 random = torch.randn(size, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
-                self._compose(random.to(embeddings.device), np.arange(size), seed=0, epoch=0)
-                if embeddings.any():
-                    uniform = np.arange(len(indices)).reshape(-1, self._batch_size)
-                    self._uniform_log = self._describe(embeddings, indices, uniform)
-        if not self._per_rank:
-            self._uniform_log = trainer.strategy.broadcast(self._uniform_log)
+                try:
+                    composer = copy.deepcopy(self._composer)
+                except Exception:  # whatever a user's object raises
+                    return
+                self._compose(random.to(embeddings.device), np.arange(size), seed=0, epoch=epoch, composer=composer)
+
+    def describe_uniform(self, epoch: int) -> None:
+        """Note for the log what two uniform batches are like, with the model as it is.
+
+        Args:
+            epoch: The epoch that begins.
+        """
+        indices = self._two_batches(epoch)
+        embeddings = self.source.read(indices)
+        if self._per_rank:
+            indices = own_share(self.trainer, indices)
+        log: dict[str, float] = {}
+        if len(embeddings) and embeddings.any():
+            log = self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
+        self._log = log if self._per_rank else self.trainer.strategy.broadcast(log)
+        self._n_batches = 2
         self.source.end_epoch()
 
-    def start_epoch(self, *, composed: bool) -> None:
-        """Forget the last epoch's times and values to log.
+    def _two_batches(self, epoch: int) -> Indices:
+        """Draw two global batches of the dataset, or one if there are no more."""
+        n_instances = min(2, self.layout.n_full) * self.layout.global_batch_size
+        return permutation(self.layout.n_instances, seed=0, epoch=epoch)[:n_instances].astype(np.int64)
 
-        Args:
-            composed: Whether the epoch that begins is composed. A uniform epoch logs the values of the batches that
-                :meth:`rehearse` embedded.
-        """
-        self._log = {} if composed else dict(self._uniform_log)
-        self._n_batches = 2
+    def start_epoch(self) -> None:
+        """Forget what was noted of the last epoch."""
+        self._log = {}
         self.seconds = {}
 
     def take_log(self) -> tuple[dict[str, float], int]:
@@ -173,9 +188,11 @@ class TrainerPlanner:
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
 
-    def _compose(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+    def _compose(
+        self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, composer: Composer | None = None
+    ) -> _Composed:
         """Compose batches in this process alone."""
-        composer = self._composer
+        composer = self._composer if composer is None else composer
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
         more = {name: value for name, value in (("indices", indices), ("labels", labels)) if name in self._asked}
         start = time.perf_counter()
