@@ -1,3 +1,4 @@
+import inspect
 import random
 
 import numpy as np
@@ -177,6 +178,46 @@ def test_worker_init_fn_may_be_set_later():
 
 def test_spawned_workers():
     assert lists(make(num_workers=1, multiprocessing_context="spawn")) == EPOCH
+
+
+CHOSEN = [
+    {},
+    {
+        "num_workers": 2,
+        "collate_fn": tuple,
+        "pin_memory": False,
+        "timeout": 9,
+        "worker_init_fn": print,
+        "multiprocessing_context": torch.multiprocessing.get_context("spawn"),
+        "generator": torch.Generator(),
+        "prefetch_factor": 3,
+        "persistent_workers": True,
+        "in_order": True,
+    },
+]
+
+
+@pytest.mark.parametrize("kwargs", CHOSEN, ids=["defaults", "chosen"])
+def test_has_the_attributes_of_a_data_loader(kwargs):
+    """Those of one that makes the same batches: not with ``batch_sampler=``, which has no ``batch_size``."""
+    loader = make(**kwargs)
+    torchs = DataLoader(loader.dataset, batch_size=8, drop_last=True, **kwargs)
+    for name in inspect.signature(DataLoader).parameters.keys() - {"shuffle", "sampler", "batch_sampler"}:
+        assert getattr(loader, name) is getattr(torchs, name), name
+    assert type(loader.sampler) is type(torchs.sampler)
+    assert loader.batch_sampler.batch_size == 8
+
+
+def test_attributes_may_be_set_before_workers_start():
+    loader = make()
+    loader.num_workers, loader.prefetch_factor, loader.collate_fn = 1, 2, sum
+    assert [int(total) for total in loader] == [sum(batch) for batch in EPOCH]
+
+
+@pytest.mark.parametrize("kwargs", [{"num_workers": -1}, {"prefetch_factor": 2}, {"persistent_workers": True}], ids=str)
+def test_refuses_at_once_what_a_data_loader_refuses(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        make(**kwargs)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
