@@ -1,4 +1,5 @@
 import inspect
+import pickle
 import random
 
 import numpy as np
@@ -176,8 +177,36 @@ def test_worker_init_fn_may_be_set_later():
     assert lists(loader) == [[index + 100 for index in batch] for batch in EPOCH]
 
 
-def test_spawned_workers():
-    assert lists(make(num_workers=1, multiprocessing_context="spawn")) == EPOCH
+@pytest.mark.parametrize("start_method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_other_start_methods(start_method):
+    assert lists(make(num_workers=1, multiprocessing_context=start_method)) == EPOCH
+
+
+@loaders
+def test_a_copy_taken_while_batches_are_loaded_serves_alone(kwargs):
+    """Workers that are not forked get such a copy of whatever the dataset and ``collate_fn`` know."""
+    loader = make(**kwargs)
+    batches = iter(loader)
+    begun = [next(batches).tolist() for _ in range(2)]
+    loader.epoch_before, loader.batches = make(**kwargs), batches
+    lists(loader.epoch_before)
+    copied = pickle.loads(pickle.dumps(loader))
+    assert lists(copied.batches) == []
+    assert lists(copied) == lists(copied.epoch_before) == EPOCH
+    assert begun + lists(batches) == EPOCH
+    for each in (loader, loader.epoch_before, copied, copied.epoch_before):
+        each.close()
+
+
+def test_a_fetcher_is_copied_without_its_workers():
+    load = BatchFetcher(torch.arange(96), num_workers=1, generator=torch.Generator().manual_seed(1))
+    batches = load(batch for batch in [[1, 2], [3]])
+    next(batches)
+    copied = pickle.loads(pickle.dumps(load))
+    assert lists(copied([[5], [6]])) == [[5], [6]]
+    assert lists(batches) == [[3]]
+    copied.close()
+    load.close()
 
 
 CHOSEN = [

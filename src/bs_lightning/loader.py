@@ -1,7 +1,8 @@
 """Loader: a plan's batches -> collated batches of data, without prefetching across a pool's end."""
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,15 @@ class BatchFetcher:
         if workers is not None:
             workers._shutdown_workers()  # type: ignore[attr-defined]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the workers, which belong to this process, and the source of their seeds.
+
+        torch makes a temporary tensor of a generator's state, which a spawned process cannot open.
+        """
+        loader = copy.copy(self._loader)
+        loader._iterator = loader.generator = None
+        return vars(self) | {"_loader": loader}
+
 
 class _Batches:
     """What a ``DataLoader`` takes for its batch sampler: whatever is current."""
@@ -72,6 +82,26 @@ class _Batches:
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.current)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Batches, ()  # `current` may be a generator, which cannot be copied
+
+
+class _Iteration(Iterator[Any]):
+    """An iterator over a generator's values, of which a copy in a different process is at its end.
+
+    Lightning holds the iterator while workers start. Under ``spawn`` and ``forkserver`` it is pickled with whatever
+    knows the Trainer, as ``collate_fn=self.collate`` of a DataModule does. A generator cannot be pickled.
+    """
+
+    def __init__(self, values: Generator[Any]) -> None:
+        self._values = values
+
+    def __next__(self) -> Any:
+        return next(self._values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return iter, ((),)
 
 
 class PoolLoader:
@@ -139,6 +169,9 @@ class PoolLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        return _Iteration(self._iterate())
+
+    def _iterate(self) -> Generator[Any]:
         # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
         sampler = self.batch_sampler
         load, self._load = self._load, None  # a second iteration meanwhile gets workers of its own
