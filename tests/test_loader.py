@@ -1,10 +1,15 @@
+import ast
 import inspect
 import pickle
 import random
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import finish
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from bs_lightning import BatchFetcher, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
@@ -166,6 +171,26 @@ def test_persistent_workers_live_on():
     assert worker_seeds(loader) == first
 
 
+class Draws(Dataset):
+    """Item ``i`` is a random number."""
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        return torch.rand(())
+
+
+def test_persistent_workers_go_on_with_their_random_numbers():
+    draws = []
+    for _ in range(2):
+        loader = make(dataset=Draws(), num_workers=1, persistent_workers=True)
+        draws.append([lists(loader), lists(loader)])
+        loader.close()
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[0][1]
+
+
 def add_100(worker_id):
     get_worker_info().dataset.add_(100)
 
@@ -322,3 +347,30 @@ class Stream(IterableDataset):
 def test_refuses_data_without_indices(dataset):
     with pytest.raises(TypeError, match=f"dataset must be a map-style.*got {type(dataset).__name__}"):
         make(dataset=dataset)
+
+
+ROOT = Path(__file__).parents[1]
+NOTE = """
+from pathlib import Path
+
+sampler.set_epoch(7)
+Path(f"rank{fabric.global_rank}.txt").write_text(repr((list(sampler), float(encoder[1].weight.sum()))))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_fabric_loop_on_two_processes(tmp_path):
+    first, *_, last = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plain_pytorch.md").read_text(), flags=re.DOTALL)
+    one, two = 'Fabric(accelerator="cpu", devices=1)', 'Fabric(accelerator="cpu", devices=2, strategy="ddp")'
+    assert one in last
+    (tmp_path / "loop.py").write_text(first + last.replace(one, two) + NOTE)
+    done = finish([sys.executable, "loop.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.error[-4000:]
+    batches, weights = zip(
+        *(ast.literal_eval((tmp_path / f"rank{rank}.txt").read_text()) for rank in (0, 1)), strict=True
+    )
+    assert [len(batch) for rank in batches for batch in rank] == [64] * 15 * 2
+    served = [index for rank in batches for batch in rank for index in batch]
+    assert len(set(served)) == len(served)
+    assert weights[0] == weights[1]
