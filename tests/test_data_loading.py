@@ -20,6 +20,7 @@ SETTINGS = [
     pytest.param(
         {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}, marks=pytest.mark.slow
     ),
+    pytest.param({"num_workers": 2, "multiprocessing_context": "forkserver"}, marks=pytest.mark.slow),
 ]
 
 
@@ -74,6 +75,32 @@ def test_persistent_workers_live_on_to_the_end_of_the_fit_and_no_longer(fails):
     first, second, *_ = (alive - before for alive in workers.alive)
     assert first == second
     assert len(first) == 4  # for training and for encoding
+
+
+class Related(Data):
+    """Gives workers its own methods, and a dataset that knows the DataModule and the LightningModule."""
+
+    def __init__(self, **settings):
+        super().__init__(8, 100, seed=5, collate_fn=self.collate, worker_init_fn=self.begin_worker, **settings)
+
+    def collate(self, items):
+        assert self.n_begun == 1
+        return default_collate(items)
+
+    def begin_worker(self, worker_id):
+        self.n_begun = 1
+
+    def train_dataset(self):
+        dataset = Points(self.n)
+        dataset.data, dataset.module = self, self.trainer.lightning_module
+        return dataset
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"persistent_workers": False}, marks=pytest.mark.slow)], ids=str)
+def test_what_workers_get_may_reach_the_trainer(start_method, settings, expected):
+    """Under spawn and forkserver it is pickled in the middle of the fit, while other workers are alive."""
+    assert train(Related(num_workers=1, multiprocessing_context=start_method, **settings)) == expected
 
 
 @dataclasses.dataclass

@@ -1,8 +1,15 @@
+import ast
+import inspect
+import pickle
 import random
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import finish
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from bs_lightning import BatchFetcher, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
@@ -164,6 +171,26 @@ def test_persistent_workers_live_on():
     assert worker_seeds(loader) == first
 
 
+class Draws(Dataset):
+    """Item ``i`` is a random number."""
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        return torch.rand(())
+
+
+def test_persistent_workers_go_on_with_their_random_numbers():
+    draws = []
+    for _ in range(2):
+        loader = make(dataset=Draws(), num_workers=1, persistent_workers=True)
+        draws.append([lists(loader), lists(loader)])
+        loader.close()
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[0][1]
+
+
 def add_100(worker_id):
     get_worker_info().dataset.add_(100)
 
@@ -175,8 +202,76 @@ def test_worker_init_fn_may_be_set_later():
     assert lists(loader) == [[index + 100 for index in batch] for batch in EPOCH]
 
 
-def test_spawned_workers():
-    assert lists(make(num_workers=1, multiprocessing_context="spawn")) == EPOCH
+@pytest.mark.parametrize("start_method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_other_start_methods(start_method):
+    assert lists(make(num_workers=1, multiprocessing_context=start_method)) == EPOCH
+
+
+@loaders
+def test_a_copy_taken_while_batches_are_loaded_serves_alone(kwargs):
+    """Workers that are not forked get such a copy of whatever the dataset and ``collate_fn`` know."""
+    loader = make(**kwargs)
+    batches = iter(loader)
+    begun = [next(batches).tolist() for _ in range(2)]
+    loader.epoch_before, loader.batches = make(**kwargs), batches
+    lists(loader.epoch_before)
+    copied = pickle.loads(pickle.dumps(loader))
+    assert lists(copied.batches) == []
+    assert lists(copied) == lists(copied.epoch_before) == EPOCH
+    assert begun + lists(batches) == EPOCH
+    for each in (loader, loader.epoch_before, copied, copied.epoch_before):
+        each.close()
+
+
+def test_a_fetcher_is_copied_without_its_workers():
+    load = BatchFetcher(torch.arange(96), num_workers=1, generator=torch.Generator().manual_seed(1))
+    batches = load(batch for batch in [[1, 2], [3]])
+    next(batches)
+    copied = pickle.loads(pickle.dumps(load))
+    assert lists(copied([[5], [6]])) == [[5], [6]]
+    assert lists(batches) == [[3]]
+    copied.close()
+    load.close()
+
+
+CHOSEN = [
+    {},
+    {
+        "num_workers": 2,
+        "collate_fn": tuple,
+        "pin_memory": False,
+        "timeout": 9,
+        "worker_init_fn": print,
+        "multiprocessing_context": torch.multiprocessing.get_context("spawn"),
+        "generator": torch.Generator(),
+        "prefetch_factor": 3,
+        "persistent_workers": True,
+        "in_order": True,
+    },
+]
+
+
+@pytest.mark.parametrize("kwargs", CHOSEN, ids=["defaults", "chosen"])
+def test_has_the_attributes_of_a_data_loader(kwargs):
+    """Those of one that makes the same batches: not with ``batch_sampler=``, which has no ``batch_size``."""
+    loader = make(**kwargs)
+    torchs = DataLoader(loader.dataset, batch_size=8, drop_last=True, **kwargs)
+    for name in inspect.signature(DataLoader).parameters.keys() - {"shuffle", "sampler", "batch_sampler"}:
+        assert getattr(loader, name) is getattr(torchs, name), name
+    assert type(loader.sampler) is type(torchs.sampler)
+    assert loader.batch_sampler.batch_size == 8
+
+
+def test_attributes_may_be_set_before_workers_start():
+    loader = make()
+    loader.num_workers, loader.prefetch_factor, loader.collate_fn = 1, 2, sum
+    assert [int(total) for total in loader] == [sum(batch) for batch in EPOCH]
+
+
+@pytest.mark.parametrize("kwargs", [{"num_workers": -1}, {"prefetch_factor": 2}, {"persistent_workers": True}], ids=str)
+def test_refuses_at_once_what_a_data_loader_refuses(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        make(**kwargs)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -252,3 +347,30 @@ class Stream(IterableDataset):
 def test_refuses_data_without_indices(dataset):
     with pytest.raises(TypeError, match=f"dataset must be a map-style.*got {type(dataset).__name__}"):
         make(dataset=dataset)
+
+
+ROOT = Path(__file__).parents[1]
+NOTE = """
+from pathlib import Path
+
+sampler.set_epoch(7)
+Path(f"rank{fabric.global_rank}.txt").write_text(repr((list(sampler), float(encoder[1].weight.sum()))))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_fabric_loop_on_two_processes(tmp_path):
+    first, *_, last = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plain_pytorch.md").read_text(), flags=re.DOTALL)
+    one, two = 'Fabric(accelerator="cpu", devices=1)', 'Fabric(accelerator="cpu", devices=2, strategy="ddp")'
+    assert one in last
+    (tmp_path / "loop.py").write_text(first + last.replace(one, two) + NOTE)
+    done = finish([sys.executable, "loop.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.error[-4000:]
+    batches, weights = zip(
+        *(ast.literal_eval((tmp_path / f"rank{rank}.txt").read_text()) for rank in (0, 1)), strict=True
+    )
+    assert [len(batch) for rank in batches for batch in rank] == [64] * 15 * 2
+    served = [index for rank in batches for batch in rank for index in batch]
+    assert len(set(served)) == len(served)
+    assert weights[0] == weights[1]

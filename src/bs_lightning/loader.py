@@ -1,7 +1,8 @@
 """Loader: a plan's batches -> collated batches of data, without prefetching across a pool's end."""
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,18 @@ if TYPE_CHECKING:
     from bs_lightning.sampler import PoolBatchSampler
 
 Load = Callable[[Iterable[list[int]]], Iterator[Any]]
+
+# Arguments of torch's `DataLoader` that choose indices, and what to do instead.
+_OURS = {
+    "dataset": "override train_dataset()",
+    "batch_size": "give batch_size by itself",
+    "shuffle": "leave it out: every epoch is a new random permutation",
+    "sampler": "leave it out: the plan chooses the indices",
+    "batch_sampler": "leave it out: the plan chooses the batches",
+    "drop_last": "give drop_last by itself",
+}
+# All other arguments, such as `num_workers`.
+_SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]
 
 
 class BatchFetcher:
@@ -52,6 +65,15 @@ class BatchFetcher:
         if workers is not None:
             workers._shutdown_workers()  # type: ignore[attr-defined]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the workers, which belong to this process, and the source of their seeds.
+
+        torch makes a temporary tensor of a generator's state, which a spawned process cannot open.
+        """
+        loader = copy.copy(self._loader)
+        loader._iterator = loader.generator = None
+        return vars(self) | {"_loader": loader}
+
 
 class _Batches:
     """What a ``DataLoader`` takes for its batch sampler: whatever is current."""
@@ -61,16 +83,39 @@ class _Batches:
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.current)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Batches, ()  # `current` may be a generator, which cannot be copied
+
+
+class _Iteration(Iterator[Any]):
+    """An iterator over a generator's values, of which a copy in a different process is at its end.
+
+    Lightning holds the iterator while workers start. Under ``spawn`` and ``forkserver`` it is pickled with whatever
+    knows the Trainer, as ``collate_fn=self.collate`` of a DataModule does. A generator cannot be pickled.
+    """
+
+    def __init__(self, values: Generator[Any]) -> None:
+        self._values = values
+
+    def __next__(self) -> Any:
+        return next(self._values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return iter, ((),)
+
 
 class PoolLoader:
     """A data loader that asks for each pool's plan only when its first batch is about to be trained.
 
     A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training, so that a pool would be
     planned with older weights the more workers there are. This one loads pool by pool with one set of workers, and
-    prefetches within a pool only. Iterate it like a ``DataLoader``.
+    prefetches within a pool only. Iterate it like a ``DataLoader``, and read the same attributes. ``batch_size`` and
+    ``drop_last`` are the batch sampler's. It is no subclass of ``DataLoader``: Lightning makes such loaders again, with
+    a sampler of its own, in which the plan would be lost.
 
     Workers live for one iteration, or until :meth:`close` with ``persistent_workers=True``. Nothing is drawn from the
-    global random state: the workers' seeds come from the sampler's seed, or, one draw an iteration, from ``generator``.
+    global random state. The workers' seeds come from the sampler's seed, or from ``generator``, one draw each time that
+    workers start. Persistent workers keep their random states from one iteration to the next.
 
     Args:
         dataset: A map-style data set.
@@ -79,7 +124,8 @@ class PoolLoader:
             ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers``, ``worker_init_fn`` and so on.
 
     Raises:
-        ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, or ``in_order=False``.
+        ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, ``in_order=False``, or a value that
+            ``DataLoader`` refuses.
         TypeError: If the data set is iterable-style.
 
     Example:
@@ -88,22 +134,44 @@ class PoolLoader:
         >>> loader = PoolLoader(torch.arange(8), PoolBatchSampler(8, batch_size=4))
         >>> [len(batch) for batch in loader]
         [4, 4]
+        >>> loader.batch_size, loader.num_workers
+        (4, 0)
     """
+
+    num_workers: int
+    collate_fn: Callable[[list[Any]], Any]
+    pin_memory: bool
+    timeout: float
+    worker_init_fn: Callable[[int], None] | None
+    multiprocessing_context: Any
+    generator: torch.Generator | None
+    prefetch_factor: int | None
+    persistent_workers: bool
+    pin_memory_device: str
+    in_order: bool
 
     def __init__(self, dataset: Dataset[Any], batch_sampler: "PoolBatchSampler", **dataloader_kwargs: Any) -> None:
         check_dataloader_kwargs(dataloader_kwargs)
         check_map_style(dataset, "dataset")
         self.dataset = dataset
         self.batch_sampler = batch_sampler
-        # Lightning sets this attribute where the user left it None, to seed workers differently on every rank.
-        self.worker_init_fn = dataloader_kwargs.pop("worker_init_fn", None)
-        self._kwargs = dataloader_kwargs
+        self.batch_size = batch_sampler.batch_size
+        self.drop_last = batch_sampler.drop_last
+        checked = DataLoader(dataset, batch_sampler=batch_sampler, **dataloader_kwargs)
+        self.sampler = checked.sampler
+        # Read when workers start, so that they may be set later: Lightning sets a `worker_init_fn` that is None, to
+        # seed workers differently on every rank.
+        for name in _SETTINGS:
+            setattr(self, name, getattr(checked, name))
         self._load: BatchFetcher | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        return _Iteration(self._iterate())
+
+    def _iterate(self) -> Generator[Any]:
         # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
         sampler = self.batch_sampler
         load, self._load = self._load, None  # a second iteration meanwhile gets workers of its own
@@ -111,13 +179,13 @@ class PoolLoader:
             plan = sampler.plan()
             for batches in sampler.pools(plan):
                 if load is None:
-                    kwargs = self._kwargs | {"generator": self._generator(), "worker_init_fn": self.worker_init_fn}
-                    load = BatchFetcher(self.dataset, **kwargs)
+                    settings = {name: getattr(self, name) for name in _SETTINGS}
+                    load = BatchFetcher(self.dataset, **settings | {"generator": self._generator()})
                 for batch in load(batches):
                     plan.served += 1
                     yield batch
         finally:
-            if load is not None and self._kwargs.get("persistent_workers") and self._load is None:
+            if load is not None and self.persistent_workers and self._load is None:
                 self._load = load
             elif load is not None:
                 load.close()
@@ -130,11 +198,10 @@ class PoolLoader:
 
     def _generator(self) -> torch.Generator:
         """The source of the workers' seeds."""
-        theirs = self._kwargs.get("generator")
-        if theirs is None:
+        if self.generator is None:
             seed = self.batch_sampler.worker_seed()
         else:
-            seed = int(torch.empty((), dtype=torch.int64).random_(generator=theirs))
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         return torch.Generator().manual_seed(seed)
 
 
@@ -145,17 +212,9 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
         TypeError: Naming the argument that does not exist.
         ValueError: Naming the argument and what to do instead.
     """
-    ours = {
-        "dataset": "override train_dataset()",
-        "batch_size": "give batch_size by itself",
-        "shuffle": "leave it out: every epoch is a new random permutation",
-        "sampler": "leave it out: the plan chooses the indices",
-        "batch_sampler": "leave it out: the plan chooses the batches",
-        "drop_last": "give drop_last by itself",
-    }
-    for name in ours.keys() & kwargs.keys():
-        raise ValueError(f"{name}={kwargs[name]!r} is no argument for the data loader here: {ours[name]}.")
-    for name in kwargs.keys() - inspect.signature(DataLoader).parameters.keys():
+    for name in _OURS.keys() & kwargs.keys():
+        raise ValueError(f"{name}={kwargs[name]!r} is no argument for the data loader here: {_OURS[name]}.")
+    for name in kwargs.keys() - set(_SETTINGS):
         raise TypeError(f"torch's DataLoader has no argument {name}={kwargs[name]!r}.")
     if kwargs.get("in_order") is False:
         raise ValueError("in_order=False would train batches in another order than planned. Leave it True.")
