@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, walker
 
 from bs_lightning import ExactGraph, PlannedPool, Planning, PoolBatchSampler, Pools, RWRComposer
@@ -123,11 +124,11 @@ class Saves(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def run(ckpt_path=None, *callbacks, max_epochs=2, limit=1.0, composer=None, **data):
+def run(ckpt_path=None, *callbacks, max_epochs=2, max_steps=-1, limit=1.0, composer=None, **data):
     seed_everything(0, verbose=False)
     model = Exact()
     how = {} if composer is None else {"composer": composer}
-    settings = {"max_epochs": max_epochs, "limit_train_batches": limit, "ckpt_path": ckpt_path}
+    settings = {"max_epochs": max_epochs, "max_steps": max_steps, "limit_train_batches": limit, "ckpt_path": ckpt_path}
     fit(model, Data(8, **{"n": 103} | data), walker(32, **how), *callbacks, **settings)
     return model.epochs
 
@@ -168,13 +169,10 @@ def test_a_checkpoint_that_is_saved_while_a_pool_is_planned_is_resumed(tmp_path)
 
 
 def test_going_on_after_max_steps_ended_an_epoch_early_is_warned_of(tmp_path):
-    class SavesAtTheEnd(Callback):
-        def on_train_end(self, trainer, module):
-            trainer.save_checkpoint(tmp_path / "cut.ckpt")
-
-    fit(Exact(), Data(8, 103), walker(32), SavesAtTheEnd(), max_epochs=-1, max_steps=5)
+    saves = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=10)
+    fit(Exact(), Data(8, 103), walker(32), saves, max_epochs=-1, max_steps=5, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="after 5 of 12 batches of epoch 0, as max_steps ended training there"):
-        epochs = run(tmp_path / "cut.ckpt")
+        epochs = run(tmp_path / "last.ckpt", max_steps=20)
     assert [len(batches) for batches in epochs.values()] == [7]  # as without the callback
 
 
