@@ -1,4 +1,4 @@
-"""Every kind of batch, data set and loader setting a user may bring, in real training."""
+"""Every kind of batch, dataset and loader setting a user may bring, in real training."""
 
 import dataclasses
 import multiprocessing

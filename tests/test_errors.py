@@ -41,7 +41,7 @@ def test_callback_arguments(kwargs, error, words):
         ({"shuffle": True}, ValueError, "shuffle=True is no argument .* every epoch is a new random permutation"),
         ({"sampler": []}, ValueError, "sampler=.* the plan chooses the indices"),
         ({"batch_sampler": []}, ValueError, "batch_sampler=.* the plan chooses the batches"),
-        ({"in_order": False}, ValueError, "in_order=False would train batches in another order"),
+        ({"in_order": False}, ValueError, "in_order=False would train batches in a different order"),
     ],
 )
 def test_datamodule_arguments(kwargs, error, words):
@@ -50,9 +50,7 @@ def test_datamodule_arguments(kwargs, error, words):
 
 
 def test_an_overridden_train_dataloader_is_refused_where_it_is_written():
-    with pytest.raises(
-        TypeError, match=r"Mine must not override train_dataloader.*Return the data set from train_data"
-    ):
+    with pytest.raises(TypeError, match=r"Mine must not override train_dataloader.*Return the dataset from train_data"):
 
         class Mine(BatchSamplerDataModule):
             def train_dataloader(self):
@@ -112,8 +110,8 @@ class NoData(BatchSamplerDataModule):
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [
-        (Streams(), TypeError, r"train_dataset\(\) must be a map-style data set .*, got Stream"),
-        (PoolStreams(), TypeError, r"pool_dataset\(\) must be a map-style data set .*, got Stream"),
+        (Streams(), TypeError, r"train_dataset\(\) must be a map-style dataset .*, got Stream"),
+        (PoolStreams(), TypeError, r"pool_dataset\(\) must be a map-style dataset .*, got Stream"),
         (ShortPool(), ValueError, r"pool_dataset\(\) must have the length and order of .* 100, got length 99"),
         (ShortLabels(), ValueError, r"train_labels\(\) must have the length and order of .* 100, got length 7"),
         (NoData(8), NotImplementedError, r"NoData must override train_dataset\(\)"),

@@ -330,7 +330,7 @@ def test_a_second_iteration_does_not_disturb_persistent_workers():
 
 
 def test_refuses_another_order():
-    with pytest.raises(ValueError, match="in_order=False would train batches in another order"):
+    with pytest.raises(ValueError, match="in_order=False would train batches in a different order"):
         make(in_order=False)
     assert lists(make(in_order=True)) == EPOCH
 

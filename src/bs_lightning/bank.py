@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._embeddings import unit_rows
+from bs_lightning._embeddings import first_not_finite, unit_rows
 
 
 class EmbeddingBank:
@@ -67,9 +67,9 @@ class EmbeddingBank:
         if self._rows is None:
             return torch.zeros(len(indices), 2)
         rows = self._rows[indices.to(self._rows.device)].float()
-        finite = torch.isfinite(rows).all(dim=1)
-        if not finite.all():
-            index = int(indices[int((~finite).nonzero()[0])])
+        row = first_not_finite(rows)
+        if row is not None:
+            index = int(indices[row])
             raise ValueError(
                 f"The embedding of dataset index {index} is not finite. Check that instance, or whether training "
                 "diverged."

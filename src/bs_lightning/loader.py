@@ -1,6 +1,6 @@
 """Loader: a plan's batches -> collated batches of data, without prefetching across a pool's end."""
 
-import copy
+import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ class BatchFetcher:
     ``load(batches)`` returns an iterator over the collated batches. One call at a time: a new one ends the last.
 
     Args:
-        dataset: A map-style data set.
+        dataset: A map-style dataset.
         **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices.
 
     Raises:
@@ -52,6 +52,7 @@ class BatchFetcher:
         self._batches = _Batches()
         if dataloader_kwargs.get("num_workers", 0) > 0:
             dataloader_kwargs["persistent_workers"] = True
+        self._kwargs = dataloader_kwargs
         self._loader = DataLoader(dataset, batch_sampler=self._batches, **dataloader_kwargs)
 
     def __call__(self, batches: Iterable[list[int]]) -> Iterator[Any]:
@@ -65,14 +66,11 @@ class BatchFetcher:
         if workers is not None:
             workers._shutdown_workers()  # type: ignore[attr-defined]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the workers, which belong to this process, and the source of their seeds.
-
-        torch makes a temporary tensor of a generator's state, which a spawned process cannot open.
-        """
-        loader = copy.copy(self._loader)
-        loader._iterator = loader.generator = None
-        return vars(self) | {"_loader": loader}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has workers of its own, and no generator: torch sends its state as a temporary tensor, which a spawned
+        process cannot open."""
+        kwargs = {name: value for name, value in self._kwargs.items() if name != "generator"}
+        return functools.partial(BatchFetcher, **kwargs), (self._loader.dataset,)
 
 
 class _Batches:
@@ -118,7 +116,7 @@ class PoolLoader:
     workers start. Persistent workers keep their random states from one iteration to the next.
 
     Args:
-        dataset: A map-style data set.
+        dataset: A map-style dataset.
         batch_sampler: Serves the plan.
         **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices:
             ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers``, ``worker_init_fn`` and so on.
@@ -126,7 +124,7 @@ class PoolLoader:
     Raises:
         ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, ``in_order=False``, or a value that
             ``DataLoader`` refuses.
-        TypeError: If the data set is iterable-style.
+        TypeError: If the dataset is iterable-style.
 
     Example:
         >>> import torch
@@ -212,24 +210,25 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
         TypeError: Naming the argument that does not exist.
         ValueError: Naming the argument and what to do instead.
     """
-    for name in _OURS.keys() & kwargs.keys():
-        raise ValueError(f"{name}={kwargs[name]!r} is no argument for the data loader here: {_OURS[name]}.")
-    for name in kwargs.keys() - set(_SETTINGS):
-        raise TypeError(f"torch's DataLoader has no argument {name}={kwargs[name]!r}.")
+    for name, value in kwargs.items():
+        if name in _OURS:
+            raise ValueError(f"{name}={value!r} is no argument for the data loader here: {_OURS[name]}.")
+        if name not in _SETTINGS:
+            raise TypeError(f"torch's DataLoader has no argument {name}={value!r}.")
     if kwargs.get("in_order") is False:
-        raise ValueError("in_order=False would train batches in another order than planned. Leave it True.")
+        raise ValueError("in_order=False would train batches in a different order than planned. Leave it True.")
 
 
 def check_map_style(dataset: object, name: str) -> None:
-    """Refuse data sets that cannot be indexed.
+    """Refuse datasets that cannot be indexed.
 
     Raises:
-        TypeError: Naming where the data set came from.
+        TypeError: Naming where the dataset came from.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset) or not (
         hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))
     ):
         raise TypeError(
-            f"{name} must be a map-style data set with __len__ and __getitem__, got {type(dataset).__name__}. "
-            "Batches are chosen by index, which an iterable data set does not have."
+            f"{name} must be a map-style dataset with __len__ and __getitem__, got {type(dataset).__name__}. "
+            "Batches are chosen by index, which an iterable dataset does not have."
         )

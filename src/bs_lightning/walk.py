@@ -1,9 +1,10 @@
 """Walk: a neighbour graph -> batches, by random walk with restart (RWR)."""
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from bs_lightning._checks import check_integer, check_neighbors, check_number, check_seed
+from bs_lightning._types import Batches
 
 
 def rwr_batches(
@@ -14,7 +15,7 @@ def rwr_batches(
     n_roots: int = 1,
     seed: int = 0,
     replacement: bool = False,
-) -> NDArray[np.int64]:
+) -> Batches:
     """Compose batches of nodes that random walks with restart visit together.
 
     One walk fills a batch, or ``n_roots`` walks share it. A walk starts at a root. At each step it jumps back to the
@@ -65,7 +66,7 @@ def rwr_batches(
 
     from bs_lightning._walk_kernel import walk_batches  # numba is slow to import: not before the first walk
 
-    batches: NDArray[np.int64] = walk_batches(
+    batches: Batches = walk_batches(
         np.ascontiguousarray(graph, dtype=np.int32),
         batch_size,
         restart_probability,

@@ -99,7 +99,7 @@ class BatchSamplerDataModule(LightningDataModule):
         if cls.train_dataloader is not BatchSamplerDataModule.train_dataloader:
             raise TypeError(
                 f"{cls.__name__} must not override train_dataloader: the batches that BatchSamplerCallback composes "
-                "would be bypassed. Return the data set from train_dataset() and give DataLoader's arguments to "
+                "would be bypassed. Return the dataset from train_dataset() and give DataLoader's arguments to "
                 "super().__init__(batch_size, num_workers=..., ...)."
             )
 
