@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
 
 
-class Points(Dataset):
+class Points(Dataset[tuple[int, torch.Tensor]]):
     """Item ``i`` is ``(i, point i)``. Each point lies in one of ten clusters, ``i % 10``."""
 
     def __init__(self, n: int = 100, dim: int = 8) -> None:
@@ -32,7 +32,7 @@ class Data(BatchSamplerDataModule):
         super().__init__(batch_size, **kwargs)
         self.n = n
 
-    def train_dataset(self) -> Dataset:
+    def train_dataset(self) -> Points:
         return Points(self.n)
 
 
@@ -50,7 +50,7 @@ class Model(LightningModule):
         )
         self.epochs: dict[int, list[list[int]]] = {}
 
-    def forward(self, batch: Any) -> torch.Tensor:
+    def forward(self, batch: Any) -> Any:
         return self.encoder(batch[1])
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -69,12 +69,12 @@ class Model(LightningModule):
 
 def walker(pool_size: int = 32, **kwargs: Any) -> BatchSamplerCallback:
     """Return a callback that does not wait for pynndescent to compile."""
-    kwargs = {"composer": RWRComposer(ExactGraph(n_neighbors=5)), "warmup_epochs": 0} | kwargs
-    return BatchSamplerCallback(pool_size, **kwargs)
+    chosen: dict[str, Any] = {"composer": RWRComposer(ExactGraph(n_neighbors=5)), "warmup_epochs": 0} | kwargs
+    return BatchSamplerCallback(pool_size, **chosen)
 
 
 def trainer(*callbacks: Any, max_epochs: int = 2, **kwargs: Any) -> Trainer:
-    quiet = {
+    quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,

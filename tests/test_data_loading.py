@@ -14,13 +14,16 @@ SETTINGS = [
     {"num_workers": 1, "prefetch_factor": 1},
     {"num_workers": 1, "prefetch_factor": 8},
     {"num_workers": 4, "prefetch_factor": 1},
-    {"num_workers": 4, "prefetch_factor": 8, "persistent_workers": True},
+    {"num_workers": 4, "prefetch_factor": 8, "persistent_workers": False},
     {"num_workers": 2, "multiprocessing_context": "fork"},
     pytest.param({"num_workers": 2, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
     pytest.param(
-        {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}, marks=pytest.mark.slow
+        {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": False}, marks=pytest.mark.slow
     ),
     pytest.param({"num_workers": 2, "multiprocessing_context": "forkserver"}, marks=pytest.mark.slow),
+    pytest.param(
+        {"num_workers": 1, "multiprocessing_context": "forkserver", "persistent_workers": False}, marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -43,38 +46,109 @@ def test_loader_settings_do_not_change_the_batches(settings, expected):
     assert train(Data(8, 100, seed=5, **settings)) == expected
 
 
+def started_here():
+    """The worker processes that are alive now."""
+    return {worker.pid for worker in multiprocessing.active_children()}
+
+
 class Workers(Callback):
-    """Notes the worker processes at the end of each epoch."""
+    """Notes the worker processes that this fit has alive at the end of each epoch."""
 
     def __init__(self):
+        self.before = started_here()
         self.alive = []
 
     def on_train_epoch_end(self, trainer, module):
-        self.alive.append({worker.pid for worker in multiprocessing.active_children()})
+        self.alive.append(started_here() - self.before)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_persistent_workers_live_on_to_the_end_of_the_fit_and_no_longer(fails):
-    """If this fails with a new Lightning, see `_TrainLoader._iterator`. Workers left alive cost ten seconds later."""
-    before = {worker.pid for worker in multiprocessing.active_children()}
-    workers = Workers()
+def fails_in_composer(embeddings, batch_size, *, seed, epoch):
+    if epoch == 2:
+        raise ValueError("it fails")
+    return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
-    def composer(embeddings, batch_size, *, seed, epoch):
-        if fails and epoch == 2:
-            raise ValueError("no graph")
-        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
-    callbacks = [workers, walker(composer=composer)]
-    data = Data(8, 100, num_workers=2, persistent_workers=True)
-    if fails:
-        with pytest.raises(ValueError, match="no graph"):
+class FailsInStep(Model):
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == 2 and batch_idx == 5:
+            raise ValueError("it fails")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("settings", [{}, {"persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("fails_in", [None, "composer", "step"])
+def test_workers_live_on_to_the_end_of_the_fit_and_no_longer(settings, fails_in):
+    """If this fails with a new Lightning, see `TrainerLoader._iterator`. Workers left alive cost ten seconds later."""
+    data = Data(8, 100, num_workers=2, **settings)
+    make_model = FailsInStep if fails_in == "step" else Model
+    for _ in range(2):
+        workers = Workers()
+        callbacks = [workers, walker(composer=fails_in_composer if fails_in == "composer" else pool_order)]
+        if fails_in is None:
             train(data, callbacks=callbacks)
-    else:
-        train(data, callbacks=callbacks)
-    assert {worker.pid for worker in multiprocessing.active_children()} <= before
-    first, second, *_ = (alive - before for alive in workers.alive)
-    assert first == second
-    assert len(first) == 4  # for training and for encoding
+        else:
+            with pytest.raises(ValueError, match="it fails"):
+                train(data, make_model, callbacks=callbacks)
+        assert started_here() <= workers.before
+        first, second, *_ = workers.alive
+        assert first == second
+        assert len(first) == 4  # for training and for encoding
+
+
+def test_persistent_workers_can_be_refused():
+    workers = Workers()
+    train(Data(8, 100, num_workers=2, persistent_workers=False), callbacks=[workers, walker()])
+    assert started_here() <= workers.before
+    first, second, third = workers.alive
+    assert not first & second
+    assert not second & third
+
+
+def test_a_reloaded_loader_leaves_no_workers():
+    workers = Workers()
+    fit(Model(), Data(8, 100, num_workers=2), workers, walker(), max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    assert [len(alive) for alive in workers.alive] == [4] * 4
+    assert not workers.alive[0] & workers.alive[1]
+    assert started_here() <= workers.before
+
+
+class Grows(Points):
+    """Says how often it was told to grow."""
+
+    times = 0
+
+    def __getitem__(self, index):
+        return (*super().__getitem__(index), self.times)
+
+
+class GrowsEachEpoch(Callback):
+    def on_train_epoch_start(self, trainer, module):
+        trainer.train_dataloader.dataset.times += 1
+
+
+class SeesGrowth(Model):
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 0:
+            self.times.append(int(batch[2][0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [({}, [1, 2, 3]), ({"num_workers": 1}, [1, 1, 1]), ({"num_workers": 1, "persistent_workers": False}, [1, 2, 3])],
+    ids=str,
+)
+def test_a_dataset_that_changes_between_epochs_needs_new_workers(settings, times):
+    class Growing(Data):
+        def train_dataset(self):
+            return Grows(self.n)
+
+    model = SeesGrowth()
+    fit(model, Growing(8, 100, **settings), GrowsEachEpoch(), max_epochs=3)
+    assert model.times == times
 
 
 class Related(Data):

@@ -48,6 +48,11 @@ class BatchSamplerDataModule(LightningDataModule):
     Without the callback, and in its warm-up epochs, the batches are uniform: consecutive pieces of a random
     permutation, another each epoch.
 
+    With ``num_workers > 0`` the workers are kept until the fit ends, as with ``persistent_workers=True``. torch starts
+    new ones each epoch. Here that would be twice an epoch, for training and for encoding. On Linux torch forks them
+    while other threads run, and sometimes such a worker hangs for good. A kept worker has the dataset as it was when
+    the worker started. If you change the dataset between epochs, give ``persistent_workers=False``.
+
     Args:
         batch_size: Instances per batch and process. Read when training data is asked for, so that
             ``Tuner.scale_batch_size`` can change it.
@@ -59,6 +64,7 @@ class BatchSamplerDataModule(LightningDataModule):
             collated as the training items are. ``None`` takes ``collate_fn``.
         **dataloader_kwargs: For training and pool loader alike, those of :class:`torch.utils.data.DataLoader` that do
             not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers`` and so on.
+            ``persistent_workers`` is ``True`` by default where there are workers.
 
     Raises:
         TypeError: If a subclass overrides ``train_dataloader``, or ``seed`` is no integer.
@@ -85,6 +91,8 @@ class BatchSamplerDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_dataloader_kwargs(dataloader_kwargs)
+        if dataloader_kwargs.get("num_workers"):
+            dataloader_kwargs.setdefault("persistent_workers", True)
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = None if seed is None else check_seed(seed)
