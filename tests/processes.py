@@ -74,9 +74,12 @@ def _last_change(folder: Path, since: float) -> float:
 
 
 def _last_words(process: "subprocess.Popen[str]") -> str:
-    """Ask a run's processes where they are (``run.py`` answers to this signal), and kill them."""
-    os.killpg(process.pid, signal.SIGUSR1)
-    time.sleep(2)
+    """Ask a run's processes in turn where they are (``run.py`` answers to this signal), and kill them."""
+    for entry in Path("/proc").glob("[0-9]*"):  # empty where there is no such folder
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(int(entry.name)) == process.pid:
+                os.kill(int(entry.name), signal.SIGUSR1)
+                time.sleep(0.5)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.communicate()[1]

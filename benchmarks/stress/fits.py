@@ -237,6 +237,7 @@ class Fits:
                 self.note(Counter([error.kind]), resumed, str(error))
                 if error.kind == "crashes":
                     return False
+                continue
             self.kills_left -= 1
             self.kills[f"{kill['place']}, {settings['devices']} processes"] += 1
         try:
