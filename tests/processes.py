@@ -6,10 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SCRIPT = Path(__file__).with_name("run.py")
+PATIENCE = 60.0  # seconds without progress after which a run counts as hanging
+
+
+class Hung(Exception):
+    """A command that made no progress; the text is what it wrote to its standard error."""
 
 
 class Finished(NamedTuple):
@@ -19,8 +25,19 @@ class Finished(NamedTuple):
     error: str  # what it wrote to its standard error
 
 
-def finish(command: list[Any], timeout: float = 240, cwd: Path | None = None) -> Finished:
-    """Run a command to its end; then end every process that it has started and left behind."""
+def finish(command: list[Any], timeout: float = 240, cwd: Path | None = None, watched: Path | None = None) -> Finished:
+    """Run a command to its end; then end every process that it has started and left behind.
+
+    Args:
+        command: The command.
+        timeout: Seconds after which the command is killed.
+        cwd: The folder that it runs in.
+        watched: A folder. If no file in it changes for 60 seconds, the command is killed.
+
+    Raises:
+        Hung: If nothing changed in the watched folder; the text shows where the processes were.
+        subprocess.TimeoutExpired: If the command took longer than ``timeout``.
+    """
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -30,12 +47,42 @@ def finish(command: list[Any], timeout: float = 240, cwd: Path | None = None) ->
         start_new_session=True,
         cwd=cwd,
     )
+    started = time.time()
     try:
-        _, error = process.communicate(timeout=timeout)
+        while True:
+            try:
+                _, error = process.communicate(timeout=timeout if watched is None else 1)
+                break
+            except subprocess.TimeoutExpired:
+                now = time.time()
+                if watched is not None and now - _last_change(watched, since=started) > PATIENCE:
+                    raise Hung(_last_words(process)) from None
+                if now - started > timeout:
+                    raise
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return Finished(process.returncode, error)
+
+
+def _last_change(folder: Path, since: float) -> float:
+    times = [since]
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that is being replaced
+            times.append(file.stat().st_mtime)
+    return max(times)
+
+
+def _last_words(process: "subprocess.Popen[str]") -> str:
+    """Ask a run's processes in turn where they are (``run.py`` answers to this signal), and kill them."""
+    for entry in Path("/proc").glob("[0-9]*"):  # empty where there is no such folder
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(int(entry.name)) == process.pid:
+                os.kill(int(entry.name), signal.SIGUSR1)
+                time.sleep(0.5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[1]
 
 
 def run(folder: Path, *, fails: bool = False, devices: int = 2, timeout: float = 240, **settings: Any) -> Any:

@@ -1,10 +1,14 @@
 """A training run in processes of its own, as a user starts it: ``python run.py FOLDER '{"strategy": "ddp", ...}'``.
 
 It goes on from ``FOLDER/last.ckpt`` if that is there. Each rank notes its batches in ``FOLDER/rank0.txt`` and so on, a
-line ``step:[indices]`` each, and what it saw in ``FOLDER/rank0.json`` when training is done.
+line ``step:[indices]`` each, and what it saw in ``FOLDER/rank0.json`` when training is done. ``FOLDER/rank0.batches``
+has a line ``[epoch, number of the batch, [indices]]`` for each batch.
+
+With several pairs of a folder and settings, one process runs them one after the other.
 """
 
 import atexit
+import faulthandler
 import hashlib
 import json
 import os
@@ -18,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from parts import Data, Model, fit, pool_order, walker
+from parts import Data, Model, Points, fit, pool_order, walker
 
 from bs_lightning import ExactGraph, RWRComposer
+from bs_lightning.baselines import uniform_batches
 
 
 class Writes(Callback):
@@ -65,6 +71,49 @@ def no_graph(embeddings, batch_size, *, seed, epoch, per_rank=False):
     raise ValueError("no graph")
 
 
+class Kill:
+    """Kills its process at a chosen arrival at a chosen place, and leaves the file ``FOLDER/killed``."""
+
+    def __init__(self, folder, place=None, arrivals=0, rank=0):
+        self.folder, self.place, self.left, self.rank = folder, place, arrivals, rank
+
+    def is_due(self, place, rank):
+        if (place, rank) != (self.place, self.rank):
+            return False
+        self.left -= 1
+        return self.left == 0
+
+    def arrive(self, place, rank):
+        if self.is_due(place, rank):
+            self.now()
+
+    def now(self):
+        (self.folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self, file, data):
+        """Writes a checkpoint as fsspec does, or only its first half."""
+        if not self.is_due("save", 0):  # only rank 0 saves
+            return file.f.write(data)
+        file.f.write(data[: len(data) // 2])
+        file.f.flush()
+        self.now()
+
+
+class Walk(RWRComposer):
+    """May kill its process in the middle of a call."""
+
+    def __call__(self, embeddings, batch_size, *, seed, epoch):
+        batches = super().__call__(embeddings, batch_size, seed=seed, epoch=epoch)
+        self.kill.arrive("compose", int(os.environ.get("LOCAL_RANK", 0)))
+        return batches
+
+
+class ValidatedData(Data):
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(Points(12), 4)
+
+
 class Run(Model):
     """Without randomness of its own; may be slow on one rank, fail, or kill its process in mid-training."""
 
@@ -73,10 +122,12 @@ class Run(Model):
         self.folder, self.fail, self.encoded, self.masks = folder, fail, [], None
         self.width = 4
         self.slow_rank, self.kill_at, self.sharded = slow_rank, kill_at, sharded
+        self.kill = Kill(folder)
 
     def embed(self, batch):
         if self.fail == "encode" and self.global_rank == 1:
             raise ValueError("no embedding on rank 1")
+        self.kill.arrive("encode", self.global_rank)
         self.encoded.append(len(batch[0]))
         return self.encoder(batch[1])[:, : self.width]
 
@@ -94,20 +145,29 @@ class Run(Model):
         self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
         with (self.folder / f"rank{self.global_rank}.txt").open("a") as file:
             file.write(f"{self.global_step}:{batch[0].tolist()}\n")
+        with (self.folder / f"rank{self.global_rank}.batches").open("a") as file:
+            file.write(f"{[self.current_epoch, batch_idx, batch[0].tolist()]}\n")
         if self.masks is not None:
             self.masks.append(self.trainer.datamodule.likely_false_negatives().nonzero().tolist())
         z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
         loss = torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
         return {"loss": loss, "embeddings": z[:, : self.width]}
 
+    def on_after_backward(self):
+        self.kill.arrive("step", self.global_rank)
+
+    def validation_step(self, batch, batch_idx):
+        self.kill.arrive("validation", self.global_rank)
+
 
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
-         sharded=False, mask_nearest=None, differs=None, **trainer):  # fmt: skip
+         sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
+         **trainer):  # fmt: skip
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")
-    walk = RWRComposer(ExactGraph(5), replacement=bool(refresh_every))
+    walk = Walk(ExactGraph(5), replacement=bool(refresh_every))
     if differs == "composer" and rank == 1:
         walk = pool_order
     if fail == "graph":
@@ -116,27 +176,34 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     how["mask_nearest"] = mask_nearest
     callbacks = [Writes(folder)]
     if composer != "none":
-        used = {"walk": walk, "pool order": pool_order}[composer]
+        used = {"walk": walk, "pool order": pool_order, "uniform": uniform_batches}[composer]
         callbacks.append(walker(pool_size, composer=used, warmup_epochs=warmup_epochs, **how))
     last = folder / "last.ckpt"
     if save_every:
-        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=save_every, save_last=True))
+        checkpoint = {"every_n_train_steps": save_every}
+    if checkpoint:
+        callbacks.append(ModelCheckpoint(folder, save_last=True, **checkpoint))
     if sharded:
         trainer["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     model = Run(folder, slow_rank, kill_at, sharded, fail)
     model.masks = [] if mask_nearest else None
+    walk.kill = model.kill = Kill(folder, **kill or {})
+    if rank == 0:
+        LocalFileOpener.write = lambda file, data: model.kill.write(file, data)
     model.width = 4 - rank * (differs in ("width", "recycled width"))
     seed = rank if differs == "seed" else None
     fit(
         model,
-        Data(batch_size, n, drop_last=drop_last, seed=seed, **loader or {}),
+        (ValidatedData if validate else Data)(batch_size, n, drop_last=drop_last, seed=seed, **loader or {}),
         *callbacks,
         ckpt_path=last if last.exists() else None,
-        enable_checkpointing=bool(save_every),
+        enable_checkpointing=bool(checkpoint),
         default_root_dir=folder,
         **trainer,
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    faulthandler.register(signal.SIGUSR1)  # to ask a process that hangs where it is
+    for folder, settings in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(Path(folder), **json.loads(settings))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from parts import same_cluster_share
-from processes import SCRIPT, batches_by_step, finish, run, seen
+from processes import SCRIPT, Hung, batches_by_step, finish, run, seen
 
 
 def global_batches(ranks, epoch):
@@ -204,7 +204,15 @@ def test_no_trace_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stress_script_in_short():
+@pytest.mark.parametrize("form", ["pure --cases 60 --seconds 60", "fits --cycles 3 --seconds 30"])
+def test_the_stress_script_in_short(form):
     root = Path(__file__).parents[1]
-    done = finish([sys.executable, "-m", "benchmarks.stress", "--cycles", "6"], cwd=root)
+    done = finish([sys.executable, "-m", "benchmarks.stress", *form.split()], cwd=root)
     assert done.returncode == 0, done.error
+
+
+def test_a_run_without_progress_is_killed_and_says_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("processes.PATIENCE", 5)
+    script = "import faulthandler, signal, time; faulthandler.register(signal.SIGUSR1); time.sleep(100)"
+    with pytest.raises(Hung, match=r"File .<string>., line 1 in <module>"):
+        finish([sys.executable, "-c", script], watched=tmp_path)

@@ -65,7 +65,8 @@ def check_tensor(name: str, value: Any) -> Tensor:
         TypeError: Naming the argument and what it is.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.array(value, order="C"))  # a copy: torch warns of read-only arrays
+        # A copy in native byte order: torch warns of read-only arrays, and refuses the other byte order.
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
         return value
     found = type(value).__name__
@@ -80,9 +81,12 @@ def check_integer_array(name: str, value: ArrayLike) -> NDArray[np.integer[Any]]
     """Return ``value`` as a NumPy array. Accept integers of any width, and an empty list; reject bool and the rest.
 
     Raises:
-        TypeError: Naming the argument and its dtype.
+        TypeError: Naming the argument, and its dtype or why it is not an array.
     """
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:  # rows of unequal length, a tensor that is sparse or on a GPU
+        raise TypeError(f"{name} must be an array of integers, or be convertible to one: {error}") from None
     if array.size == 0 and array.dtype == np.float64:  # NumPy's dtype for an empty list
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":

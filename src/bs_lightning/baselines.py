@@ -29,7 +29,8 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
     """Compose uniform batches: cut a random permutation.
 
     Args:
-        embeddings: Embeddings of ``P`` instances, ``P`` a multiple of ``batch_size``. Only their number is used.
+        embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
+            ``batch_size``. Only their number is used.
         batch_size: Instances in a batch.
         seed: The same seed gives the same batches.
         epoch: Not used.
@@ -38,8 +39,10 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
         int64 of shape ``[P // batch_size, batch_size]``.
 
     Raises:
-        TypeError: If ``batch_size`` or ``seed`` is not an integer.
-        ValueError: If ``seed`` is negative, or ``batch_size`` does not divide ``P``.
+        TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an array
+            of floats.
+        ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, or the embeddings are not of shape
+            ``[P, d]`` or not finite.
 
     Example:
         >>> import torch
@@ -48,6 +51,7 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
         (4, 16)
     """
     seed = check_seed(seed)
+    embeddings = as_embeddings(embeddings)
     check_whole_batches(len(embeddings), batch_size)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
@@ -134,7 +138,8 @@ class GCBSComposer(Composer):
 
     def __post_init__(self) -> None:
         _require("scipy")
-        if check_integer("n_neighbors", self.n_neighbors) < 1:
+        object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors))
+        if self.n_neighbors < 1:
             raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors}.")
 
     @torch.no_grad()
@@ -230,7 +235,8 @@ class B3Composer(Composer):
     def __post_init__(self) -> None:
         _require("scipy", "pymetis")
         for name, least in (("n_skipped", 0), ("n_neighbors", 1), ("community_size", 1)):
-            if check_integer(name, getattr(self, name)) < least:
+            object.__setattr__(self, name, check_integer(name, getattr(self, name)))
+            if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.graph is not None:
             check_instance_callable("graph", self.graph, "ExactGraph(130)")

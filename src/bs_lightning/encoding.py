@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bs_lightning._checks import check_integer, check_integer_array
 from bs_lightning._embeddings import unit_rows_
 from bs_lightning.loader import Load
 
@@ -34,9 +35,11 @@ def encode(
         float32 of shape ``[P, d]``, on the device, rows of length 1. All-zero rows stay zero, with a warning.
 
     Raises:
-        TypeError: If ``embed`` does not return a float tensor.
-        ValueError: If ``embed`` does not return shape ``[b, d]`` with one row per instance of the batch, or returns
-            numbers that are not finite. The message then names the dataset index.
+        TypeError: If ``indices`` does not hold integers, ``batch_size`` is not an integer, or ``embed`` does not return
+            a float tensor.
+        ValueError: If ``indices`` is not of shape ``[P]`` or is empty, ``batch_size`` is below 1, or ``embed`` does not
+            return shape ``[b, d]`` with one row per instance of the batch, or returns numbers that are not finite. The
+            message then names the dataset index.
 
     Example:
         >>> import torch
@@ -44,7 +47,13 @@ def encode(
         >>> encode([2, 0], BatchFetcher(torch.eye(3) * 5), lambda batch: batch, batch_size=2).tolist()
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
-    chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    array = check_integer_array("indices", indices)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"indices must have shape [P] with P >= 1, got shape {list(array.shape)}.")
+    if check_integer("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    rows: list[int] = array.tolist()
+    chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     pieces: list[Tensor] = []
     for chunk, batch in zip(chunks, load(chunks), strict=True):
         piece = embed(batch)
@@ -58,7 +67,7 @@ def encode(
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise ValueError(
-            f"The embedding of dataset index {indices[row]} is not finite. Check that instance, or whether training "
+            f"The embedding of dataset index {rows[row]} is not finite. Check that instance, or whether training "
             "diverged. Lower precisions overflow sooner."
         )
     if not embeddings.any(dim=1).all():

@@ -65,7 +65,7 @@ class NNDescentGraph:
     n_neighbors: int = 15
 
     def __post_init__(self) -> None:
-        _check_n_neighbors(self.n_neighbors)
+        object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
 
     def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
         """Build the graph.
@@ -115,7 +115,7 @@ class ExactGraph:
     n_neighbors: int = 15
 
     def __post_init__(self) -> None:
-        _check_n_neighbors(self.n_neighbors)
+        object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
 
     @torch.no_grad()
     def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
@@ -186,8 +186,9 @@ class RandomCandidateGraph:
     n_neighbors: int = 100
 
     def __post_init__(self) -> None:
-        _check_n_neighbors(self.n_neighbors)
-        if check_integer("n_candidates", self.n_candidates) < self.n_neighbors:
+        object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
+        object.__setattr__(self, "n_candidates", check_integer("n_candidates", self.n_candidates))
+        if self.n_candidates < self.n_neighbors:
             raise ValueError(
                 f"n_candidates must be at least n_neighbors, {self.n_neighbors}, got {self.n_candidates}. "
                 "The paper draws ten times as many."
@@ -289,6 +290,8 @@ def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed:
     return np.ascontiguousarray(neighbors, dtype=np.int32)
 
 
-def _check_n_neighbors(n_neighbors: int) -> None:
-    if check_integer("n_neighbors", n_neighbors) < 1:
+def _check_n_neighbors(n_neighbors: int) -> int:
+    number = check_integer("n_neighbors", n_neighbors)
+    if number < 1:
         raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}. 15 suits a pool.")
+    return number

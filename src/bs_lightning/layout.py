@@ -19,7 +19,7 @@ class BatchLayout:
         drop_last: ``False`` serves the remainder of the epoch as one smaller, uniform batch at the end.
 
     Raises:
-        TypeError: If ``batch_size`` is not an integer.
+        TypeError: If ``n_instances``, ``batch_size`` or ``world_size`` is not an integer.
         ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, or a smaller last batch
             would leave a process with fewer than two instances.
 
@@ -36,6 +36,8 @@ class BatchLayout:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
+        check_integer("n_instances", self.n_instances)
+        check_integer("world_size", self.world_size)
         if check_integer("batch_size", self.batch_size) < 2:
             raise ValueError(
                 f"batch_size must be at least 2, got {self.batch_size}: in a batch of one there are no negatives."

@@ -6,11 +6,12 @@ there is one, rearranges each pool when the pool's first batch is about to be tr
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_integer, check_integer_array
 from bs_lightning._types import Batches, Indices, Order, Pairs
 from bs_lightning.layout import BatchLayout
 
@@ -321,14 +322,9 @@ class EpochPlan:
         planned = planning.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, start), epoch=self.epoch)
         if not isinstance(planned, PlannedPool):
             raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
-        pairs = np.asarray(planned.pairs)
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
-            raise ValueError(f"plan_pool must return pairs as integers of shape [m, 2], got shape {list(pairs.shape)}.")
-        if pairs.size and (pairs.min() < 0 or pairs.max() >= len(indices)):
-            raise ValueError(f"plan_pool must return pairs of positions in [0, {len(indices)}), got {pairs.min()}.")
         positions = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
         batches = indices[positions[: end - start]]
-        pairs = indices[pairs]
+        pairs = indices[_check_pairs(planned.pairs, len(indices))]
         if len(batches) < len(positions):  # a checkpoint holds only the pairs whose batches are served
             pairs = pairs[np.isin(pairs, batches).all(axis=1)]
         return Pool(self.epoch, start, batches, pairs, planning.replacement)
@@ -357,7 +353,7 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
     """
     try:
         array = np.asarray(batches)
-    except ValueError as error:  # rows of unequal length
+    except (TypeError, ValueError) as error:  # a tensor that is sparse or on a GPU, rows of unequal length
         raise ValueError(f"The composer must return an array of positions in the pool: {error}") from None
     if array.dtype.kind not in "iu":
         raise TypeError(f"The composer must return integer positions in the pool, got dtype {array.dtype}.")
@@ -382,6 +378,16 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
             )
         )
     return array.astype(np.int64, copy=False)
+
+
+def _check_pairs(pairs: ArrayLike, pool_size: int) -> NDArray[np.integer[Any]]:
+    """Return a planner's pairs as an array. Reject an array that does not hold pairs of positions in the pool."""
+    array = check_integer_array("pairs", pairs)
+    if array.ndim != 2 or array.shape[1] != 2 or (array.size and (array.min() < 0 or array.max() >= pool_size)):
+        raise ValueError(
+            f"plan_pool must return pairs of shape [m, 2] with positions in [0, {pool_size}), got {array.tolist()}."
+        )
+    return array
 
 
 def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:

@@ -32,7 +32,7 @@ class PoolBatchSampler(BatchSampler):
         world_size: Number of processes. Each serves its own slice of every global batch.
 
     Raises:
-        TypeError: If ``batch_size`` or ``seed`` is not an integer.
+        TypeError: If a number is not an integer, or ``planning`` is not a :class:`~bs_lightning.Planning`.
         ValueError: If an argument is out of range, or two sizes do not fit. The message names both sizes.
 
     Example:
@@ -53,12 +53,16 @@ class PoolBatchSampler(BatchSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        batch_size = check_integer("batch_size", batch_size)
+        # Plain integers: products of NumPy's small integers overflow.
+        n_instances = check_integer("n_instances", n_instances)
+        batch_size, world_size = check_integer("batch_size", batch_size), check_integer("world_size", world_size)
         self.layout = BatchLayout(n_instances, batch_size, world_size, drop_last)
         super().__init__(range(n_instances), batch_size, drop_last)
         if planning is not None:
+            if not isinstance(planning, Planning):
+                raise TypeError(f"planning must be Planning(plan_pool, Pools(size)) or None, got {planning!r}.")
             planning.cut.check(self.layout)
-        if not 0 <= rank < world_size:
+        if not 0 <= check_integer("rank", rank) < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
         self.planning = planning
         self.seed = check_seed(seed)
@@ -84,7 +88,14 @@ class PoolBatchSampler(BatchSampler):
 
         Args:
             epoch: The epoch's number.
+
+        Raises:
+            TypeError: If ``epoch`` is not an integer.
+            ValueError: If it is negative.
         """
+        epoch = check_integer("epoch", epoch)
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}.")
         if epoch != self.epoch:
             self.epoch = epoch
             self._loaded = None

@@ -45,7 +45,7 @@ class LinearDecay:
         )
 
     def __call__(self, epoch: int) -> float:
-        share = min(check_integer("epoch", epoch) / self.n_epochs, 1.0)
+        share = min(_check_epoch(epoch) / self.n_epochs, 1.0)
         # Exact at both ends. `start + (end - start) * share` can round to a last value that is not above 0.
         return (1 - share) * self.start + share * self.end
 
@@ -93,7 +93,7 @@ class Staircase:
             raise ValueError(f"floor must not be above start {self.start}, got {self.floor}.")
 
     def __call__(self, epoch: int) -> float:
-        return max(self.start - check_integer("epoch", epoch) // self.every * self.step, self.floor)
+        return max(self.start - _check_epoch(epoch) // self.every * self.step, self.floor)
 
 
 def _set(schedule: LinearDecay | Staircase, **values: float) -> None:
@@ -103,6 +103,14 @@ def _set(schedule: LinearDecay | Staircase, **values: float) -> None:
     """
     for name, value in values.items():
         object.__setattr__(schedule, name, value)
+
+
+def _check_epoch(epoch: int) -> int:
+    """Return an epoch's number as an int of at least 0. A schedule says nothing of the time before epoch 0."""
+    number = check_integer("epoch", epoch)
+    if number < 0:
+        raise ValueError(f"epoch must not be negative, got {epoch}.")
+    return number
 
 
 def _check_epochs(name: str, value: int) -> int:

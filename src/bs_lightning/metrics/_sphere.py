@@ -99,7 +99,7 @@ def uniformity(x: Tensor | NDArray[Any], t: float = 2.0) -> Tensor:
 
     Args:
         x: Floats of shape ``[B, d]``, ``B >= 2``, of any length.
-        t: Scale of the potential ``exp(-t * distance^2)`` of a pair, above 0.
+        t: Scale of the potential ``exp(-t * distance^2)`` of a pair, above 0 and at most 20.
 
     Returns:
         A differentiable scalar in ``[-4 t, 0]``. It is NaN if an embedding is not finite in float32.
@@ -117,7 +117,7 @@ def uniformity(x: Tensor | NDArray[Any], t: float = 2.0) -> Tensor:
     Source: Wang and Isola, "Understanding contrastive representation learning through alignment and uniformity on the
     hypersphere", ICML 2020, equation for L_uniform.
     """
-    return _uniformity_compute(*_uniformity_update(x, _check_positive("t", t)))
+    return _uniformity_compute(*_uniformity_update(x, _check_scale(t)))
 
 
 class Uniformity(Metric):
@@ -133,7 +133,7 @@ class Uniformity(Metric):
     potential of all pairs so far, or NaN before the first pair and after an embedding that is not finite in float32.
 
     Args:
-        t: Scale of the potential ``exp(-t * distance^2)`` of a pair, above 0.
+        t: Scale of the potential ``exp(-t * distance^2)`` of a pair, above 0 and at most 20.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -161,7 +161,7 @@ class Uniformity(Metric):
 
     def __init__(self, t: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.t = _check_positive("t", t)
+        self.t = _check_scale(t)
         self.add_state("potential", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -202,6 +202,14 @@ def _uniformity_update(x: Tensor | NDArray[Any], t: float) -> tuple[Tensor, int]
 
 def _uniformity_compute(potential: Tensor, pairs: Tensor | int) -> Tensor:
     return (potential / pairs).log().float()
+
+
+def _check_scale(t: float) -> float:
+    """Return the scale of the Gaussian potential as a float that is above 0 and at most 20."""
+    scale = _check_positive("t", t)
+    if scale > 20:
+        raise ValueError(f"t must be at most 20, got {t}: the potentials of distant pairs would vanish in float32.")
+    return scale
 
 
 def _check_positive(name: str, value: float) -> float:

@@ -1,0 +1,1 @@
+"""Stress: random calls of the pure functions, and random training runs that are killed and resumed."""
