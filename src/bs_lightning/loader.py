@@ -211,9 +211,9 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
         ValueError: Naming the argument and what to do instead.
     """
     for name, value in kwargs.items():
-        if name in _OURS:
+        if name in _OURS and value is not None:  # LightningCLI gives the default of each
             raise ValueError(f"{name}={value!r} is no argument for the data loader here: {_OURS[name]}.")
-        if name not in _SETTINGS:
+        if name not in _SETTINGS and name not in _OURS:
             raise TypeError(f"torch's DataLoader has no argument {name}={value!r}.")
     if kwargs.get("in_order") is False:
         raise ValueError("in_order=False would train batches in a different order than planned. Leave it True.")
