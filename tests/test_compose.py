@@ -115,7 +115,7 @@ def test_check_lets_batches_share_with_replacement():
         ([[0, 1]], True, ValueError, r"shape \[2, 2\] for a pool of 4 and batches of 2, got \[1, 2\]"),
         ([[0, 1], [2, 4]], False, ValueError, r"positions in \[0, 4\), got 4"),
         ([[0, 1], [2, -1]], True, ValueError, r"positions in \[0, 4\), got -1"),
-        ([[0, 1], [1, 2]], False, ValueError, "position 1 twice. If batches may share instances, subclass bs_lightning"),
+        ([[0, 1], [1, 2]], False, ValueError, "position 1 twice. If batches may share instances, subclass bs_l"),
         ([[0, 1], [2, 2]], False, ValueError, "position 2 twice"),
         ([[0, 1], [2, 2]], True, ValueError, "position 2 twice within one batch"),
     ],
