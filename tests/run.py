@@ -7,7 +7,6 @@ has a line ``[epoch, number of the batch, [indices]]`` for each batch.
 With several pairs of a folder and settings, one process runs them one after the other.
 """
 
-import atexit
 import faulthandler
 import hashlib
 import json
@@ -51,9 +50,6 @@ class Writes(Callback):
             "digest": None if module.sharded else hashlib.sha256(pickle.dumps(as_lists(states))).hexdigest(),
         }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
-        if torch.distributed.is_initialized():
-            # Lightning does so for NCCL only; without it gloo's threads may abort the process as Python exits.
-            atexit.register(torch.distributed.destroy_process_group)
 
 
 def as_lists(value):
@@ -207,3 +203,8 @@ if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)  # to ask a process that hangs where it is
     for folder, settings in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         main(Path(folder), **json.loads(settings))
+    if torch.distributed.is_initialized():
+        # Lightning does so for NCCL only. Without it gloo's threads may abort a process as Python exits, and so may
+        # those of a process that leaves while the other is still there.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
