@@ -108,7 +108,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         if start > 0:
             rank_zero_warn(
                 "Resuming in the middle of an epoch from a checkpoint without the state of BatchSamplerDataModule: "
-                "the rest of this epoch is planned anew and may repeat instances. (Does your DataModule override "
+                "the rest of this epoch is planned again and may repeat instances. (Does your DataModule override "
                 "state_dict() or load_state_dict() without calling super()?)"
             )
         return None

@@ -146,7 +146,7 @@ class BatchSamplerDataModule(LightningDataModule):
         self._planner = None
 
     def train_dataset(self) -> Dataset[Any]:
-        """The map-style data set to train on. Must be overridden; called once per ``train_dataloader``.
+        """The map-style dataset to train on. Must be overridden; called once per ``train_dataloader``.
 
         Raises:
             NotImplementedError: If it is not overridden.
@@ -154,7 +154,7 @@ class BatchSamplerDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must override train_dataset().")
 
     def pool_dataset(self) -> Dataset[Any]:
-        """The data set to encode: of the same length and order, one clean view. The training data by default."""
+        """The dataset to encode: of the same length and order, one clean view. The training data by default."""
         return self.train_dataset() if self._train_dataset is None else self._train_dataset
 
     def train_labels(self) -> Tensor | Sequence[int] | None:
@@ -177,9 +177,9 @@ class BatchSamplerDataModule(LightningDataModule):
         """The loader that serves the plan. Not to be overridden.
 
         Raises:
-            TypeError: If the data set is iterable-style, ``batch_size`` no integer, or ``training_step`` takes
+            TypeError: If the dataset is iterable-style, ``batch_size`` is not an integer, or ``training_step`` takes
                 ``dataloader_iter``.
-            ValueError: If ``batch_size`` is below 2 or the data set is smaller than a global batch.
+            ValueError: If ``batch_size`` is below 2 or the dataset is smaller than a global batch.
         """
         for name in ("train_dataset", "pool_dataset", "train_labels"):
             if not callable(getattr(self, name)):
