@@ -13,7 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, _nndescent, graphs
 
-# pynndescent compiles once per process, so no other test module may build an NNDescentGraph.
+# pynndescent compiles once per process, so no other test module may build a large NNDescentGraph.
+
+
+@pytest.fixture(autouse=True)
+def small_pools_go_to_pynndescent(monkeypatch):
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 0)
 
 
 def gaussian(size, dim=8, seed=0):
@@ -47,6 +52,20 @@ def among_40(n_neighbors=15):
 
 
 every = pytest.mark.parametrize("graph", [ExactGraph, NNDescentGraph, among_40])
+
+
+def two_sides(size, dim=16, gap=3.0):
+    """Pairs of sides that lie in different places of the sphere, as the sides of image and text do."""
+    common = clusters(size, dim=dim)
+    means = gap * gaussian(2, dim, seed=2)
+    noise = 0.3 * torch.stack([gaussian(size, dim, seed=3), gaussian(size, dim, seed=4)])
+    return (common + noise + means[:, None]).movedim(0, 1)
+
+
+def naive_two_sides(sides, k):
+    first, second = torch.nn.functional.normalize(sides.double(), dim=2).unbind(1)
+    similarity = (first @ second.T + second @ first.T).fill_diagonal_(-torch.inf)
+    return similarity.topk(k, dim=1).indices.numpy()
 
 
 # Every graph
@@ -117,9 +136,9 @@ def test_refuses_what_is_not_finite(graph, bad):
 
 
 @every
-@pytest.mark.parametrize("shape", [(), (10,), (1, 8), (0, 8), (4, 0), (50, 0), (4, 3, 2)])
+@pytest.mark.parametrize("shape", [(), (10,), (1, 8), (0, 8), (4, 0), (50, 0), (4, 3, 2), (1, 2, 8), (4, 2, 0)])
 def test_refuses_other_shapes(graph, shape):
-    with pytest.raises(ValueError, match=rf"embeddings must have shape \[P, d\] .*, got {re.escape(str(list(shape)))}"):
+    with pytest.raises(ValueError, match=rf"embeddings must have shape .*, got {re.escape(str(list(shape)))}"):
         graph()(torch.ones(shape))
 
 
@@ -297,7 +316,61 @@ def test_refuses_fewer_candidates_than_neighbors():
         RandomCandidateGraph(99)
 
 
+# Two sides
+
+
+def test_exact_compares_the_first_sides_with_the_second_sides():
+    sides = two_sides(300)
+    assert np.array_equal(ExactGraph(10)(sides), naive_two_sides(sides, 10))
+    of_one_side = naive(sides.sum(dim=1), 10)
+    assert (np.sort(ExactGraph(10)(sides)) != np.sort(of_one_side)).mean() > 0.1
+
+
+@pytest.mark.parametrize("gap", [0.0, 3.0])
+@pytest.mark.parametrize("graph", [NNDescentGraph, lambda k: RandomCandidateGraph(1999, k)])
+def test_large_pools_of_two_sides_find_the_nearest_across_a_gap(graph, gap):
+    sides = two_sides(2000, gap=gap)
+    assert recall(graph(10)(sides), naive_two_sides(sides, 10)) > 0.95
+
+
+def test_random_candidates_of_two_sides_are_ranked_by_their_similarity():
+    sides = two_sides(2000)
+    sides /= sides.norm(dim=2, keepdim=True)
+    candidates = RandomCandidateGraph(200, 200)(sides, seed=1)
+    similarity = torch.einsum(
+        "id,ikd->ik", sides.flatten(1), sides.flip(1).flatten(1)[torch.from_numpy(candidates).long()]
+    )
+    assert (similarity.diff(dim=1) <= 1e-5).all()
+    nearest = RandomCandidateGraph(200, 5)(sides, seed=1)
+    assert np.array_equal(nearest, candidates[:, :5])
+
+
+@every
+def test_equal_sides_give_the_graph_of_one_side(graph):
+    embeddings = clusters(400)
+    twice = torch.stack([embeddings, embeddings], dim=1)
+    assert recall(graph(5)(twice), graph(5)(embeddings)) > 0.95
+
+
+@every
+def test_an_instance_with_one_zero_side_is_nobodys_neighbor(graph):
+    sides = two_sides(300)
+    sides[7, 1] = 0
+    neighbors = graph(10)(sides)
+    assert_real(neighbors, 300, 10)
+    assert not (np.delete(neighbors, 7, axis=0) == 7).any()
+
+
 # The approximate graph
+
+
+def test_nndescent_takes_the_exact_graph_in_small_pools(monkeypatch):
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 100)
+    monkeypatch.setattr(graphs, "descend", lambda data, k, seed: pytest.fail("descended") if len(data) <= 100 else data)
+    embeddings = clusters(100)
+    assert np.array_equal(NNDescentGraph(10)(embeddings), ExactGraph(10)(embeddings))
+    monkeypatch.setattr(graphs, "descend", lambda data, k, seed: np.zeros((len(data), k), dtype=np.int32))
+    assert not np.array_equal(NNDescentGraph(10)(clusters(101)), ExactGraph(10)(clusters(101)))
 
 
 def recall(neighbors, exact):

@@ -17,10 +17,15 @@ import torch
 from numba.core import caching
 from threadpoolctl import ThreadpoolController
 
-from bs_lightning import NNDescentGraph, _nndescent, _walk_kernel, rwr_batches
+from bs_lightning import NNDescentGraph, _nndescent, _walk_kernel, graphs, rwr_batches
 from bs_lightning.isolation import isolated_threads
 
 LINUX = sys.platform == "linux"
+
+
+@pytest.fixture(autouse=True)
+def small_pools_go_to_pynndescent(monkeypatch):
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 0)
 
 
 # Isolation
@@ -131,6 +136,7 @@ def process_state():
 
 
 def main(layer):
+    graphs._SMALL_POOL = 0  # pynndescent builds the graphs
     torch.set_num_threads(1)
     torch.randn(50, 50) @ torch.randn(50, 50)  # starts torch's threads, whose number can then be changed
     before = process_state()
@@ -148,13 +154,13 @@ def main(layer):
         assert numba.threading_layer() in ("tbb", "workqueue")
         assert not warned
         assert forked() == ((100, 5), [2, 2, 2])
-    graphs = []
-    threads = [threading.Thread(target=lambda: graphs.extend(build(500) for _ in range(5))) for _ in range(4)]
+    built = []
+    threads = [threading.Thread(target=lambda: built.extend(build(500) for _ in range(5))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(graphs) == 20
+    assert len(built) == 20
     assert process_state() == before
 
 

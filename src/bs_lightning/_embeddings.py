@@ -18,12 +18,12 @@ BELOW_ANY_COSINE = -2.0
 
 
 def as_embeddings(embeddings: Embeddings) -> Tensor:
-    """Return embeddings as a tensor of floats, ``[P, d]``, on the device that they are on.
+    """Return embeddings as a tensor of floats, ``[P, d]`` or ``[P, 2, d]``, on the device that they are on.
 
     Raises:
         TypeError: If they are not a dense tensor or a NumPy array of real floats.
-        ValueError: If they are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or a row is not finite in
-            float32; naming the shape or the first such row.
+        ValueError: If they are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``, or a row is
+            not finite in float32; naming the shape or the first such row.
     """
     if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
         with np.errstate(over="ignore"):  # refused below
@@ -36,12 +36,14 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
     ):
         raise TypeError(
             f"embeddings must be a dense tensor or a NumPy array of floats, got {_kind(embeddings)}. Convert them to a "
-            "float32 tensor of shape [P, d]."
+            "float32 tensor of shape [P, d], or [P, 2, d] for two sides."
         )
-    if embeddings.ndim != 2 or len(embeddings) < 2 or embeddings.shape[1] < 1:
+    is_one_sided = embeddings.ndim == 2
+    is_two_sided = embeddings.ndim == 3 and embeddings.shape[1] == 2
+    if not (is_one_sided or is_two_sided) or len(embeddings) < 2 or embeddings.shape[-1] < 1:
         raise ValueError(
-            f"embeddings must have shape [P, d] with P >= 2 and d >= 1, got {list(embeddings.shape)}. Give one row for "
-            "each instance."
+            "embeddings must have shape [P, d], or [P, 2, d] for two sides, with P >= 2 and d >= 1, got "
+            f"{list(embeddings.shape)}. Give one row, or one row a side, for each instance."
         )
     row = first_not_finite(embeddings.float())
     if row is not None:
@@ -58,8 +60,8 @@ def _kind(value: Any) -> str:
 
 
 def first_not_finite(rows: Tensor) -> int | None:
-    """Return the number of the first row that holds a NaN or an infinity, or ``None`` if there is none."""
-    finite = torch.isfinite(rows).all(dim=1)
+    """Return the number of the first instance that holds a NaN or an infinity, or ``None`` if there is none."""
+    finite = torch.isfinite(rows).flatten(1).all(dim=1)
     return None if finite.all() else int((~finite).nonzero()[0])
 
 
@@ -78,7 +80,7 @@ def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
 
 
 def unit_rows(embeddings: Tensor) -> Tensor:
-    """Return a copy with rows of length 1, float32 ``[P, d]`` without gradient. All-zero rows stay zero."""
+    """Return a copy with rows of length 1, float32 ``[..., d]`` without gradient. All-zero rows stay zero."""
     return unit_rows_(embeddings.detach().to(torch.float32, copy=True))
 
 
@@ -89,22 +91,46 @@ def unit_rows_(rows: Tensor) -> Tensor:
         ``rows``.
     """
     rows *= _scales(rows)
-    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    rows /= rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return rows
 
 
-def similarity_blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the cosine similarities of all rows to all rows, a block of rows at a time.
+def similar_to_nothing(embeddings: Tensor) -> Tensor:
+    """Return which instances have an all-zero row, on either side: bool ``[P]``."""
+    is_zero = ~embeddings.any(dim=-1)
+    return is_zero if embeddings.ndim == 2 else is_zero.any(dim=1)
+
+
+def similarity_factors(unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two matrices whose product ``left @ right.T`` holds the similarities of all pairs of instances.
+
+    With one side, the similarity is the cosine. With two sides, a loss compares the first side of an instance with the
+    second side of another instance. The similarity is the mean of the two cosines that a pair has.
 
     Args:
-        unit: Rows of length 1, float32 ``[P, d]``.
+        unit: Rows of length 1, float32 ``[P, d]`` or ``[P, 2, d]``.
+
+    Returns:
+        Two tensors ``[P, d]``, which are the same tensor; or ``[P, 2 d]`` for two sides.
+    """
+    if unit.ndim == 2:
+        return unit, unit
+    return unit.flatten(1), unit.flip(1).flatten(1) / 2
+
+
+def similarity_blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the similarities of all instances to all instances, a block of rows at a time.
+
+    Args:
+        unit: Rows of length 1, float32 ``[P, d]`` or ``[P, 2, d]``.
 
     Yields:
         The block's first row, and its similarities: a new tensor of shape ``[rows in the block, P]``.
     """
+    left, right = similarity_factors(unit)
     rows_per_block = max(1, BLOCK_ENTRIES // len(unit))
     for start in range(0, len(unit), rows_per_block):
-        yield start, unit[start : start + rows_per_block] @ unit.T
+        yield start, left[start : start + rows_per_block] @ right.T
 
 
 def unit_rows_with_gradient(embeddings: Tensor) -> Tensor:
@@ -116,9 +142,9 @@ def unit_rows_with_gradient(embeddings: Tensor) -> Tensor:
 
 
 def _scales(rows: Tensor) -> Tensor:
-    """Return the power of two, float32 ``[P, 1]``, that scales each row's largest number to between 0.5 and 1.
+    """Return the power of two, float32 ``[..., 1]``, that scales each row's largest number to between 0.5 and 1.
 
     Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
     """
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, keepdim=True)
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-126, 126))

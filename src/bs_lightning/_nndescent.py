@@ -1,5 +1,6 @@
 """Nearest neighbour descent by pynndescent, without side effects on the process."""
 
+import functools
 import logging
 import os
 import sys
@@ -20,13 +21,13 @@ _forked_from_gnu_openmp = False
 
 
 def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
-    """Find approximate nearest neighbours by cosine similarity.
+    """Find approximate nearest neighbours by cosine similarity, or by the similarity of two sides.
 
     Calls from several threads wait for each other: numba's ``workqueue`` layer aborts a process in which two threads
     run parallel code at the same time.
 
     Args:
-        data: float32 of shape ``[P, d]``.
+        data: float32 of shape ``[P, d]``, or ``[P, 2, d]`` with rows of length 1.
         n_neighbors: Columns of the result. pynndescent counts each row as its own neighbour.
         seed: The same seed gives the same result on the same number of threads.
 
@@ -45,9 +46,28 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
             _log.info("NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process.")
         # The caller replaces the -1 that this warning is about.
         warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
-        index = nndescent(data, metric="cosine", n_neighbors=n_neighbors, random_state=seed % 2**32)
+        metric: Any = "cosine" if data.ndim == 2 else _two_sides_distance()
+        rows = data.reshape(len(data), -1)
+        index = nndescent(rows, metric=metric, n_neighbors=n_neighbors, random_state=seed % 2**32)
         _compiled = True
         return index.neighbor_graph[0]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _two_sides_distance() -> Any:
+    """Return the distance of two instances that have two sides each, for pynndescent."""
+    import numba
+
+    @numba.njit(fastmath=True)
+    def distance(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+        # Descent by the sum of the sides finds few of the neighbours: such a sum also compares equal sides.
+        width = len(first) // 2
+        similarity = 0.0
+        for i in range(width):
+            similarity += first[i] * second[width + i] + first[width + i] * second[i]
+        return max(1.0 - similarity / 2, 0.0)
+
+    return distance
 
 
 def _start_numba_threads() -> None:

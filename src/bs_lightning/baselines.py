@@ -17,7 +17,9 @@ from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
     as_embeddings,
     check_whole_batches,
+    similar_to_nothing,
     similarity_blocks,
+    similarity_factors,
     unit_rows,
 )
 from bs_lightning._types import Batches, Embeddings
@@ -29,8 +31,8 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
     """Compose uniform batches: cut a random permutation.
 
     Args:
-        embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
-            ``batch_size``. Only their number is used.
+        embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or ``[P, 2, d]``, ``P`` a
+            multiple of ``batch_size``. Only their number is used.
         batch_size: Instances in a batch.
         seed: The same seed gives the same batches.
         epoch: Not used.
@@ -42,7 +44,7 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
         TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an array
             of floats.
         ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, or the embeddings are not of shape
-            ``[P, d]`` or not finite.
+            ``[P, d]`` or ``[P, 2, d]`` or not finite.
 
     Example:
         >>> import torch
@@ -64,8 +66,8 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
     last. The work grows with ``P^2 d / batch_size``.
 
     Args:
-        embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
-            ``batch_size``.
+        embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or ``[P, 2, d]``, ``P`` a
+            multiple of ``batch_size``.
         batch_size: Instances in a batch.
         seed: The same seed gives the same batches.
         epoch: Not used.
@@ -77,7 +79,7 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
         TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an array
             of floats.
         ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, or the embeddings are not of shape
-            ``[P, d]`` or not finite.
+            ``[P, d]`` or ``[P, 2, d]`` or not finite.
 
     Example:
         >>> import torch
@@ -91,7 +93,8 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
     embeddings = as_embeddings(embeddings)
     check_whole_batches(len(embeddings), batch_size)
     unit = unit_rows(embeddings)
-    isolated = ~unit.any(dim=1)
+    left, right = similarity_factors(unit)
+    isolated = similar_to_nothing(unit)
     order = np.random.default_rng(seed).permutation(len(unit))
     used = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     batches = np.empty((len(unit) // batch_size, batch_size), dtype=np.int64)
@@ -101,7 +104,7 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
         while taken[order[position]]:
             position += 1
         root = order[position]
-        similarity = (unit @ unit[root]).masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
+        similarity = (right @ left[root]).masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
         similarity[root] = torch.inf
         nearest = similarity.topk(batch_size).indices
         used[nearest] = True
@@ -147,8 +150,8 @@ class GCBSComposer(Composer):
         """Compose batches.
 
         Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
-                ``batch_size``.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or ``[P, 2, d]``, ``P`` a
+                multiple of ``batch_size``.
             batch_size: Instances in a batch.
             seed: Seed of the sample from which the quantile is estimated.
             epoch: Not used.
@@ -160,7 +163,7 @@ class GCBSComposer(Composer):
             TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an
                 array of floats.
             ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
-                ``[P, d]`` or not finite, or ``P`` is so small that the composer would keep all pairs.
+                ``[P, d]`` or ``[P, 2, d]`` or not finite, or ``P`` is so small that the composer would keep all pairs.
         """
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
@@ -189,7 +192,8 @@ class GCBSComposer(Composer):
         """Return the similarity that ``n_neighbors`` others exceed, on average over instances."""
         size = len(unit)
         some = torch.from_numpy(np.random.default_rng(seed).permutation(size)[: max(2, 2**21 // size)]).to(unit.device)
-        similarity = (unit[some] @ unit.T).flatten()
+        left, right = similarity_factors(unit)
+        similarity = (left[some] @ right.T).flatten()
         above = round(len(similarity) * (self.n_neighbors + 1) / size)  # and each is similar to itself
         return float(similarity.kthvalue(len(similarity) - above).values)
 
@@ -245,8 +249,8 @@ class B3Composer(Composer):
         """Compose batches.
 
         Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]``, ``P`` a multiple of
-                ``batch_size``.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or ``[P, 2, d]``, ``P`` a
+                multiple of ``batch_size``.
             batch_size: Instances in a batch.
             seed: The same seed gives the same batches.
             epoch: Not used.
@@ -258,8 +262,8 @@ class B3Composer(Composer):
             TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an
                 array of floats.
             ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
-                ``[P, d]`` or not finite, ``P`` is so small that each instance would keep all that it does not skip, or
-                there would be only one community.
+                ``[P, d]`` or ``[P, 2, d]`` or not finite, ``P`` is so small that each instance would keep all that it
+                does not skip, or there would be only one community.
         """
         seed = check_seed(seed)
         embeddings = as_embeddings(embeddings)

@@ -2,6 +2,10 @@
 
 A graph is any callable ``(embeddings, *, seed=0) -> int32 [P, K]``. Row ``i`` holds neighbours of instance ``i``, and
 never ``i`` itself or a placeholder.
+
+Embeddings have one side, ``[P, d]``, or two sides, ``[P, 2, d]``: query and document, image and text, or two views. Two
+sides are compared as losses compare them: the similarity of instances ``i`` and ``j`` is the mean of the cosines of
+``first_i`` with ``second_j`` and of ``second_i`` with ``first_j``.
 """
 
 from dataclasses import dataclass
@@ -15,13 +19,16 @@ from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
     as_embeddings,
+    similar_to_nothing,
     similarity_blocks,
+    similarity_factors,
     unit_rows,
     unit_rows_,
 )
 from bs_lightning._nndescent import descend
 from bs_lightning._types import Embeddings, Neighbors
 
+_SMALL_POOL = 4096  # instances up to which a matrix product is as fast as pynndescent, by `benchmarks/pools.py`
 _CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
 # Runs of distances in `RandomCandidateGraph`. With more runs, two steps of a walk reach more instances, and a graph
 # takes longer. `benchmarks/composers` measures both.
@@ -31,10 +38,11 @@ _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 
 @dataclass(frozen=True)
 class NNDescentGraph:
-    """Find approximate nearest neighbours by cosine similarity, with nearest neighbour descent.
+    """Find approximate nearest neighbours, with nearest neighbour descent in large pools.
 
-    The first graph built in a process makes pynndescent compile its kernels, which takes about half a minute. One
-    line in the log says when. For pools up to some thousands :class:`ExactGraph` is as fast and needs no compile.
+    In pools of up to 4,096 instances a matrix product is as fast. There the graph equals :class:`ExactGraph`. In larger
+    pools pynndescent finds the neighbours. Its first call in a process compiles its kernels, which takes about half a
+    minute. One line in the log says when.
 
     pynndescent runs on numba's threads, which numba starts once per process. The first graph starts them on the layer
     that numba calls ``forksafe``, so that the process can fork data-loading workers afterwards. Unless ``tbb`` is
@@ -71,7 +79,8 @@ class NNDescentGraph:
         """Build the graph.
 
         Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` with ``P >= 2``.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
+                ``[P, 2, d]`` with ``P >= 2``.
             seed: Seed of the random start.
 
         Returns:
@@ -79,14 +88,20 @@ class NNDescentGraph:
 
         Raises:
             TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
-            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
-                ``seed`` is negative.
+            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
+                or not finite, or ``seed`` is negative.
         """
         seed = check_seed(seed)
-        unit = unit_rows(as_embeddings(embeddings).cpu())
+        embeddings = as_embeddings(embeddings)
+        if len(embeddings) <= _SMALL_POOL:
+            return ExactGraph(self.n_neighbors)(embeddings, seed=seed)
+        unit = unit_rows(embeddings.cpu())
         k = min(self.n_neighbors, len(unit) - 1)
-        found = descend(unit.numpy(), k + 1, seed)  # each instance is its own nearest neighbour
-        return _real_neighbors(found, k, ~unit.any(dim=1).numpy(), seed)
+        # With one side, each instance is its own nearest neighbour. With two sides it may not be, and more candidates
+        # find more of the nearest.
+        n_found = min(k + 1 if unit.ndim == 2 else 2 * k + 1, len(unit))
+        found = descend(unit.numpy(), n_found, seed)
+        return _real_neighbors(found, k, similar_to_nothing(unit).numpy(), seed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,8 @@ class ExactGraph:
         """Build the graph.
 
         Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` with ``P >= 2``.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
+                ``[P, 2, d]`` with ``P >= 2``.
             seed: Seed of the neighbours of all-zero rows, which are random.
 
         Returns:
@@ -130,14 +146,14 @@ class ExactGraph:
 
         Raises:
             TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
-            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
-                ``seed`` is negative.
+            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
+                or not finite, or ``seed`` is negative.
         """
         seed = check_seed(seed)
         unit = unit_rows(as_embeddings(embeddings))
         size = len(unit)
         k = min(self.n_neighbors, size - 1)
-        isolated = ~unit.any(dim=1)
+        isolated = similar_to_nothing(unit)
         found = torch.empty((size, k), dtype=torch.int32, device=unit.device)
         for start, similarity in similarity_blocks(unit):
             similarity[:, isolated] = BELOW_ANY_COSINE
@@ -199,7 +215,8 @@ class RandomCandidateGraph:
         """Build the graph.
 
         Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` with ``P >= 2``.
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
+                ``[P, 2, d]`` with ``P >= 2``.
             seed: Seed of the candidates.
 
         Returns:
@@ -207,8 +224,8 @@ class RandomCandidateGraph:
 
         Raises:
             TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
-            ValueError: If the embeddings are not of shape ``[P, d]`` with ``P >= 2`` and ``d >= 1``, or not finite, or
-                ``seed`` is negative.
+            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
+                or not finite, or ``seed`` is negative.
         """
         seed = check_seed(seed)
         embeddings = as_embeddings(embeddings)
@@ -226,13 +243,14 @@ class RandomCandidateGraph:
         longest = chunk + max(stop - start for start, stop in runs)
         # The circle repeats its beginning after its end, so that each slice is in one piece.
         circle = unit_rows_(embeddings[order[torch.arange(size + longest, device=device) % size]].float())
-        isolated = ~circle[:size].any(dim=1)
+        isolated = similar_to_nothing(circle[:size])
+        left, right = similarity_factors(circle)
         found = torch.empty((size, self.n_neighbors), dtype=torch.int32, device=device)
         similarity = torch.empty((chunk, self.n_candidates), device=device)
         for first in range(0, size, chunk):
             column = 0
             for start, stop in runs:
-                band = _banded_product(circle, first, (first + start) % size, chunk, stop - start)
+                band = _banded_product(left, right, first, (first + start) % size, chunk, stop - start)
                 similarity[:, column : column + stop - start] = band.flatten(0, 1)
                 column += stop - start
             rows = torch.arange(first, min(first + chunk, size), device=device)
@@ -245,7 +263,7 @@ class RandomCandidateGraph:
         neighbors = found.cpu().numpy()
         if not isolated.any():
             return neighbors
-        return _real_neighbors(neighbors, self.n_neighbors, ~embeddings.any(dim=1).cpu().numpy(), seed)
+        return _real_neighbors(neighbors, self.n_neighbors, similar_to_nothing(embeddings).cpu().numpy(), seed)
 
 
 def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -258,15 +276,15 @@ def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list
     return [(int(stop - length), int(stop)) for stop, length in zip(stops, lengths, strict=True)]
 
 
-def _banded_product(circle: Tensor, rows: int, columns: int, n_rows: int, width: int) -> Tensor:
-    """Multiply row ``rows + i`` with rows ``columns + i`` to ``columns + i + width - 1``, for each ``i < n_rows``.
+def _banded_product(left: Tensor, right: Tensor, rows: int, columns: int, n_rows: int, width: int) -> Tensor:
+    """Multiply row ``rows + i`` of ``left`` with rows ``columns + i`` to ``columns + i + width - 1`` of ``right``.
 
     Returns:
-        A view of shape ``[n_rows / b, b, width]``, where ``b`` is the number of rows of a block.
+        A view of shape ``[n_rows / b, b, width]``, where ``b`` is the number of rows of a block; ``i`` counts rows.
     """
-    b, d = _RUN_BLOCK, circle.shape[1]
-    blocks = circle[rows : rows + n_rows].view(-1, b, d)
-    others = circle.as_strided((len(blocks), b + width, d), (b * d, d, 1), columns * d)
+    b, d = _RUN_BLOCK, left.shape[1]
+    blocks = left[rows : rows + n_rows].view(-1, b, d)
+    others = right.as_strided((len(blocks), b + width, d), (b * d, d, 1), columns * d)
     product = torch.bmm(blocks, others.transpose(1, 2))
     # Row i of a block begins i columns further right: its stride is one row and one column.
     return product.as_strided((len(blocks), b, width), (b * (b + width), b + width + 1, 1))
