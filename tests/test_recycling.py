@@ -50,10 +50,10 @@ def test_the_bank_keeps_the_last_embedding_of_each():
 
 def test_the_bank_refuses():
     bank = EmbeddingBank(5)
-    with pytest.raises(ValueError, match=r"one row for each of the batch's 2 instances, got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"one row for each of the batch's 2 instances, got shape \[3, 4\]"):
         bank.write(torch.tensor([0, 1]), torch.ones(3, 4))
     bank.write(torch.tensor([0, 1]), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"embeddings must keep their width, 4, got shape \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"embeddings must keep their shape, \['b', 4\], got \[2, 3\]"):
         bank.write(torch.tensor([0, 1]), torch.ones(2, 3))
     bank.write(torch.tensor([4]), torch.full((1, 4), torch.nan))
     with pytest.raises(ValueError, match="embedding of dataset index 4 is not finite"):
@@ -191,7 +191,7 @@ class OnlyLoss(Returns):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (TwoViews, ValueError, r"one row for each of the batch's 8 instances, got \[16, 4\]"),
+        (TwoViews, ValueError, r"one row for each of the batch's 8 instances, got shape \[16, 4\]"),
         (OnlyLoss, TypeError, r"recycle=True needs training_step to return .*'embeddings'.*got \['loss'\]"),
     ],
 )

@@ -86,8 +86,8 @@ def test_no_edit_of_a_pools_batches_resumes_wrongly(data):
 
 
 def test_a_newer_format_is_refused():
-    with pytest.raises(ValueError, match="state has format 2, but this version of bs-lightning reads format 1"):
-        goes_on(STATE | {"format": 2})
+    with pytest.raises(ValueError, match="state has format 3, but this version of bs-lightning reads format 2"):
+        goes_on(STATE | {"format": 3})
 
 
 def test_numpys_integers_are_saved_as_plain_ones():
@@ -194,12 +194,12 @@ KEPT = {
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_checkpoints_of_format_1_are_resumed(kind):
+def test_checkpoints_of_format_2_are_resumed(kind):
     """The repository keeps them. ``write_checkpoints`` wrote them in the version that introduced the format."""
     seed_everything(0, verbose=False)
     model, how = Exact(), kept(kind)
-    fit(model, Data(8, 103), walker(**how), max_epochs=2, ckpt_path=CHECKPOINTS / f"format1-{kind}.ckpt")
-    expected = torch.load(CHECKPOINTS / f"format1-{kind}.ckpt", weights_only=True)["expected"]
+    fit(model, Data(8, 103), walker(**how), max_epochs=2, ckpt_path=CHECKPOINTS / f"format2-{kind}.ckpt")
+    expected = torch.load(CHECKPOINTS / f"format2-{kind}.ckpt", weights_only=True)["expected"]
     assert model.batches[: len(expected)] == expected
     assert len(model.epochs[1]) == 12
 
@@ -213,7 +213,7 @@ def write_checkpoints():
     """Write a checkpoint of each kind after six batches, with the batches that follow from its pool."""
     CHECKPOINTS.mkdir(exist_ok=True)
     for kind in KEPT:
-        path = CHECKPOINTS / f"format1-{kind}.ckpt"
+        path = CHECKPOINTS / f"format2-{kind}.ckpt"
         seed_everything(0, verbose=False)
         model = Exact()
         fit(model, Data(8, 103), walker(**kept(kind)), Saves(path, 6), max_epochs=1)

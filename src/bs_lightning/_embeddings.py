@@ -51,6 +51,40 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
     return embeddings
 
 
+def as_sides(value: Any, what: str) -> Tensor:
+    """Return the embeddings of a batch as one tensor, ``[b, d]`` or ``[b, 2, d]``.
+
+    Args:
+        value: A float tensor ``[b, d]`` or ``[b, 2, d]``, or a pair of float tensors ``[b, d]``.
+        what: How an error begins, such as ``"embed must return"``.
+
+    Raises:
+        TypeError: If the value is not one or two dense tensors of floats.
+        ValueError: If a shape is different, or two sides differ in shape. The message gives the shapes.
+    """
+    sides = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
+    for side in sides:
+        if not isinstance(side, Tensor) or not side.is_floating_point() or side.layout is not torch.strided:
+            raise TypeError(
+                f"{what} a float tensor of shape [b, d], or two sides: a pair of such tensors, or [b, 2, d]. Got "
+                f"{_kind(side)}."
+            )
+    if len(sides) == 2:
+        if sides[0].shape != sides[1].shape or sides[0].ndim != 2:
+            raise ValueError(
+                f"{what} two sides of one shape [b, d], got {list(sides[0].shape)} and {list(sides[1].shape)}. Project "
+                "both sides to one width."
+            )
+        value = torch.stack([sides[0], sides[1].to(sides[0].dtype)], dim=1)
+    embeddings: Tensor = value
+    fits = embeddings.ndim == 2 or (embeddings.ndim == 3 and embeddings.shape[1] == 2)
+    if not fits or embeddings.shape[-1] < 1:
+        raise ValueError(
+            f"{what} shape [b, d], or [b, 2, d] for two sides, got {list(embeddings.shape)}. Pool or flatten first."
+        )
+    return embeddings
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of dtype {value.dtype} and layout {value.layout}"

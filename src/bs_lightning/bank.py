@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._embeddings import first_not_finite, unit_rows
+from bs_lightning._embeddings import as_sides, first_not_finite, unit_rows
 
 
 class EmbeddingBank:
@@ -37,17 +37,18 @@ class EmbeddingBank:
 
         Args:
             indices: Dataset indices, int64 ``[b]``.
-            embeddings: Floats of shape ``[b, d]``.
+            embeddings: Floats of shape ``[b, d]``, or ``[b, 2, d]`` for two sides.
 
         Raises:
-            ValueError: If the embeddings are not of shape ``[b, d]``, or ``d`` differs from earlier embeddings.
+            ValueError: If the embeddings have a different shape, or differ in width from earlier embeddings.
         """
-        check_rows(embeddings, indices)
-        unit = unit_rows(embeddings).half()
+        unit = unit_rows(check_rows(embeddings, indices)).half()
         if self._rows is None:
-            self._rows = unit.new_zeros(self.n_instances, unit.shape[1])
-        if self._rows.shape[1] != unit.shape[1]:
-            raise ValueError(f"embeddings must keep their width, {self._rows.shape[1]}, got shape {list(unit.shape)}.")
+            self._rows = unit.new_zeros(self.n_instances, *unit.shape[1:])
+        if self._rows.shape[1:] != unit.shape[1:]:
+            raise ValueError(
+                f"embeddings must keep their shape, {['b', *self._rows.shape[1:]]}, got {list(unit.shape)}."
+            )
         self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
         self._rows[indices.to(unit.device)] = unit
 
@@ -58,8 +59,8 @@ class EmbeddingBank:
             indices: Dataset indices, int64 ``[P]``.
 
         Returns:
-            float32 of shape ``[P, d]``, rows of length 1. An instance without an embedding has a zero row, which is
-            similar to nothing.
+            float32 of shape ``[P, d]`` or ``[P, 2, d]``, rows of length 1. An instance without an embedding has zero
+            rows, which are similar to nothing.
 
         Raises:
             ValueError: If an embedding is not finite; the message names the dataset index.
@@ -74,7 +75,7 @@ class EmbeddingBank:
                 f"The embedding of dataset index {index} is not finite. Check that instance, or whether training "
                 "diverged."
             )
-        return torch.nn.functional.normalize(rows, dim=1)
+        return torch.nn.functional.normalize(rows, dim=-1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all rows for a checkpoint.
@@ -101,18 +102,24 @@ class EmbeddingBank:
         self._rows = state_dict["rows"]
 
 
-def check_rows(embeddings: Tensor, indices: Sized) -> None:
-    """Refuse embeddings that do not have one row for each instance.
+def check_rows(embeddings: Any, indices: Sized) -> Tensor:
+    """Return what training computed for a batch as one tensor. Refuse it if a batch's instance has no row.
 
     Args:
-        embeddings: What should be floats of shape ``[b, d]``.
+        embeddings: What should be floats of shape ``[b, d]``, or two sides: a pair of such tensors, or ``[b, 2, d]``.
         indices: The ``b`` dataset indices of the batch.
 
+    Returns:
+        Floats of shape ``[b, d]`` or ``[b, 2, d]``.
+
     Raises:
-        ValueError: Naming both numbers.
+        TypeError: If the embeddings are not one or two tensors of floats.
+        ValueError: If a shape is different. The message gives it.
     """
-    if embeddings.ndim != 2 or len(embeddings) != len(indices):
+    rows = as_sides(embeddings, "embeddings must have")
+    if len(rows) != len(indices):
         raise ValueError(
-            f"embeddings must have shape [b, d] with one row for each of the batch's {len(indices)} instances, got "
-            f"{list(embeddings.shape)}. Of two views, return one, or both side by side: torch.cat([a, b], dim=1)."
+            f"embeddings must have one row for each of the batch's {len(indices)} instances, got shape "
+            f"{list(rows.shape)}. Of two views, return one, or both as a pair."
         )
+    return rows

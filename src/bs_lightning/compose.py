@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._types import Batches, Embeddings, Neighbors
+from bs_lightning._types import Batches, Embeddings, Indices, Neighbors
 from bs_lightning.graphs import NNDescentGraph, RandomCandidateGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
@@ -29,7 +31,7 @@ class Graph(Protocol):
         """Find each instance's neighbours.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``.
+            embeddings: Floats of shape ``[P, d]``, or ``[P, 2, d]`` for two sides.
             seed: The same seed must give the same neighbours.
 
         Returns:
@@ -49,9 +51,14 @@ class ComposeFunction(Protocol):
 class Composer(ABC):
     """Base class of composers. Override :meth:`__call__`, and each attribute whose default does not fit.
 
-    A composer may ask for more than embeddings. If its ``__call__`` has a keyword argument ``indices``, the callback
-    passes the pool's dataset indices, int64 ``[P]``. If it has ``labels``, the callback passes the pool's labels, an
-    int64 tensor ``[P]``, or ``None`` if the data has no labels. Plain functions may ask in the same way.
+    A composer may ask for more than embeddings, by a keyword argument of its ``__call__``. Plain functions may ask in
+    the same way. The callback then passes:
+
+    - ``indices``: the pool's dataset indices, int64 ``[P]``;
+    - ``labels``: the pool's labels, an int64 tensor ``[P]``, or ``None`` if the data has no labels;
+    - ``likely_false_negatives``: a function that marks the edges of a graph whose two ends are a likely false negative,
+      int32 ``[P, K]`` -> bool ``[P, K]``, or ``None`` if there is no rule;
+    - ``neighbors``: the pool's graph, int32 ``[P, K]``, if it is known already, else ``None``.
 
     Attributes:
         replacement: Whether different batches may share instances. A single batch never repeats one.
@@ -93,7 +100,8 @@ class Composer(ABC):
         """Compose a pool's batches.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``.
+            embeddings: Floats of shape ``[P, d]``, or ``[P, 2, d]`` for two sides. ``P`` is a multiple of
+                ``batch_size``.
             batch_size: Instances in a batch; under several processes, in a global batch.
             seed: The same seed must give the same batches.
             epoch: The epoch's number.
@@ -107,8 +115,8 @@ class FunctionComposer(Composer):
     """Wraps a plain function as a composer.
 
     Args:
-        function: ``(embeddings, batch_size, *, seed, epoch)`` -> positions in the pool. It may also have the keyword
-            arguments ``indices`` and ``labels``.
+        function: ``(embeddings, batch_size, *, seed, epoch)`` -> positions in the pool. It may ask for more, as
+            :class:`Composer` says.
     """
 
     def __init__(self, function: ComposeFunction) -> None:
@@ -138,17 +146,18 @@ def as_composer(composer: Composer | ComposeFunction) -> Composer:
 
 
 def asked_for(composer: Composer) -> set[str]:
-    """Return which of the keyword arguments ``indices`` and ``labels`` a composer has.
+    """Return what a composer asks for beside embeddings.
 
     Args:
         composer: A composer.
 
     Returns:
-        A subset of ``{"indices", "labels"}``.
+        A subset of ``{"indices", "labels", "likely_false_negatives", "neighbors"}``.
     """
     called: Any = composer.function if isinstance(composer, FunctionComposer) else composer
     bound = called.keywords.keys() if isinstance(called, functools.partial) else ()
-    return ({"indices", "labels"} & inspect.signature(called).parameters.keys()) - set(bound)
+    offered = {"indices", "labels", "likely_false_negatives", "neighbors"}
+    return (offered & inspect.signature(called).parameters.keys()) - set(bound)
 
 
 class RWRComposer(Composer):
@@ -219,14 +228,27 @@ class RWRComposer(Composer):
     def __repr__(self) -> str:
         return f"RWRComposer({self.graph!r})"
 
-    def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
+    def __call__(
+        self,
+        embeddings: Embeddings,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        likely_false_negatives: Callable[[Neighbors], NDArray[np.bool_]] | None = None,
+        neighbors: Neighbors | None = None,
+    ) -> Batches:
         """Compose a pool's batches.
 
         Args:
-            embeddings: Floats of shape ``[P, d]``, ``P`` a multiple of ``batch_size``.
+            embeddings: Floats of shape ``[P, d]``, or ``[P, 2, d]`` for two sides. ``P`` is a multiple of
+                ``batch_size``.
             batch_size: Instances in a batch; under several processes, in a global batch.
             seed: The same seed gives the same batches.
             epoch: The epoch's number, passed to ``restart_probability`` if that is a function.
+            likely_false_negatives: Marks the graph's edges that walks must not take, int32 ``[P, K]`` -> bool
+                ``[P, K]``.
+            neighbors: The graph, int32 ``[P, K]``, if it is known already. No graph is built then.
 
         Returns:
             int64 of shape ``[P // batch_size, batch_size]``, positions in the pool.
@@ -238,7 +260,8 @@ class RWRComposer(Composer):
         alpha = self.restart_probability
         self.neighbors = None  # two graphs of a whole dataset may not fit into memory
         start = time.perf_counter()
-        neighbors = self.graph(embeddings, seed=seed)
+        if neighbors is None:
+            neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()
         if len(neighbors) != len(embeddings):
             raise ValueError(
@@ -246,6 +269,8 @@ class RWRComposer(Composer):
                 f"{len(neighbors)} rows."
             )
         self.neighbors = neighbors
+        if likely_false_negatives is not None:
+            neighbors = without_edges(neighbors, likely_false_negatives(neighbors))
         batches = rwr_batches(
             neighbors,
             batch_size,
@@ -256,3 +281,53 @@ class RWRComposer(Composer):
         )
         self.seconds = {"graph": built - start, "walk": time.perf_counter() - built}
         return batches
+
+
+def without_edges(neighbors: Neighbors, marked: NDArray[np.bool_]) -> Neighbors:
+    """Take edges out of a graph. The other edges of a row take their places in turn, so that walks choose among them.
+
+    Args:
+        neighbors: int32 of shape ``[P, K]``.
+        marked: The edges to take out, bool ``[P, K]``.
+
+    Returns:
+        int32 of shape ``[P, K]``. A row whose edges are all taken out holds its own number, which means "no edge".
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning.compose import without_edges
+        >>> neighbors = np.array([[1, 2, 3], [0, 2, 3], [1, 0, 3], [0, 1, 2]], dtype=np.int32)
+        >>> without_edges(neighbors, neighbors == 1)
+        array([[2, 3, 2],
+               [0, 2, 3],
+               [0, 3, 0],
+               [0, 2, 0]], dtype=int32)
+    """
+    kept_first = np.take_along_axis(neighbors, np.argsort(marked, axis=1, kind="stable"), axis=1)
+    n_kept = (~marked).sum(axis=1, keepdims=True)
+    columns = np.arange(neighbors.shape[1]) % np.maximum(n_kept, 1)
+    own = np.arange(len(neighbors), dtype=np.int32)[:, None]
+    return np.where(n_kept > 0, np.take_along_axis(kept_first, columns, axis=1), own)
+
+
+def restricted(neighbors: Neighbors, indices: Indices) -> Neighbors:
+    """Return the part of a dataset's graph that joins the instances of a pool.
+
+    Args:
+        neighbors: The dataset's graph, int32 ``[N, K]``.
+        indices: Dataset indices of the pool, int64 ``[P]``, each once.
+
+    Returns:
+        The pool's graph, positions in the pool, int32 ``[P, K]``.
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning.compose import restricted
+        >>> restricted(np.array([[1, 2], [2, 0], [0, 1]], dtype=np.int32), np.array([2, 0]))
+        array([[1, 1],
+               [0, 0]], dtype=int32)
+    """
+    position = np.full(len(neighbors), -1, dtype=np.int32)
+    position[indices] = np.arange(len(indices), dtype=np.int32)
+    inside = position[neighbors[indices]]
+    return without_edges(inside, inside < 0)

@@ -1,4 +1,4 @@
-"""Encode: a pool of dataset indices -> L2-normalised embeddings."""
+"""Encode: a pool of dataset indices -> L2-normalised embeddings, of one side or two."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bs_lightning._checks import check_integer, check_integer_array
-from bs_lightning._embeddings import unit_rows_
+from bs_lightning._embeddings import as_sides, first_not_finite, similar_to_nothing, unit_rows_
 from bs_lightning.loader import Load
 
-Embed = Callable[[Any], Tensor]
+Embed = Callable[[Any], Tensor | tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -27,19 +27,21 @@ def encode(
     Args:
         indices: Dataset indices, ``P`` of them.
         load: Loads batches of indices, as :class:`bs_lightning.BatchFetcher` does.
-        embed: A batch as loaded -> floats of shape ``[b, d]``. The function moves the batch to the device itself.
+        embed: A batch as loaded -> floats of shape ``[b, d]``. For two sides: a pair of such tensors, or ``[b, 2, d]``.
+            The function moves the batch to the device itself.
         batch_size: Instances embedded at a time; the last batch may be smaller.
         advance: A function without arguments, called after each batch.
 
     Returns:
-        float32 of shape ``[P, d]``, on the device, rows of length 1. All-zero rows stay zero, with a warning.
+        float32 of shape ``[P, d]`` or ``[P, 2, d]``, on the device, rows of length 1. All-zero rows stay zero, with a
+        warning.
 
     Raises:
         TypeError: If ``indices`` does not hold integers, ``batch_size`` is not an integer, or ``embed`` does not return
             a float tensor.
         ValueError: If ``indices`` is not of shape ``[P]`` or is empty, ``batch_size`` is below 1, or ``embed`` does not
-            return shape ``[b, d]`` with one row per instance of the batch, or returns numbers that are not finite. The
-            message then names the dataset index.
+            return one or two sides of one width with one row per instance of the batch, or returns numbers that are not
+            finite. The message then names the dataset index.
 
     Example:
         >>> import torch
@@ -56,21 +58,20 @@ def encode(
     chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     pieces: list[Tensor] = []
     for chunk, batch in zip(chunks, load(chunks), strict=True):
-        piece = embed(batch)
-        _check_piece(piece, len(chunk), pieces[0].shape[1] if pieces else None)
+        piece = as_sides(embed(batch), "embed must return")
+        _check_piece(piece, len(chunk), pieces[0].shape[1:] if pieces else None)
         pieces.append(piece.to(torch.float32, copy=True))  # a compiled model may reuse its output's memory
         if advance is not None:
             advance()
     embeddings = torch.cat(pieces)
 
-    finite = torch.isfinite(embeddings).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
+    row = first_not_finite(embeddings)
+    if row is not None:
         raise ValueError(
             f"The embedding of dataset index {rows[row]} is not finite. Check that instance, or whether training "
             "diverged. Lower precisions overflow sooner."
         )
-    if not embeddings.any(dim=1).all():
+    if similar_to_nothing(embeddings).any():
         _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
     unit_rows_(embeddings)
     # Two equal embeddings prove nothing: the dataset may hold an instance twice.
@@ -84,14 +85,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _check_piece(piece: object, n_rows: int, width: int | None) -> None:
-    if not isinstance(piece, Tensor) or not piece.is_floating_point():
-        got = f"a tensor of {piece.dtype}" if isinstance(piece, Tensor) else type(piece).__name__
-        raise TypeError(f"embed must return a float tensor of shape [b, d], got {got}.")
-    if piece.ndim != 2 or piece.shape[1] < 1:
-        raise ValueError(f"embed must return shape [b, d], got {list(piece.shape)}. Pool or flatten first.")
-    if width is not None and piece.shape[1] != width:
-        raise ValueError(f"embed must return embeddings of one width, got {width} and then {piece.shape[1]}.")
+def _check_piece(piece: Tensor, n_rows: int, shape: torch.Size | None) -> None:
+    if shape is not None and piece.shape[1:] != shape:
+        raise ValueError(
+            f"embed must return embeddings of one width, got {list(shape)} and then {list(piece.shape[1:])}."
+        )
     if len(piece) != n_rows:
         raise ValueError(
             f"embed returned {len(piece)} rows for {n_rows} instances. One embedding per instance is needed: "

@@ -18,8 +18,7 @@ def mutual_nearest(neighbors: ArrayLike, n_nearest: int) -> Pairs:
         n_nearest: How many entries of a row count as nearest, at least 1. Above ``K``, all of them count.
 
     Returns:
-        int64 of shape ``[m, 2]``. Each pair occurs once, with the lower node first. ``m`` is at most
-        ``P * n_nearest / 2``.
+        int64 of shape ``[m, 2]``. Each pair occurs in both directions. ``m`` is at most ``P * n_nearest``.
 
     Raises:
         TypeError: If ``neighbors`` does not hold integers, or ``n_nearest`` is not an integer.
@@ -29,7 +28,7 @@ def mutual_nearest(neighbors: ArrayLike, n_nearest: int) -> Pairs:
     Example:
         >>> from bs_lightning.mask import mutual_nearest
         >>> mutual_nearest([[1, 2], [0, 2], [1, 0]], n_nearest=1).tolist()
-        [[0, 1]]
+        [[0, 1], [1, 0]]
 
     Source: re-ranking with k-reciprocal neighbours (Zhong et al., CVPR 2017, arXiv 1701.08398), where instances that
     are each other's nearest neighbours likely have the same class.
@@ -40,10 +39,10 @@ def mutual_nearest(neighbors: ArrayLike, n_nearest: int) -> Pairs:
     nearest = graph[:, :n_nearest].astype(np.int64)
     size = len(nearest)
     rows, columns = np.repeat(np.arange(size), nearest.shape[1]), nearest.ravel()
-    lower_first = rows < columns
-    # One number for each pair of nodes. A row may name a neighbour twice; `intersect1d` returns each pair once.
+    real = rows != columns
+    # One number for each directed pair. A row may name a neighbour twice; `intersect1d` returns each pair once.
     forward, backward = rows * size + columns, columns * size + rows
-    mutual = np.intersect1d(forward[lower_first], backward)
+    mutual = np.intersect1d(forward[real], backward[real])
     return np.stack(np.divmod(mutual, size), axis=1)
 
 
@@ -51,11 +50,11 @@ def pair_mask(pairs: ArrayLike, batch: ArrayLike) -> Tensor:
     """Mark the pairs of a batch that are in a list of pairs.
 
     Args:
-        pairs: Integers of shape ``[m, 2]``: pairs of instances, such as dataset indices.
+        pairs: Integers of shape ``[m, 2]``: pairs of instances, such as dataset indices, the anchor first.
         batch: Distinct integers of shape ``[B]``: the instances of the batch, numbered as in ``pairs``.
 
     Returns:
-        bool of shape ``[B, B]``, symmetric, false on the diagonal.
+        bool of shape ``[B, B]``, row ``i`` for the anchor ``i``, false on the diagonal.
 
     Raises:
         TypeError: If ``pairs`` or ``batch`` does not hold integers.
@@ -65,7 +64,7 @@ def pair_mask(pairs: ArrayLike, batch: ArrayLike) -> Tensor:
         >>> import numpy as np
         >>> from bs_lightning.mask import pair_mask
         >>> pair_mask(np.array([[3, 8], [5, 8]]), [8, 4, 3]).int().tolist()
-        [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+        [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
     """
     pairs, members = check_integer_array("pairs", pairs), check_integer_array("batch", batch)
     if pairs.ndim != 2 or pairs.shape[1] != 2:
@@ -80,5 +79,5 @@ def pair_mask(pairs: ArrayLike, batch: ArrayLike) -> Tensor:
         raise ValueError(f"batch must hold distinct integers, got {members}.")
     positions = order[np.searchsorted(ordered, pairs).clip(max=len(members) - 1)]
     first, second = positions[(members[positions] == pairs).all(axis=1)].T
-    mask[first, second] = mask[second, first] = True
+    mask[first, second] = True
     return mask.fill_diagonal_(False)  # an instance is never its own negative

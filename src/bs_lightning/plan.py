@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from bs_lightning._checks import check_integer, check_integer_array
 from bs_lightning._types import Batches, Indices, Order, Pairs
 from bs_lightning.layout import BatchLayout
+from bs_lightning.separate import separate, separate_order
 
 NO_PAIRS: Pairs = np.empty((0, 2), dtype=np.int64)
 
@@ -32,7 +33,7 @@ class PlannedPool(NamedTuple):
     batches: Batches
     """The pool's global batches, int64 ``[P // global_batch_size, global_batch_size]``."""
     pairs: Pairs = NO_PAIRS
-    """Pairs that are likely false negatives, int64 ``[m, 2]``. The loss may leave them out."""
+    """Pairs that are likely false negatives, the anchor first, int64 ``[m, 2]``. The loss may leave them out."""
 
 
 class PoolPlanner(Protocol):
@@ -199,7 +200,7 @@ class Pool(NamedTuple):
     batches: Indices
     """Dataset indices, int64 ``[n, global_batch_size]``."""
     pairs: Pairs
-    """Pairs of dataset indices, int64 ``[m, 2]``, that are likely false negatives."""
+    """Pairs of dataset indices, int64 ``[m, 2]``, that are likely false negatives, the anchor first."""
     replacement: bool = False
     """Whether different batches may share instances."""
 
@@ -227,6 +228,7 @@ class EpochPlan:
         stop: The batch before which the epoch ends; ``None`` serves all.
         planning: How batches are composed; ``None`` serves uniform batches, in the order of the permutation.
         pool: A pool that was planned earlier, from a checkpoint. It is served if it holds batch ``start``.
+        groups: Each instance's group, int64 ``[N]``: no batch holds two instances of a group. ``None`` separates none.
 
     Attributes:
         pool: The pool being served; ``None`` in an epoch of uniform batches.
@@ -254,9 +256,14 @@ class EpochPlan:
         stop: int | None = None,
         planning: Planning | None = None,
         pool: Pool | None = None,
+        groups: Indices | None = None,
     ) -> None:
         if planning is not None:
             planning.cut.check(layout)
+            if planning.replacement and groups is not None:
+                raise ValueError(
+                    "separate_groups=True needs batches that share no instances, but the composer has replacement=True."
+                )
         self.layout = layout
         self.seed = seed
         self.epoch = epoch
@@ -264,7 +271,10 @@ class EpochPlan:
         self.stop = layout.n_batches if stop is None else min(stop, layout.n_batches)
         self.planning = planning
         self.pool = pool
+        self.groups = groups
         self._order = permutation(layout.n_instances, seed, epoch)
+        if groups is not None:
+            self._order = separate_order(self._order, groups, layout.global_batch_size, pool_seed(seed, epoch, 0))
         if pool is not None and pool.epoch == epoch:
             check_pool(pool, self._order, layout)
 
@@ -322,7 +332,9 @@ class EpochPlan:
         planned = planning.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, start), epoch=self.epoch)
         if not isinstance(planned, PlannedPool):
             raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
-        positions = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
+        positions: Order = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
+        if self.groups is not None:
+            positions = separate(positions, self.groups[indices], pool_seed(self.seed, self.epoch, start))
         batches = indices[positions[: end - start]]
         pairs = indices[_check_pairs(planned.pairs, len(indices))]
         if len(batches) < len(positions):  # a checkpoint holds only the pairs whose batches are served

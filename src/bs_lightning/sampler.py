@@ -1,9 +1,11 @@
 """Batch sampler: an epoch's plan as a ``torch.utils.data.BatchSampler``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
@@ -12,6 +14,8 @@ from bs_lightning._types import Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import pair_mask
 from bs_lightning.plan import EpochPlan, Planning, pool_seed
+from bs_lightning.rules import Rule, check_groups
+from bs_lightning.separate import check_separable
 from bs_lightning.state import SamplerState
 
 
@@ -28,6 +32,8 @@ class PoolBatchSampler(BatchSampler):
             batches. You may set the attribute between two epochs.
         drop_last: ``False`` serves the remainder as a smaller, uniform batch at the end.
         seed: The same seed gives the same pools.
+        rules: Which pairs of a batch are likely false negatives, beside those that the planner finds.
+        separate_groups: Each instance's group, integers ``[N]``. No batch holds two instances of a group.
         rank: This process's number.
         world_size: Number of processes. Each serves its own slice of every global batch.
 
@@ -50,6 +56,8 @@ class PoolBatchSampler(BatchSampler):
         planning: Planning | None = None,
         drop_last: bool = True,
         seed: int = 0,
+        rules: Sequence[Rule] = (),
+        separate_groups: ArrayLike | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -64,6 +72,12 @@ class PoolBatchSampler(BatchSampler):
             planning.cut.check(self.layout)
         if not 0 <= check_integer("rank", rank) < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
+        self.rules = tuple(rules)
+        self.groups = None if separate_groups is None else check_groups(separate_groups)
+        if self.groups is not None:
+            if len(self.groups) != n_instances:
+                raise ValueError(f"separate_groups must have length {n_instances}, got {len(self.groups)}.")
+            check_separable(self.groups, self.layout.n_full)
         self.planning = planning
         self.seed = check_seed(seed)
         self.rank = rank
@@ -144,6 +158,7 @@ class PoolBatchSampler(BatchSampler):
             start=start,
             planning=self.planning,
             pool=None if state is None else state.pool,
+            groups=self.groups,
         )
         return self._plan
 
@@ -159,17 +174,24 @@ class PoolBatchSampler(BatchSampler):
         batch = self._trained_batch_number()
         return None if batch is None or self._plan is None else self._plan.global_batch(batch).astype(np.int64)
 
-    def likely_false_negatives(self) -> Tensor | None:
-        """Return which pairs of :meth:`trained_batch` are likely false negatives by the planner.
+    def likely_false_negatives(self, device: torch.device | None = None) -> Tensor | None:
+        """Return which pairs of :meth:`trained_batch` are likely false negatives, by the planner or by a rule.
+
+        Args:
+            device: The mask's device; ``None`` is the CPU.
 
         Returns:
-            bool ``[B, B]``, symmetric, ``False`` on the diagonal and in all of a uniform batch; ``None`` before the
-            first batch.
+            bool ``[B, B]``, row ``i`` for the anchor ``i``, ``False`` on the diagonal; ``None`` before the first batch.
+            The planner finds pairs only in composed batches.
         """
-        batch = self._trained_batch_number()
-        if batch is None or self._plan is None:
+        batch = self.trained_batch()
+        number = self._trained_batch_number()
+        if batch is None or number is None or self._plan is None:
             return None
-        return pair_mask(self._plan.pairs(batch), self._plan.global_batch(batch))
+        mask = pair_mask(self._plan.pairs(number), batch).to(device)
+        for rule in self.rules:
+            mask |= rule.in_batch(batch, device)
+        return mask.fill_diagonal_(False)
 
     def _trained_batch_number(self) -> int | None:
         """Return the number of the batch that was served last in its epoch, or ``None`` before the first batch."""

@@ -11,7 +11,7 @@ from bs_lightning._types import Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Pool
 
-FORMAT = 1
+FORMAT = 2
 _COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "served", "stop")
 
 

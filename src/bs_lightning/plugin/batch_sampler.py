@@ -35,12 +35,11 @@ class TrainerBatchSampler(PoolBatchSampler):
         data: The DataModule.
         n_instances: Length of the dataset.
         batch_size: Instances per batch and process.
-        **layout: ``drop_last``, ``seed``, ``rank`` and ``world_size`` of
-            :class:`~bs_lightning.PoolBatchSampler`.
+        **kwargs: All other arguments of :class:`~bs_lightning.PoolBatchSampler` but ``planning``.
     """
 
-    def __init__(self, data: TrainedData, n_instances: int, batch_size: int, **layout: Any) -> None:
-        super().__init__(n_instances, batch_size, **layout)
+    def __init__(self, data: TrainedData, n_instances: int, batch_size: int, **kwargs: Any) -> None:
+        super().__init__(n_instances, batch_size, **kwargs)
         self._data = data
         self._n_epochs_processed = 0
 
@@ -70,6 +69,7 @@ class TrainerBatchSampler(PoolBatchSampler):
             stop=int(trainer.num_training_batches),
             planning=self._data.planning(self.layout),
             pool=self._current_pool(start),
+            groups=self.groups,
         )
         self._n_epochs_processed = epochs_processed(trainer)
         return self._plan
@@ -85,7 +85,7 @@ class TrainerBatchSampler(PoolBatchSampler):
 
     def _uniform_plan(self) -> EpochPlan:
         """A throwaway uniform plan for anyone who iterates the loader outside the training loop."""
-        return EpochPlan(self.layout, seed=self.seed, epoch=0)
+        return EpochPlan(self.layout, seed=self.seed, epoch=0, groups=self.groups)
 
     def _current_pool(self, start: int) -> Pool | None:
         """The pool that was being served when this epoch was last left, by this process or an earlier one."""

@@ -1,7 +1,7 @@
 """Callback: decides when and how pools are planned, in Lightning's hooks."""
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,7 +15,14 @@ from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.planner import TrainerPlanner
 from bs_lightning.plugin.processes import check_equal
-from bs_lightning.plugin.sources import Embed, EmbeddingSource, EncodedEmbeddings, RecycledEmbeddings
+from bs_lightning.plugin.sources import (
+    Embed,
+    EmbeddingSource,
+    EncodedEmbeddings,
+    RecycledEmbeddings,
+    ReferenceEmbeddings,
+)
+from bs_lightning.rules import AbovePositive
 
 
 class BatchSamplerCallback(Callback):
@@ -52,7 +59,8 @@ class BatchSamplerCallback(Callback):
 
     Args:
         pool_size: Approximate number of instances that are planned together. It is the main setting: larger pools make
-            harder batches with more false negatives. At least one global batch; ``None`` is ten global batches.
+            harder batches with more false negatives. At least one global batch. A float in ``(0, 1]`` is a share of the
+            dataset, ``"all"`` is the whole dataset, and ``None`` is ten global batches.
         composer: Arranges a pool into batches: a :class:`~bs_lightning.compose.Composer`, or a function
             ``(embeddings, batch_size, *, seed, epoch)``. ``None`` is :class:`~bs_lightning.RWRComposer`.
         warmup_epochs: Number of uniform epochs at the start.
@@ -64,9 +72,18 @@ class BatchSamplerCallback(Callback):
             where look-alikes mostly belong together, as paraphrases do. Elsewhere it removes the hardest true
             negatives. Needs a composer that finds the nearest neighbours in the whole pool, which
             :class:`~bs_lightning.RandomCandidateGraph` does not.
+        own_rule: Treat a pair as a likely false negative if it is more similar than this rule allows, in the embeddings
+            that the pool is composed from, and one is among the other's nearest neighbours:
+            :class:`~bs_lightning.rules.AbovePositive`. Needs two sides, and a composer that finds the nearest
+            neighbours.
+        from_reference: Compose from the DataModule's ``reference_embeddings()``, and encode nothing. With
+            ``pool_size="all"`` and :class:`~bs_lightning.RWRComposer`, one graph of the whole dataset serves all
+            epochs.
         per_rank: ``False`` composes global batches, for losses that gather the negatives of all processes. ``True``
             lets every process compose its own batches from its share of the pool, for losses that do not gather.
-        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own method.
+        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own method. For two
+            sides, such as query and document: a pair of such tensors, or ``[b, 2, d]``. Batches are then composed by
+            the similarity of one side with the other, as the loss compares them.
         encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``. That
             fits into memory if training does.
 
@@ -96,43 +113,51 @@ class BatchSamplerCallback(Callback):
 
     def __init__(
         self,
-        pool_size: int | None = None,
+        pool_size: int | float | Literal["all"] | None = None,
         composer: Composer | ComposeFunction | None = None,
         warmup_epochs: int = 1,
         *,
         refresh_every: int | None = None,
         recycle: bool = False,
         mask_nearest: int | None = None,
+        own_rule: AbovePositive | None = None,
+        from_reference: bool = False,
         per_rank: bool = False,
         embed: Embed | None = None,
         encode_batch_size: int | None = None,
     ) -> None:
-        if pool_size is not None and check_integer("pool_size", pool_size) < 2:
-            raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
+        _check_pool_size(pool_size)
         if check_integer("warmup_epochs", warmup_epochs) < 0:
             raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. Use 0 for no warm-up.")
         if embed is not None and not callable(embed):
             raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
         if encode_batch_size is not None and check_integer("encode_batch_size", encode_batch_size) < 1:
             raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
-        if recycle and (embed is not None or encode_batch_size is not None):
-            raise ValueError("recycle=True encodes nothing: leave out embed and encode_batch_size.")
+        if recycle and from_reference:
+            raise ValueError("recycle=True and from_reference=True name two sources of embeddings. Give one of them.")
+        if (recycle or from_reference) and (embed is not None or encode_batch_size is not None):
+            source = "recycle" if recycle else "from_reference"
+            raise ValueError(f"{source}=True encodes nothing: leave out embed and encode_batch_size.")
         self.pool_size = pool_size
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.warmup_epochs = warmup_epochs
         self.refresh_every = refresh_every
         self.recycle = recycle
         self.mask_nearest = mask_nearest
+        self.own_rule = own_rule
+        self.from_reference = from_reference
         self.per_rank = per_rank
         self.embed = embed
         self.encode_batch_size = encode_batch_size
-        if mask_nearest is not None:
-            if check_integer("mask_nearest", mask_nearest) < 1:
-                raise ValueError(f"mask_nearest must be at least 1, got {mask_nearest}. 5 suits pools of ten batches.")
-            if not self.composer.finds_nearest:
+        if mask_nearest is not None and check_integer("mask_nearest", mask_nearest) < 1:
+            raise ValueError(f"mask_nearest must be at least 1, got {mask_nearest}. 5 suits pools of ten batches.")
+        if own_rule is not None and not isinstance(own_rule, AbovePositive):
+            raise TypeError(f"own_rule must be AbovePositive(...) or None, got {own_rule!r}.")
+        for name, value in (("mask_nearest", mask_nearest), ("own_rule", own_rule)):
+            if value is not None and not self.composer.finds_nearest:
                 raise TypeError(
-                    f"mask_nearest={mask_nearest} needs a composer that finds each instance's nearest neighbours in "
-                    f"the whole pool, such as RWRComposer() with NNDescentGraph() or ExactGraph(), got {composer!r}."
+                    f"{name}={value} needs a composer that finds each instance's nearest neighbours in the whole pool, "
+                    f"such as RWRComposer() with NNDescentGraph() or ExactGraph(), got {composer!r}."
                 )
         if refresh_every is not None:
             if pool_size is not None:
@@ -161,7 +186,7 @@ class BatchSamplerCallback(Callback):
         return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
 
     def resolve_pool_size(self, trainer: Trainer, layout: BatchLayout) -> int:
-        """Return the current epoch's pool size: ``pool_size``, or ten global batches.
+        """Return the current epoch's pool size in instances.
 
         Args:
             trainer: The Trainer, in its setup or at the start of an epoch.
@@ -170,14 +195,20 @@ class BatchSamplerCallback(Callback):
         Returns:
             Instances in a pool, at least one global batch.
         """
-        return 10 * layout.global_batch_size if self.pool_size is None else self.pool_size
+        if self.pool_size is None:
+            return 10 * layout.global_batch_size
+        if self.pool_size == "all":
+            return layout.n_instances
+        if isinstance(self.pool_size, float):
+            return max(round(self.pool_size * layout.n_instances), layout.global_batch_size)
+        return self.pool_size
 
     # Called by the DataModule
 
     @property
     def finds_false_negatives(self) -> bool:
         """Whether planned pools come with likely false negatives, which the loss may leave out."""
-        return self.mask_nearest is not None
+        return self.mask_nearest is not None or self.own_rule is not None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that planning needs.
@@ -244,10 +275,17 @@ class BatchSamplerCallback(Callback):
         source: EmbeddingSource
         if self.recycle:
             source = RecycledEmbeddings(trainer, self.per_rank)
+        elif self.from_reference:
+            source = ReferenceEmbeddings(trainer, self.per_rank)
         else:
             source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
         self._planner = TrainerPlanner(
-            trainer, source, self.composer, per_rank=self.per_rank, mask_nearest=self.mask_nearest
+            trainer,
+            source,
+            self.composer,
+            per_rank=self.per_rank,
+            mask_nearest=self.mask_nearest,
+            own_rule=self.own_rule,
         )
         data.register_planner(self)
 
@@ -342,3 +380,19 @@ class BatchSamplerCallback(Callback):
     def _close(self) -> None:
         if self._planner is not None:
             self._planner.source.close()
+
+
+def _check_pool_size(pool_size: Any) -> None:
+    """Refuse a pool size that is neither instances, nor a share of the dataset, nor a name."""
+    if pool_size is None or pool_size == "all":
+        return
+    if isinstance(pool_size, float):
+        if not 0 < pool_size <= 1:
+            raise ValueError(
+                f"pool_size as a float is a share of the dataset and must lie in (0, 1], got {pool_size}. Give a "
+                "number of instances as an integer."
+            )
+    elif isinstance(pool_size, str):
+        raise ValueError(f'pool_size must be an integer, a float in (0, 1], "all" or None, got {pool_size!r}.')
+    elif check_integer("pool_size", pool_size) < 2:
+        raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")

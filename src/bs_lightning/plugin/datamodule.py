@@ -3,19 +3,22 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning._checks import check_seed
-from bs_lightning._types import Indices
+from bs_lightning._types import Embeddings, Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
 from bs_lightning.plan import Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler, TrainerLoader
 from bs_lightning.plugin.loops import check_trainer
+from bs_lightning.rules import AbovePositive, AboveSimilarity, MoreSimilar, Rule, SameGroup, check_reference
 from bs_lightning.state import SamplerState, holds_state
 
 _T = TypeVar("_T")
@@ -60,6 +63,11 @@ class BatchSamplerDataModule(LightningDataModule):
             serves it as a smaller, uniform batch at the epoch's end.
         seed: The same seed gives the same permutations and walks. ``None`` takes the global seed that
             ``seed_everything`` set, rank 0's on all ranks.
+        reference_rule: Which pairs :meth:`reference_embeddings` call likely false negatives:
+            :class:`~bs_lightning.rules.AbovePositive` or :class:`~bs_lightning.rules.AboveSimilarity`. ``None`` is
+            ``AbovePositive()`` for two sides. For one side, ``None`` marks no pairs.
+        separate_groups: Whether to keep the instances of a group of :meth:`train_groups` out of each other's batches,
+            in uniform epochs too.
         pool_collate_fn: The ``collate_fn`` for batches of :meth:`pool_dataset`, where items of one view cannot be
             collated as the training items are. ``None`` takes ``collate_fn``.
         **dataloader_kwargs: For training and pool loader alike, those of :class:`torch.utils.data.DataLoader` that do
@@ -86,6 +94,8 @@ class BatchSamplerDataModule(LightningDataModule):
         *,
         drop_last: bool = True,
         seed: int | None = None,
+        reference_rule: AbovePositive | AboveSimilarity | None = None,
+        separate_groups: bool = False,
         pool_collate_fn: Callable[[list[Any]], Any] | None = None,
         **dataloader_kwargs: Any,
     ) -> None:
@@ -96,6 +106,14 @@ class BatchSamplerDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = None if seed is None else check_seed(seed)
+        if reference_rule is not None and not isinstance(reference_rule, (AbovePositive, AboveSimilarity)):
+            raise TypeError(
+                f"reference_rule must be AbovePositive(...), AboveSimilarity(...) or None, got {reference_rule!r}."
+            )
+        self.reference_rule = reference_rule
+        self.separate_groups = separate_groups
+        self._reference: Embeddings | None = None
+        self._rules: tuple[Rule, ...] = ()
         self.pool_collate_fn = pool_collate_fn
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
@@ -173,6 +191,40 @@ class BatchSamplerDataModule(LightningDataModule):
                 labels = y
         return labels
 
+    def train_groups(self) -> Tensor | Sequence[int] | None:
+        """Return each instance's group: instances of a group are never each other's negatives.
+
+        A group is one product, caption, sentence or document, or an instance that the dataset holds twice. Loss and
+        graph leave the pairs of a group out: see :meth:`likely_false_negatives`.
+
+        Returns:
+            Integers of shape ``[N]``; ``None``, the default, if there are no groups.
+        """
+        return None
+
+    def reference_embeddings(self) -> Embeddings | None:
+        """Return embeddings of the dataset by another model, or by this model after an earlier training.
+
+        They are a second opinion on what is a false negative: see :meth:`likely_false_negatives`. With
+        ``BatchSamplerCallback(from_reference=True)`` batches are composed from them, too.
+        :func:`bs_lightning.encode_dataset` makes them.
+
+        Returns:
+            Floats of shape ``[N, d]``, or ``[N, 2, d]`` for two sides such as query and document; rows of any length. A
+            :class:`numpy.memmap` is read a few rows at a time. ``None``, the default, if there are none.
+        """
+        return None
+
+    @property
+    def false_negative_rules(self) -> tuple[Rule, ...]:
+        """The rules that the data gives: from groups, and from reference embeddings."""
+        return self._rules
+
+    @property
+    def checked_reference(self) -> Embeddings | None:
+        """The reference embeddings, once the training data was asked for."""
+        return self._reference
+
     def train_dataloader(self) -> PoolLoader:
         """The loader that serves the plan. Not to be overridden.
 
@@ -181,7 +233,7 @@ class BatchSamplerDataModule(LightningDataModule):
                 ``dataloader_iter``.
             ValueError: If ``batch_size`` is below 2 or the dataset is smaller than a global batch.
         """
-        for name in ("train_dataset", "pool_dataset", "train_labels"):
+        for name in ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings"):
             if not callable(getattr(self, name)):
                 raise TypeError(
                     f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
@@ -196,6 +248,7 @@ class BatchSamplerDataModule(LightningDataModule):
         dataset = self.train_dataset()
         check_map_style(dataset, "train_dataset()")
         self._train_dataset = dataset
+        groups = self._read_rules(len(dataset))  # type: ignore[arg-type]
         ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         sampler = TrainerBatchSampler(
             self,
@@ -203,6 +256,8 @@ class BatchSamplerDataModule(LightningDataModule):
             self.batch_size,
             drop_last=self.drop_last,
             seed=self._resolve_seed(),
+            rules=self._rules,
+            separate_groups=groups if self.separate_groups else None,
             rank=ranks["rank"] if ranks else 0,
             world_size=ranks["num_replicas"] if ranks else 1,
         )
@@ -226,17 +281,21 @@ class BatchSamplerDataModule(LightningDataModule):
         return self._in_training("trained_batch", None if sampler is None else sampler.trained_batch())
 
     def likely_false_negatives(self) -> Tensor:
-        """Which pairs of the global batch being trained are likely false negatives.
+        """Return which pairs of the global batch being trained are likely false negatives.
 
-        Ask for it in ``training_step``, with ``BatchSamplerCallback(mask_nearest=...)``, and leave these pairs out of
-        the loss's negatives.
+        Ask for it in ``training_step``, and leave these pairs out of the loss's negatives. A pair is marked by any of:
+
+        - :meth:`train_groups`, if the two are of one group;
+        - :meth:`reference_embeddings` and ``reference_rule``;
+        - ``BatchSamplerCallback(mask_nearest=...)`` and ``BatchSamplerCallback(own_rule=...)``, in composed batches.
 
         Returns:
-            bool of shape ``[B, B]`` on the module's device, in the order of :meth:`trained_batch`. Embeddings that are
-            gathered from all processes have the same order. False on the diagonal, and throughout uniform batches.
+            bool of shape ``[B, B]`` on the module's device, in the order of :meth:`trained_batch`. Row ``i`` is for the
+            anchor ``i``. Embeddings that are gathered from all processes have the same order. False on the diagonal.
 
         Raises:
-            RuntimeError: If no batch is being trained, as in validation, or no callback has ``mask_nearest``.
+            RuntimeError: If no batch is being trained, as in validation, or nothing says which pairs are likely false
+                negatives.
 
         Example::
 
@@ -247,13 +306,17 @@ class BatchSamplerDataModule(LightningDataModule):
                 return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
         """
         sampler = self.train_sampler
+        module: LightningModule | None = None if self.trainer is None else self.trainer.lightning_module
+        device = None if module is None else module.device
         mask = self._in_training(
-            "likely_false_negatives", None if sampler is None else sampler.likely_false_negatives()
+            "likely_false_negatives", None if sampler is None else sampler.likely_false_negatives(device)
         )
-        if self._planner is None or not self._planner.finds_false_negatives:
-            raise RuntimeError("likely_false_negatives() needs BatchSamplerCallback(mask_nearest=...), such as 5.")
-        module: LightningModule = self.trainer.lightning_module  # type: ignore[union-attr]
-        return mask.to(module.device)
+        if not self._rules and (self._planner is None or not self._planner.finds_false_negatives):
+            raise RuntimeError(
+                "likely_false_negatives() needs a rule: override train_groups() or reference_embeddings(), or give "
+                "BatchSamplerCallback(mask_nearest=...), such as 5, or BatchSamplerCallback(own_rule=AbovePositive())."
+            )
+        return mask
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
@@ -291,6 +354,35 @@ class BatchSamplerDataModule(LightningDataModule):
                 "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
             )
         return value
+
+    def _read_rules(self, n_instances: int) -> NDArray[np.int64] | None:
+        """Check groups and reference embeddings, and make the rules from them. Return the groups."""
+        rules: list[Rule] = []
+        groups = self.train_groups()
+        if groups is None:
+            if self.separate_groups:
+                raise TypeError(f"separate_groups=True needs {type(self).__name__} to override train_groups().")
+            checked = None
+        else:
+            rule = SameGroup(groups.cpu() if isinstance(groups, Tensor) else groups)
+            checked = rule.groups
+            if len(checked) != n_instances:
+                raise ValueError(
+                    f"train_groups() must have the length and order of train_dataset(), {n_instances}, got length "
+                    f"{len(checked)}."
+                )
+            rules.append(rule)
+        self._reference = self.reference_embeddings()
+        if self._reference is not None:
+            check_reference(self._reference, n_instances)
+            if self.reference_rule is not None or self._reference.ndim == 3:
+                rules.append(MoreSimilar(self._reference, self.reference_rule))
+        elif self.reference_rule is not None:
+            raise TypeError(
+                f"reference_rule={self.reference_rule} needs {type(self).__name__} to override reference_embeddings()."
+            )
+        self._rules = tuple(rules)
+        return checked
 
     def _resolve_seed(self) -> int:
         """The seed that was given, else the global seed of rank 0."""

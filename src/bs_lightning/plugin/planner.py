@@ -2,15 +2,18 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._types import Indices
-from bs_lightning.compose import Composer, asked_for
+from bs_lightning._embeddings import similar_to_nothing
+from bs_lightning._types import Indices, Neighbors, Pairs
+from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
@@ -18,7 +21,8 @@ from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
 from bs_lightning.plan import NO_PAIRS, PlannedPool, Pools, WholeData, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
-from bs_lightning.plugin.sources import EmbeddingSource, check_length
+from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings, check_length
+from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
 
 class _Composed(NamedTuple):
@@ -38,7 +42,9 @@ class TrainerPlanner:
         composer: Arranges a pool into batches.
         per_rank: Whether each process composes batches from its own share of a pool.
         mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
-            nearest neighbours in the pool. ``None`` finds no false negatives.
+            nearest neighbours in the pool. ``None`` finds none in this way.
+        own_rule: Treat a pair as a likely false negative if it is more similar than this rule allows, in the pool's
+            embeddings. ``None`` finds none in this way.
 
     Attributes:
         seconds: Seconds that each step took in this epoch, by the step's name.
@@ -52,6 +58,7 @@ class TrainerPlanner:
         *,
         per_rank: bool,
         mask_nearest: int | None,
+        own_rule: AbovePositive | None,
     ) -> None:
         self.trainer = trainer
         self.source = source
@@ -59,6 +66,9 @@ class TrainerPlanner:
         self._composer = composer
         self._per_rank = per_rank
         self._mask_nearest = mask_nearest
+        self._own_rule = own_rule
+        self._rules: Sequence[Rule] = ()
+        self._whole_graph: Neighbors | None = None
         self.layout: BatchLayout
         self._batch_size = 0
         self._n_composing = 1
@@ -79,6 +89,7 @@ class TrainerPlanner:
         self._batch_size = layout.batch_size if self._per_rank else layout.global_batch_size
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
+        self._rules = data.false_negative_rules
         labels = data.train_labels()
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
@@ -87,9 +98,9 @@ class TrainerPlanner:
     def rehearse(self, cut: Pools | WholeData, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
 
-        Embeds two uniform batches, and composes random embeddings: as many as a pool has, or at most 2560 if the whole
-        dataset is composed. A copy of the composer composes them, so that a composer with state keeps its state. A
-        composer that cannot be copied is not tried.
+        Embeds two uniform batches, and composes random embeddings: as many as a pool has, but at most 5120. A copy of
+        the composer composes them, so that a composer with state keeps its state. A composer that cannot be copied is
+        not tried.
 
         Args:
             cut: What is planned together.
@@ -100,9 +111,9 @@ class TrainerPlanner:
         with failing_together(trainer):
             if self._per_rank or trainer.is_global_zero:
                 whole = layout.n_full * layout.global_batch_size
-                pool_size = min(whole, cut.size if isinstance(cut, Pools) else 2560) // self._n_composing
+                pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole, 5120) // self._n_composing
                 size = max(pool_size // self._batch_size, 1) * self._batch_size
-                random = torch.randn(size, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+                random = torch.randn(size, *embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
                 try:
                     composer = copy.deepcopy(self._composer)
                 except Exception:  # whatever a user's object raises
@@ -193,25 +204,75 @@ class TrainerPlanner:
     ) -> _Composed:
         """Compose batches in this process alone."""
         composer = self._composer if composer is None else composer
-        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)]
-        more = {name: value for name, value in (("indices", indices), ("labels", labels)) if name in self._asked}
+        own = None if self._own_rule is None else MoreSimilar(embeddings, self._own_rule)
         start = time.perf_counter()
         with isolated_rng(), isolated_threads():
+            more = {name: value for name, value in self._offered(indices, own, seed).items() if name in self._asked}
             returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
         pairs = NO_PAIRS
-        if self._mask_nearest is not None:
-            assert composer.neighbors is not None
-            near = mutual_nearest(composer.neighbors, self._mask_nearest)
-            known = embeddings.any(dim=1).cpu().numpy()  # the neighbours of an all-zero row are random
-            pairs = near[known[near].all(axis=1)]
+        if composer.neighbors is not None:
+            pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
+        if not composer.replacement:  # a checkpoint holds only the pairs that meet in a batch
+            batch_of = np.empty(len(indices), dtype=np.int64)
+            batch_of[batches] = np.arange(len(batches))[:, None]
+            pairs = pairs[batch_of[pairs[:, 0]] == batch_of[pairs[:, 1]]]
         return _Composed(PlannedPool(batches, pairs), self._describe(embeddings, indices, batches), seconds)
+
+    def _offered(self, indices: Indices, own: Rule | None, seed: int) -> dict[str, Any]:
+        """Return what composers may ask for beside embeddings."""
+        positions = np.arange(len(indices))
+
+        def mark(neighbors: Neighbors) -> NDArray[np.bool_]:
+            marked = either_way(self._rules, indices, neighbors)
+            return marked if own is None else marked | either_way([own], positions, neighbors)
+
+        return {
+            "indices": indices,
+            "labels": None if self._labels is None else self._labels[torch.from_numpy(indices)],
+            "likely_false_negatives": mark if self._rules or own is not None else None,
+            "neighbors": self._fixed_neighbors(indices, seed),
+        }
+
+    def _fixed_neighbors(self, indices: Indices, seed: int) -> Neighbors | None:
+        """Return a pool's part of the graph of the whole dataset, if embeddings stay the same and a pool is that large.
+
+        The graph is built once.
+        """
+        composer, layout = self._composer, self.layout
+        whole = layout.n_full * layout.global_batch_size
+        if not (isinstance(self.source, ReferenceEmbeddings) and isinstance(composer, RWRComposer)):
+            return None
+        if self._per_rank or len(indices) < whole or not indices.any():  # a rehearsal's indices are made up
+            return None
+        if self._whole_graph is None:
+            self._whole_graph = composer.graph(self.source.read(np.arange(layout.n_instances)), seed=seed)
+        return restricted(self._whole_graph, indices)
+
+    def _likely_false_negatives(self, neighbors: Neighbors, embeddings: Tensor, own: Rule | None) -> Pairs:
+        """Return the pairs of a pool's graph that the callback's own rules mark."""
+        found = [NO_PAIRS]
+        if self._mask_nearest is not None:
+            near = mutual_nearest(neighbors, self._mask_nearest)
+            known = ~similar_to_nothing(embeddings).cpu().numpy()  # the neighbours of an all-zero row are random
+            found.append(near[known[near].all(axis=1)])
+        if own is not None:
+            anchors, others = (
+                np.repeat(np.arange(len(neighbors)), neighbors.shape[1]),
+                neighbors.ravel().astype(np.int64),
+            )
+            for first, second in ((anchors, others), (others, anchors)):
+                marked = own.between(first, second) & (first != second)
+                found.append(np.stack([first[marked], second[marked]], axis=1))
+        return np.unique(np.concatenate(found), axis=0)
 
     def _describe(self, embeddings: Tensor, indices: Indices, batches: Indices) -> dict[str, float]:
         """Return the values to log for composed batches."""
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
+        if embeddings.ndim == 3:
+            return {}  # TODO
         hardness = in_batch_hardness(embeddings[positions.to(embeddings.device)], labels)
         log = {"batch_sampler/hardness": float(hardness)}
         if labels is not None:

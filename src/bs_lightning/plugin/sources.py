@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bs_lightning._types import Indices
+from bs_lightning._embeddings import unit_rows
+from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.encoding import encode
 from bs_lightning.isolation import no_trace
@@ -20,8 +21,9 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import check_equal, failing_together, own_share
+from bs_lightning.rules import as_float_tensor
 
-Embed = Callable[[LightningModule, Any], Tensor]
+Embed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
 
 
 class EmbeddingSource(Protocol):
@@ -43,8 +45,8 @@ class EmbeddingSource(Protocol):
             indices: Dataset indices, int64 ``[P]``.
 
         Returns:
-            Floats of shape ``[P, d]``, in the processes that compose. If each process composes its own share of the
-            pool, only the rows of that share.
+            Floats of shape ``[P, d]`` or ``[P, 2, d]``, in the processes that compose. If each process composes its own
+            share of the pool, only the rows of that share.
         """
         ...
 
@@ -86,8 +88,8 @@ class EncodedEmbeddings:
 
     Args:
         trainer: The Trainer, in its ``setup``.
-        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``. ``None`` takes ``pl_module.embed(batch)``,
-            else ``pl_module(batch)``.
+        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, or two sides: a pair of such tensors, or
+            ``[b, 2, d]``. ``None`` takes ``pl_module.embed(batch)``, else ``pl_module(batch)``.
         batch_size: Instances embedded at a time; ``None`` is four times the DataModule's ``batch_size``.
         per_rank: Whether each process composes its own share, so that embeddings are not gathered.
 
@@ -98,7 +100,7 @@ class EncodedEmbeddings:
     def __init__(self, trainer: Trainer, embed: Embed | None, batch_size: int | None, per_rank: bool) -> None:
         module = trainer.lightning_module
         if embed is not None:
-            self._embed: Callable[[Any], Tensor] = partial(embed, module)
+            self._embed: Callable[[Any], Tensor | tuple[Tensor, Tensor]] = partial(embed, module)
         # Ask the class: a layer of the module may be named `embed`, too.
         elif callable(getattr(type(module), "embed", None)):
             self._embed = module.embed  # type: ignore[assignment]
@@ -114,7 +116,7 @@ class EncodedEmbeddings:
         self._per_rank = per_rank
         self._dataset: Dataset[Any] | None = None
         self._fetch: BatchFetcher | None = None
-        self._width: int | None = None
+        self._shape: torch.Size | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         dataset = data.pool_dataset()
@@ -126,12 +128,12 @@ class EncodedEmbeddings:
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
             embeddings = self._encode(own_share(self._trainer, indices))
-        if self._width is None:
-            check_equal(self._trainer, width_of_embeddings=embeddings.shape[1])
-            self._width = embeddings.shape[1]
-        if self._per_rank:
+        if self._shape is None:
+            check_equal(self._trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
+            self._shape = embeddings.shape[1:]
+        if self._per_rank or self._trainer.world_size == 1:
             return embeddings
-        return self._trainer.strategy.all_gather(embeddings).flatten(0, -2)
+        return self._trainer.strategy.all_gather(embeddings).flatten(0, 1)
 
     def keep(self, outputs: Any) -> None:
         pass
@@ -165,7 +167,7 @@ class EncodedEmbeddings:
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
         transfer = _batch_hook(trainer, "transfer_batch_to_device")
 
-        def embed(batch: Any) -> Tensor:
+        def embed(batch: Any) -> Tensor | tuple[Tensor, Tensor]:
             batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
             batch = transfer(batch, module.device, 0)
             try:
@@ -199,7 +201,7 @@ class RecycledEmbeddings:
         self._per_rank = per_rank
         self._bank: EmbeddingBank | None = None
         self._restored: dict[str, Any] | None = None
-        self._width: int | None = None
+        self._shape: torch.Size | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         composes = self._per_rank or self._trainer.is_global_zero
@@ -217,8 +219,7 @@ class RecycledEmbeddings:
     def keep(self, outputs: Any) -> None:
         if not outputs:
             return  # `training_step` skipped the batch
-        embeddings = outputs.get("embeddings") if isinstance(outputs, dict) else None
-        if not isinstance(embeddings, Tensor):
+        if not isinstance(outputs, dict) or "embeddings" not in outputs:
             raise TypeError(
                 "recycle=True needs training_step to return {'loss': ..., 'embeddings': tensor of shape [b, d]}, got "
                 f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
@@ -226,13 +227,13 @@ class RecycledEmbeddings:
         trainer = self._trainer
         batch = trainer.datamodule.trained_batch()
         layout = trainer.datamodule.train_sampler.layout
-        check_rows(embeddings, layout.slice(batch, trainer.global_rank))
+        embeddings = check_rows(outputs["embeddings"], layout.slice(batch, trainer.global_rank))
         if len(batch) % trainer.world_size:
             return  # the epoch's last batch is smaller, and its parts differ in size between processes
         if trainer.world_size > 1:
-            if self._width is None:
-                check_equal(trainer, width_of_embeddings=embeddings.shape[1])
-                self._width = embeddings.shape[1]
+            if self._shape is None:
+                check_equal(trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
+                self._shape = embeddings.shape[1:]
             embeddings = trainer.strategy.all_gather(embeddings.detach()).flatten(0, 1)
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
@@ -255,6 +256,50 @@ class RecycledEmbeddings:
         if self._bank is not None and self._restored:
             self._bank.load_state_dict(self._restored)
             self._restored = None
+
+
+class ReferenceEmbeddings:
+    """Reads the DataModule's ``reference_embeddings()``, which stay the same, and encodes nothing.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        per_rank: Whether each process composes its own share. If not, only rank 0 reads the embeddings.
+    """
+
+    def __init__(self, trainer: Trainer, per_rank: bool) -> None:
+        self._trainer = trainer
+        self._per_rank = per_rank
+        self._embeddings: Embeddings
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        if data.checked_reference is None:
+            raise TypeError(
+                f"from_reference=True needs {type(data).__name__} to override reference_embeddings(). "
+                "bs_lightning.encode_dataset makes them."
+            )
+        self._embeddings = data.checked_reference
+
+    def read(self, indices: Indices) -> Tensor:
+        if self._per_rank:
+            indices = own_share(self._trainer, indices)
+        elif not self._trainer.is_global_zero:
+            return torch.empty(0)  # a different process composes
+        return unit_rows(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+
+    def keep(self, outputs: Any) -> None:
+        pass
+
+    def end_epoch(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def check_length(name: str, values: Any, layout: BatchLayout) -> None:

@@ -1,0 +1,323 @@
+"""Rules: which pairs of instances are likely false negatives.
+
+A rule serves twice. A graph keeps an edge only if no rule marks its two ends. A loss leaves out the pairs of a batch
+that a rule marks. Pairs have a direction: the pair ``(i, j)`` compares the first side of the anchor ``i`` with the
+second side of ``j``.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from bs_lightning._checks import check_integer_array, check_number
+from bs_lightning._embeddings import first_not_finite, unit_rows
+from bs_lightning._types import Embeddings, Indices, Neighbors
+
+_CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
+
+
+class Rule(Protocol):
+    """Marks pairs of instances that are likely false negatives."""
+
+    def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
+        """Mark the pairs of a batch.
+
+        Args:
+            batch: Dataset indices, int64 ``[B]``.
+            device: Where the mask is computed; ``None`` is the CPU.
+
+        Returns:
+            bool of shape ``[B, B]``, row ``i`` for the anchor ``i``. The diagonal has no meaning.
+        """
+        ...
+
+    def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
+        """Mark the pairs ``(anchors[i], others[i])``.
+
+        Args:
+            anchors: Dataset indices, int64 ``[m]``.
+            others: Dataset indices, int64 ``[m]``.
+
+        Returns:
+            bool of shape ``[m]``.
+        """
+        ...
+
+
+Limit = Callable[[Tensor], Tensor]
+"""Unit rows ``[B, d]`` or ``[B, 2, d]`` -> the similarity above which a pair is marked, for each anchor: ``[B]``."""
+
+
+@dataclass(frozen=True)
+class AbovePositive:
+    """Mark a pair whose similarity exceeds the anchor's similarity to its own positive. Needs two sides.
+
+    The limit is ``factor * positive + margin``, in cosine similarity.
+
+    Args:
+        margin: Added to the positive's similarity. A negative margin marks more pairs.
+        factor: Multiplies the positive's similarity. 0.95 marks pairs from 95% of the positive's similarity on.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If ``margin`` lies outside ``[-2, 2]``, or ``factor`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.rules import AbovePositive
+        >>> AbovePositive(margin=0.1)(torch.tensor([[[1.0, 0.0], [0.6, 0.8]]]))
+        tensor([0.7000])
+
+    Source: margin 0 is GISTEmbed (arXiv 2402.16829); ``margin=0.1`` is Qwen3-Embedding (arXiv 2506.05176);
+    ``factor=0.95`` is NV-Retriever's "TopK-PercPos" (arXiv 2407.15831).
+    """
+
+    margin: float = 0.0
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not -2 <= check_number("margin", self.margin) <= 2:
+            raise ValueError(f"margin must lie in [-2, 2], as cosine similarities do, got {self.margin}. Try 0.0.")
+        if not 0 < check_number("factor", self.factor) < np.inf:
+            raise ValueError(f"factor must be above 0, got {self.factor}. Try 1.0 or 0.95.")
+
+    def __call__(self, unit: Tensor) -> Tensor:
+        """Return each anchor's limit.
+
+        Args:
+            unit: Rows of length 1, float32 ``[B, 2, d]``.
+
+        Returns:
+            float32 of shape ``[B]``.
+
+        Raises:
+            ValueError: If there is only one side.
+        """
+        if unit.ndim != 3:
+            raise ValueError(
+                f"{self} needs embeddings with two sides, [N, 2, d], got {list(unit.shape)}: one side has no positive "
+                "to compare with. Give both sides, or use AboveSimilarity(threshold)."
+            )
+        return self.factor * (unit[:, 0] * unit[:, 1]).sum(dim=1) + self.margin
+
+
+@dataclass(frozen=True)
+class AboveSimilarity:
+    """Mark a pair whose cosine similarity exceeds a threshold.
+
+    Args:
+        threshold: The similarity, in ``[-1, 1]``.
+
+    Raises:
+        TypeError: If ``threshold`` is not a number.
+        ValueError: If it lies outside ``[-1, 1]``.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.rules import AboveSimilarity
+        >>> AboveSimilarity(0.9)(torch.eye(2))
+        tensor([0.9000, 0.9000])
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not -1 <= check_number("threshold", self.threshold) <= 1:
+            raise ValueError(f"threshold must lie in [-1, 1], as cosine similarities do, got {self.threshold}.")
+
+    def __call__(self, unit: Tensor) -> Tensor:
+        """Return each anchor's limit, the same for all.
+
+        Args:
+            unit: Rows of length 1, float32 ``[B, d]`` or ``[B, 2, d]``.
+
+        Returns:
+            float32 of shape ``[B]``.
+        """
+        return unit.new_full((len(unit),), self.threshold)
+
+
+class SameGroup:
+    """Marks the pairs of a group: one product, caption, sentence or document.
+
+    Args:
+        groups: Each instance's group, integers ``[N]``. Instances of equal numbers are a group.
+
+    Raises:
+        TypeError: If ``groups`` does not hold integers.
+        ValueError: If it does not have shape ``[N]``.
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning.rules import SameGroup
+        >>> SameGroup([7, 7, 8]).in_batch(np.array([0, 2, 1])).int().tolist()
+        [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    """
+
+    def __init__(self, groups: ArrayLike) -> None:
+        self.groups = check_groups(groups)
+
+    def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
+        own = torch.from_numpy(self.groups[batch]).to(device)
+        return own[:, None] == own
+
+    def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
+        same: NDArray[np.bool_] = self.groups[anchors] == self.groups[others]
+        return same
+
+
+class MoreSimilar:
+    """Marks the pairs whose similarity in given embeddings exceeds a limit.
+
+    Args:
+        embeddings: Floats of shape ``[N, d]``, or ``[N, 2, d]`` for two sides; rows of any length. A
+            :class:`numpy.memmap` is read a few rows at a time.
+        limit: Says how similar is too similar. ``None`` is :class:`AbovePositive`, which needs two sides.
+
+    Raises:
+        ValueError: If ``limit`` needs two sides and there is one.
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning.rules import AboveSimilarity, MoreSimilar
+        >>> rule = MoreSimilar(np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), AboveSimilarity(0.5))
+        >>> rule.between(np.array([0, 0]), np.array([1, 2]))
+        array([ True, False])
+
+    Source: GISTEmbed, arXiv 2402.16829, where a second model guides the choice of negatives.
+    """
+
+    def __init__(self, embeddings: Embeddings, limit: Limit | None = None) -> None:
+        self.embeddings = embeddings
+        self.limit = AbovePositive() if limit is None else limit
+        self.limit(self._unit(np.zeros(1, dtype=np.int64)))
+
+    def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
+        unit = self._unit(batch).to(device)
+        first, second = (unit, unit) if unit.ndim == 2 else unit.unbind(1)
+        return first @ second.T > self.limit(unit)[:, None]
+
+    def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
+        width = int(np.prod(self.embeddings.shape[1:]))
+        marked = []
+        for start in range(0, len(anchors), rows := max(1, _CHUNK_ENTRIES // width)):
+            anchor, other = self._unit(anchors[start : start + rows]), self._unit(others[start : start + rows])
+            first, second = (anchor, other) if anchor.ndim == 2 else (anchor[:, 0], other[:, 1])
+            marked.append((first * second).sum(dim=1) > self.limit(anchor))
+        return torch.cat(marked).numpy() if marked else np.empty(0, dtype=np.bool_)
+
+    def _unit(self, indices: Indices) -> Tensor:
+        """Return rows of length 1, float32 on the CPU."""
+        return unit_rows(as_float_tensor(self.embeddings, indices))
+
+
+def either_way(rules: Iterable[Rule], indices: Indices, neighbors: Neighbors) -> NDArray[np.bool_]:
+    """Mark the edges of a graph whose ends a rule marks, in one direction or the other.
+
+    Args:
+        rules: The rules.
+        indices: Dataset indices of the graph's nodes, int64 ``[P]``.
+        neighbors: Positions in ``indices``, int32 ``[P, K]``.
+
+    Returns:
+        bool of shape ``[P, K]``.
+
+    Example:
+        >>> import numpy as np
+        >>> from bs_lightning.rules import SameGroup, either_way
+        >>> either_way([SameGroup([4, 5, 4])], np.array([0, 1, 2]), np.array([[1, 2], [0, 2], [0, 1]])).astype(int)
+        array([[0, 1],
+               [0, 0],
+               [1, 0]])
+    """
+    marked = np.zeros(neighbors.shape, dtype=np.bool_)
+    anchors, others = np.repeat(indices, neighbors.shape[1]), indices[neighbors].ravel()
+    for rule in rules:
+        both = rule.between(anchors, others) | rule.between(others, anchors)
+        marked |= both.reshape(marked.shape)
+    return marked
+
+
+def as_float_tensor(embeddings: Embeddings, indices: Indices) -> Tensor:
+    """Return some rows of embeddings that may lie in a file.
+
+    Args:
+        embeddings: Floats of shape ``[N, d]`` or ``[N, 2, d]``.
+        indices: The rows to read, int64 ``[n]``.
+
+    Returns:
+        float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the CPU.
+    """
+    if isinstance(embeddings, Tensor):
+        return embeddings[torch.from_numpy(indices)].detach().float().cpu()
+    return torch.from_numpy(np.asarray(embeddings[indices], dtype=np.float32))
+
+
+def check_groups(groups: ArrayLike) -> NDArray[np.int64]:
+    """Return groups as an array.
+
+    Args:
+        groups: What should be integers of shape ``[N]``.
+
+    Returns:
+        int64 of shape ``[N]``.
+
+    Raises:
+        TypeError: If the groups are not integers.
+        ValueError: If they do not have shape ``[N]``.
+    """
+    array = check_integer_array("groups", groups)
+    if array.ndim != 1:
+        raise ValueError(f"groups must have shape [N], one integer for each instance, got shape {list(array.shape)}.")
+    return array.astype(np.int64)
+
+
+def check_reference(embeddings: Embeddings, n_instances: int) -> None:
+    """Refuse reference embeddings that do not fit the dataset.
+
+    Args:
+        embeddings: What should be floats of shape ``[n_instances, d]`` or ``[n_instances, 2, d]``.
+        n_instances: Length of the dataset.
+
+    Raises:
+        TypeError: If the embeddings are not a dense tensor or a NumPy array of floats.
+        ValueError: If the shape is different, a file is shorter than its array, or a row is not finite. The message
+            names the dataset index.
+    """
+    if isinstance(embeddings, np.memmap):
+        file, needed = embeddings.filename, embeddings.offset + embeddings.nbytes
+        if file is not None and Path(file).stat().st_size < needed:
+            raise ValueError(
+                f"reference_embeddings() returned a memmap of {needed} bytes, but {file} has only "
+                f"{Path(file).stat().st_size}. The file was cut off: write it again."
+            )
+    is_floats = (
+        embeddings.is_floating_point() and embeddings.layout is torch.strided
+        if isinstance(embeddings, Tensor)
+        else isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f"
+    )
+    if not is_floats:
+        raise TypeError(
+            "reference_embeddings() must return a dense tensor or a NumPy array of floats, [N, d] or [N, 2, d], got "
+            f"{getattr(embeddings, 'dtype', type(embeddings).__name__)}."
+        )
+    shape = tuple(embeddings.shape)
+    fits = len(shape) == 2 or (len(shape) == 3 and shape[1] == 2)
+    if not fits or shape[0] != n_instances or shape[-1] < 1:
+        raise ValueError(
+            f"reference_embeddings() must have shape [N, d] or [N, 2, d] with N = {n_instances}, the length of "
+            f"train_dataset(), got {list(shape)}."
+        )
+    for start in range(0, n_instances, rows := max(1, _CHUNK_ENTRIES // int(np.prod(shape[1:])))):
+        bad = first_not_finite(as_float_tensor(embeddings, np.arange(start, min(start + rows, n_instances))))
+        if bad is not None:
+            raise ValueError(
+                f"reference_embeddings() must be finite, but the row of dataset index {start + bad} is not. Check that "
+                "instance and the model that embedded it."
+            )

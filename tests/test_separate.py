@@ -1,0 +1,128 @@
+"""Groups are kept out of each other's batches, in uniform and in composed epochs."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from parts import Data, Model, fit, pool_order, walker
+
+from bs_lightning import PoolBatchSampler, RWRComposer
+from bs_lightning.separate import separate, separate_order
+
+
+def repetitions(batches, groups):
+    return sum(len(batch) - len(set(groups[list(batch)].tolist())) for batch in batches)
+
+
+@st.composite
+def grouped_batches(draw):
+    n, size = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    groups, group = [], 0
+    while len(groups) < n * size:
+        groups += [group] * draw(st.integers(1, n))
+        group += 1
+    return n, size, np.array(groups[: n * size])
+
+
+@given(grouped_batches(), st.integers(0, 2**32 - 1))
+def test_separates_whatever_can_be_separated(drawn, seed):
+    n, size, groups = drawn
+    batches = np.arange(n * size).reshape(n, size)  # groups stand together: as bad as can be
+    result = separate(batches, groups, seed)
+    assert repetitions(result, groups) == 0
+    assert sorted(result.ravel().tolist()) == list(range(n * size))
+    assert np.array_equal(result, separate(batches, groups, seed))
+    assert np.array_equal(batches, np.arange(n * size).reshape(n, size))
+
+
+@given(grouped_batches(), st.integers(0, 7), st.integers(0, 2**32 - 1))
+def test_separates_the_remainder_too(drawn, rest, seed):
+    n, size, groups = drawn
+    rest = min(rest, size - 1)
+    spare = np.arange(rest) + groups.max() + 1
+    spare[1:2] = spare[:1]  # two of a group
+    if n < 2:
+        spare = np.arange(rest) + groups.max() + 1
+    groups = np.concatenate([groups, spare])
+    order = np.arange(len(groups))
+    result = separate_order(order, groups, size, seed)
+    assert sorted(result.tolist()) == order.tolist()
+    assert repetitions(np.array_split(result, range(size, len(result), size)), groups) == 0
+
+
+def test_exchanges_nothing_where_nothing_repeats():
+    batches = np.arange(12).reshape(3, 4)
+    assert separate(batches, np.arange(12) // 1, seed=0) is batches
+
+
+def test_exchanges_no_more_than_it_must():
+    batches = np.arange(400).reshape(40, 10)
+    groups = np.arange(400)
+    groups[1] = groups[0]
+    assert (separate(batches, groups, seed=0) != batches).sum() == 2
+
+
+class Grouped(Data):
+    def train_groups(self):
+        return np.arange(self.n) // 5
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("composer", [None, pool_order], ids=["walk", "order"])
+def test_no_batch_holds_two_of_a_group_and_each_instance_is_served(drop_last, composer):
+    model = Model()
+    composer = {} if composer is None else {"composer": composer}
+    fit(
+        model,
+        Grouped(8, 102, drop_last=drop_last, separate_groups=True),
+        walker(24, warmup_epochs=1, **composer),
+        max_epochs=3,
+    )
+    for batches in model.epochs.values():
+        assert repetitions([np.array(batch) for batch in batches], np.arange(102) // 5) == 0
+        counts = Counter(index for batch in batches for index in batch)
+        assert set(counts.values()) == {1}
+        assert len(counts) == (96 if drop_last else 102)
+
+
+def test_composed_batches_hold_groups_without_the_option():
+    model = Model()
+    fit(model, Grouped(8, 100), walker(32), max_epochs=1)
+    assert repetitions([np.array(batch) for batch in model.batches], np.arange(100) // 5) > 0
+
+
+def test_a_resumed_epoch_goes_on(tmp_path):
+    def run(**kwargs):
+        model = Model()
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+        data = Grouped(8, 100, separate_groups=True, seed=3)
+        fit(model, data, walker(24, composer=pool_order), saves, enable_checkpointing=True, **kwargs)
+        return model.batches
+
+    assert run(ckpt_path=tmp_path / "step=5.ckpt" if (whole := run()) else None) == whole[5:]
+
+
+class OneGroup(Data):
+    def train_groups(self):
+        return np.minimum(np.arange(self.n), 80)  # 20 instances of group 80
+
+
+def test_refuses_a_group_that_is_too_large():
+    with pytest.raises(
+        ValueError, match="cannot keep the 20 instances of group 80 apart: an epoch has 12 full batches"
+    ):
+        fit(Model(), OneGroup(8, 100, separate_groups=True), walker())
+
+
+def test_refuses_batches_that_share_instances():
+    callback = walker(composer=RWRComposer(replacement=True))
+    with pytest.raises(ValueError, match="separate_groups=True needs batches that share no instances"):
+        fit(Model(), Grouped(8, 100, separate_groups=True), callback)
+
+
+def test_refuses_groups_of_another_length():
+    with pytest.raises(ValueError, match="separate_groups must have length 20, got 19"):
+        PoolBatchSampler(20, 5, separate_groups=np.arange(19))
