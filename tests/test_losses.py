@@ -166,6 +166,20 @@ def test_a_masked_pair_of_query_and_document_is_left_out_in_both_directions():
     assert torch.isclose(losses.info_nce(queries, documents, temperature=T, masked=masked, symmetric=False), rows)
 
 
+@every_loss
+def test_masked_pairs_are_no_negatives(case):
+    """Masked into two groups, a batch has the loss of the two groups as batches of their own."""
+    function, _, options = CASES[case]
+    first, second = sides()
+    masked = torch.zeros(B, B, dtype=torch.bool)
+    masked[:2, 2:] = masked[2:, :2] = masked[0, 0] = True
+    of_parts = [
+        function(first[part], second[part], temperature=T, **options) * len(first[part])
+        for part in (slice(0, 2), slice(2, B))
+    ]
+    assert torch.isclose(function(first, second, temperature=T, masked=masked, **options), sum(of_parts) / B)
+
+
 @every_function
 def test_the_diagonal_of_the_mask_has_no_meaning(function):
     first, second = sides()
@@ -238,6 +252,15 @@ def test_low_precision_loses_nothing(case, dtype):
         for gradient in torch.autograd.grad(loss, (first, second)):
             assert gradient.dtype == dtype
             assert torch.isfinite(gradient).all()
+
+
+@every_loss
+def test_losses_stay_finite_at_low_temperatures(case):
+    function, _, options = CASES[case]
+    first, second = sides(dtype=torch.float32)
+    loss = function(first, second, temperature=0.01, **options)
+    assert 0 <= loss < 400
+    assert all(torch.isfinite(each).all() for each in torch.autograd.grad(loss, (first, second)))
 
 
 @every_loss

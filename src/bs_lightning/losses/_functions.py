@@ -24,7 +24,8 @@ def nt_xent(
         first: Floats of shape ``[B, d]``, one view of each instance.
         second: Floats of shape ``[B, d]``, the other view.
         temperature: What similarities are divided by: a float, or a tensor of one float, which gets a gradient.
-        masked: bool of shape ``[B, B]``: the instances that are not negatives of row ``i``, in both views.
+        masked: bool of shape ``[B, B]``. Where ``masked[i, j]`` is true, no view of instance ``j`` is a negative of a
+            view of instance ``i``.
         gather: Whether negatives come from all processes. ``masked`` then covers the global batch.
 
     Returns:
@@ -64,8 +65,8 @@ def info_nce(
         documents: Floats of shape ``[B, d]``, such as documents or texts.
         temperature: What similarities are divided by: a float, or a tensor of one float, which gets a gradient. CLIP's
             is ``(-log_scale).exp()`` with a parameter ``log_scale``.
-        masked: bool of shape ``[B, B]``: the pairs (query ``i``, document ``j``) that are not negatives, in both
-            directions.
+        masked: bool of shape ``[B, B]``. Where ``masked[i, j]`` is true, query ``i`` and document ``j`` are not each
+            other's negatives.
         symmetric: ``False`` takes queries as anchors only.
         gather: Whether negatives come from all processes. ``masked`` then covers the global batch.
 
@@ -114,7 +115,8 @@ def debiased(
         temperature: What similarities are divided by: a float, or a tensor of one float, which gets a gradient.
         class_prior: Probability that a negative has the anchor's hidden class, in ``[0, 1)``. At 0 the loss is
             :func:`nt_xent` or :func:`info_nce`.
-        masked: bool of shape ``[B, B]``: the instances that are not negatives of row ``i``.
+        masked: bool of shape ``[B, B]``. Where ``masked[i, j]`` is true, instance ``j`` is not a negative of instance
+            ``i``.
         negatives: ``"views"`` compares each row with all others of both sides, as :func:`nt_xent`. ``"other_side"``
             compares each row with those of the other side, as :func:`info_nce`. ``"second"`` takes the rows of
             ``first`` as anchors only, as ``info_nce(symmetric=False)``.
@@ -152,7 +154,7 @@ def hard(
     negatives: Negatives = "views",
     gather: bool = False,
 ) -> Tensor:
-    """Compute the debiased loss with the more weight for a negative, the more similar it is to the anchor.
+    """Compute the debiased loss, with more weight for negatives that are more similar to the anchor.
 
     A negative's weight is proportional to ``exp(concentration * similarity / temperature)``. An anchor's weights have
     the mean 1. They have a gradient, unlike the weights of :func:`hardness_weighted`.
@@ -164,7 +166,8 @@ def hard(
         class_prior: Probability that a negative has the anchor's hidden class, in ``[0, 1)``. At 0 the loss is
             :func:`weighted`.
         concentration: How strongly similar negatives count, at least 0. At 0 the loss is :func:`debiased`.
-        masked: bool of shape ``[B, B]``: the instances that are not negatives of row ``i``.
+        masked: bool of shape ``[B, B]``. Where ``masked[i, j]`` is true, instance ``j`` is not a negative of instance
+            ``i``.
         negatives: ``"views"`` compares each row with all others of both sides, as :func:`nt_xent`. ``"other_side"``
             compares each row with those of the other side, as :func:`info_nce`. ``"second"`` takes the rows of
             ``first`` as anchors only, as ``info_nce(symmetric=False)``.
@@ -205,7 +208,7 @@ def weighted(
     negatives: Negatives = "views",
     gather: bool = False,
 ) -> Tensor:
-    """Compute InfoNCE with the more weight for a negative, the more similar it is: :func:`hard` without debiasing.
+    """Compute InfoNCE with more weight for more similar negatives: :func:`hard` without its debiasing.
 
     Args:
         first: Floats of shape ``[B, d]``, one side of each instance.
@@ -213,7 +216,8 @@ def weighted(
         temperature: What similarities are divided by: a float, or a tensor of one float, which gets a gradient.
         concentration: How strongly similar negatives count, at least 0. At 0 the loss is :func:`nt_xent` or
             :func:`info_nce`.
-        masked: bool of shape ``[B, B]``: the instances that are not negatives of row ``i``.
+        masked: bool of shape ``[B, B]``. Where ``masked[i, j]`` is true, instance ``j`` is not a negative of instance
+            ``i``.
         negatives: ``"views"`` compares each row with all others of both sides, as :func:`nt_xent`. ``"other_side"``
             compares each row with those of the other side, as :func:`info_nce`. ``"second"`` takes the rows of
             ``first`` as anchors only, as ``info_nce(symmetric=False)``.
@@ -268,7 +272,8 @@ def hardness_weighted(
         temperature: What similarities are divided by: a float, or a tensor of one float, which gets a gradient.
         strength: The paper's alpha, at least 0. The paper takes 9 with a temperature of 0.02. At 0 the loss is
             :func:`nt_xent` or :func:`info_nce`.
-        masked: bool of shape ``[B, B]``: the instances that are not negatives of row ``i``.
+        masked: bool of shape ``[B, B]``. Where ``masked[i, j]`` is true, instance ``j`` is not a negative of instance
+            ``i``.
         negatives: ``"views"`` compares each row with all others of both sides, as :func:`nt_xent`. ``"other_side"``
             compares each row with those of the other side, as :func:`info_nce`. ``"second"`` takes the rows of
             ``first`` as anchors only, as ``info_nce(symmetric=False)`` and the paper.

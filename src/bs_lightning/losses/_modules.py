@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bs_lightning.losses import _functions
+from bs_lightning.losses._functions import debiased, hard, hardness_weighted, info_nce, nt_xent, weighted
 from bs_lightning.losses._rows import (
     Negatives,
     check_class_prior,
@@ -58,7 +58,7 @@ class NTXentLoss(_PairLoss):
     """
 
     def __init__(self, *, temperature: float | Tensor, gather: bool = False) -> None:
-        super().__init__(_functions.nt_xent, temperature, gather=gather)
+        super().__init__(nt_xent, temperature, gather=gather)
 
 
 class InfoNCELoss(_PairLoss):
@@ -83,7 +83,7 @@ class InfoNCELoss(_PairLoss):
     """
 
     def __init__(self, *, temperature: float | Tensor, symmetric: bool = True, gather: bool = False) -> None:
-        super().__init__(_functions.info_nce, temperature, symmetric=symmetric, gather=gather)
+        super().__init__(info_nce, temperature, symmetric=symmetric, gather=gather)
 
 
 class DebiasedLoss(_PairLoss):
@@ -118,7 +118,7 @@ class DebiasedLoss(_PairLoss):
     ) -> None:
         check_class_prior(class_prior)
         check_negatives(negatives)
-        super().__init__(_functions.debiased, temperature, class_prior=class_prior, negatives=negatives, gather=gather)
+        super().__init__(debiased, temperature, class_prior=class_prior, negatives=negatives, gather=gather)
 
 
 class HardLoss(_PairLoss):
@@ -158,7 +158,7 @@ class HardLoss(_PairLoss):
         check_factor("concentration", concentration)
         check_negatives(negatives)
         super().__init__(
-            _functions.hard,
+            hard,
             temperature,
             class_prior=class_prior,
             concentration=concentration,
@@ -199,9 +199,7 @@ class WeightedLoss(_PairLoss):
     ) -> None:
         check_factor("concentration", concentration)
         check_negatives(negatives)
-        super().__init__(
-            _functions.weighted, temperature, concentration=concentration, negatives=negatives, gather=gather
-        )
+        super().__init__(weighted, temperature, concentration=concentration, negatives=negatives, gather=gather)
 
 
 class HardnessWeightedLoss(_PairLoss):
@@ -236,6 +234,4 @@ class HardnessWeightedLoss(_PairLoss):
     ) -> None:
         check_factor("strength", strength)
         check_negatives(negatives)
-        super().__init__(
-            _functions.hardness_weighted, temperature, strength=strength, negatives=negatives, gather=gather
-        )
+        super().__init__(hardness_weighted, temperature, strength=strength, negatives=negatives, gather=gather)
