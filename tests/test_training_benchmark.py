@@ -1,4 +1,4 @@
-"""The training benchmark: its losses, measures and intervals against literal versions, and studies that resume."""
+"""The training benchmark: its measures and intervals against literal versions, and studies that resume."""
 
 import io
 import math
@@ -11,64 +11,38 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import csv_files
-from benchmarks.training import cifar10, evaluate, losses, report, study, text
+from benchmarks.training import cifar10, evaluate, report, study, text
 from benchmarks.training.arms import ARMS
 from bs_lightning.plan import check_batches
 
-BATCH, TEMPERATURE = 5, 0.3
 
-
-def literal_loss(first, second, kind, class_prior=0.0, concentration=1.0):
-    """Compute a loss pair by pair, as the papers write it."""
-    if kind == "weighted":
-        kind, class_prior = "hard", 0.0
+def test_mass_of_false_negatives():
+    """The share of the negatives' scores that same-label views have, for each of the 2B views."""
+    first, second = torch.randn(2, 5, 4, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 0, 2, 0])
     views = [view / view.norm() for view in [*first, *second]]
-    n = len(views) - 2
-    total = 0.0
+    shares = []
     for i, anchor in enumerate(views):
-        partner = (i + BATCH) % len(views)
-        score = [math.exp(anchor @ other / TEMPERATURE) for other in views]
-        positive = score[partner]
-        negatives = [score[j] for j in range(len(views)) if j not in (i, partner)]
-        if kind == "hard":
-            weights = [math.exp(concentration * math.log(negative)) for negative in negatives]
-            mean_weight = sum(weights) / n
-            negatives = [weight / mean_weight * negative for weight, negative in zip(weights, negatives, strict=True)]
-        pushing = sum(negatives)
-        if kind != "nt-xent":
-            pushing = max((pushing - class_prior * n * positive) / (1 - class_prior), n * math.exp(-1 / TEMPERATURE))
-        total += -math.log(positive / (positive + pushing))
-    return total / len(views)
+        scores = {j: math.exp(anchor @ other / 0.3) for j, other in enumerate(views) if j % 5 != i % 5}
+        shares.append(sum(scores[j] for j in scores if labels[j % 5] == labels[i % 5]) / sum(scores.values()))
+    assert study.false_negative_mass(first, second, labels, 0.3) == pytest.approx(np.mean(shares))
 
 
-@pytest.mark.parametrize("kind", list(losses.LOSSES))
-@pytest.mark.parametrize("class_prior", [0.0, 0.05, 0.6])  # with 0.6, some anchors reach the lower bound
-def test_losses_are_those_of_the_papers(kind, class_prior):
-    first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
-    loss = losses.LOSSES[kind](first, second, temperature=TEMPERATURE, class_prior=class_prior)
-    assert float(loss) == pytest.approx(literal_loss(first, second, kind, class_prior))
-
-
-@pytest.mark.parametrize("kind", list(losses.LOSSES))
-def test_losses_stay_finite_at_low_temperatures(kind):
-    views = torch.randn(2, BATCH, 4, requires_grad=True)
-    loss = losses.LOSSES[kind](*views, temperature=0.01, class_prior=0.05)
-    loss.backward()
-    assert 0 < loss < 400
-    assert torch.isfinite(views.grad).all()
-
-
-def test_masked_pairs_are_no_negatives():
-    """Masking all of an instance's negatives but one leaves the loss over that negative."""
-    first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
-    masked = torch.zeros(BATCH, BATCH, dtype=torch.bool)
-    masked[:2, 2:] = masked[2:, :2] = masked[0, 0] = True
-    losses_of_parts = [
-        float(losses.nt_xent(first[part], second[part], temperature=TEMPERATURE)) * len(first[part])
-        for part in (slice(0, 2), slice(2, BATCH))
-    ]
-    loss = losses.nt_xent(first, second, temperature=TEMPERATURE, masked=masked)
-    assert float(loss) == pytest.approx(sum(losses_of_parts) / BATCH)
+@pytest.mark.parametrize("arm", ["uniform", "debiased", "hard", "weighted"])
+def test_an_arm_trains_with_its_loss(arm, monkeypatch):
+    """The debiased losses get the task's class prior, the others none."""
+    trained_with = {}
+    monkeypatch.setattr(study.Trainer, "fit", lambda self, model, datamodule: trained_with.update(loss=model.loss))
+    task = object.__new__(study.TASKS["text-simcse"])
+    task.class_prior, task.labels = 0.05, None
+    monkeypatch.setattr(type(task), "size", 64, raising=False)
+    monkeypatch.setattr(type(task), "networks", lambda self: (torch.nn.Identity(), torch.nn.Identity()))
+    settings = {"batch_size": 8, "steps": 8, "temperature": 0.3, "learning_rate": 0.1}
+    study.train(task, ARMS[arm], 0, settings, "cpu")
+    first, second = torch.randn(2, 8, 4)
+    function = study.LOSSES[ARMS[arm].loss]
+    prior = {"class_prior": 0.05} if arm in ("debiased", "hard") else {}
+    assert trained_with["loss"](first, second) == function(first, second, temperature=0.3, **prior)
 
 
 def test_retrieval_and_recall():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning import Trainer, seed_everything
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,13 +26,13 @@ from bs_lightning import (
     Pools,
 )
 from bs_lightning.isolation import no_trace
+from bs_lightning.losses import debiased, hard, nt_xent, weighted
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 
 from .. import csv_files
 from ..csv_files import Row
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
-from .losses import LOSSES, nt_xent, pair_logits
 from .model import Contrastive, apply_in_chunks
 from .omniglot import OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR
 from .task import Task
@@ -48,6 +49,12 @@ TASKS: dict[str, type[Task]] = {
         TextSimCSE,
         TextPairs,
     )
+}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "nt-xent": nt_xent,
+    "debiased": debiased,
+    "hard": hard,
+    "weighted": weighted,
 }
 N_MEASURED_BATCHES = 20
 
@@ -101,7 +108,8 @@ def train(
     seed_everything(seed, verbose=False)
     batch_size = settings["batch_size"]
     n_epochs = number_of_epochs(task, settings)
-    loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], class_prior=task.class_prior)
+    prior = {"class_prior": task.class_prior} if arm.loss in ("debiased", "hard") else {}
+    loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], **prior)
     steps = n_epochs * (task.size // batch_size)
     callback = arm.callback(batch_size, n_epochs)
     masks: dict[str | None, Any] = {None: None, "labels": same_label, "nearest": Data.likely_false_negatives}
@@ -202,10 +210,10 @@ def describe_batches(
 
 def false_negative_mass(first: Tensor, second: Tensor, labels: Tensor, temperature: float) -> float:
     """Return the false negatives' share of the softmax over all negatives, mean over anchors."""
-    logits, partner = pair_logits(first, second, temperature)
-    logits[torch.arange(len(logits)), partner] = -torch.inf
-    twice = labels.repeat(2)
-    return float((logits.softmax(dim=1) * (twice[:, None] == twice)).sum(dim=1).mean())
+    unit = F.normalize(torch.cat([first, second]), dim=1)
+    instance, twice = torch.arange(len(first)).repeat(2), labels.repeat(2)
+    negatives = (unit @ unit.T / temperature).masked_fill(instance[:, None] == instance, -torch.inf)
+    return float((negatives.softmax(dim=1) * (twice[:, None] == twice)).sum(dim=1).mean())
 
 
 # Results
