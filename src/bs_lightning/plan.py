@@ -53,6 +53,34 @@ class PoolPlanner(Protocol):
         ...
 
 
+class Cut(Protocol):
+    """Decides which batches of an epoch are planned together."""
+
+    def check(self, layout: BatchLayout) -> None:
+        """Refuse a layout that cannot be cut.
+
+        Args:
+            layout: The epoch's sizes.
+
+        Raises:
+            ValueError: If it cannot be cut.
+        """
+        ...
+
+    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
+        """Return which batches to plan together, and how far to serve them.
+
+        Args:
+            start: The number of the next batch to serve.
+            stop: The number of the batch before which the epoch ends.
+            layout: The epoch's sizes.
+
+        Returns:
+            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Pools:
     """Cuts an epoch into pools and plans each pool when its first batch is due.
@@ -164,7 +192,8 @@ class Planning:
     Args:
         plan_pool: Arranges a pool into batches. It gets the pool's dataset indices, int64 ``[P]``, a seed and the
             epoch, and returns a :class:`PlannedPool`.
-        cut: Which instances are planned together: :class:`Pools` or :class:`WholeData`.
+        cut: Which instances are planned together: :class:`Pools`, :class:`WholeData`, or
+            :class:`~bs_lightning.adaptive.AdaptivePools`.
         replacement: Whether different batches may share instances.
 
     Raises:
@@ -180,7 +209,7 @@ class Planning:
     """
 
     plan_pool: PoolPlanner
-    cut: Pools | WholeData
+    cut: Cut
     replacement: bool = False
 
     def __post_init__(self) -> None:

@@ -5,12 +5,14 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Indices
+from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer
 from bs_lightning.layout import BatchLayout
-from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plan import Cut, PlannedPool, Planning, Pools, WholeData
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.planner import TrainerPlanner
@@ -50,6 +52,7 @@ class BatchSamplerCallback(Callback):
     - ``batch_sampler/hardness``: mean cosine similarity of the negatives in a batch, in the embeddings that the batches
       were composed from. If labels are known, only true negatives count.
     - ``batch_sampler/false_negative_rate``: share of a batch's pairs with equal labels, if labels are known.
+    - ``batch_sampler/pool_size``: instances in a pool, one global batch where batches are uniform.
     - ``batch_sampler/encode_seconds`` and the composer's own steps, such as ``batch_sampler/graph_seconds`` and
       ``batch_sampler/walk_seconds``.
     - ``batch_sampler/time_share``: the part of the epoch that all these steps took.
@@ -60,10 +63,13 @@ class BatchSamplerCallback(Callback):
     Args:
         pool_size: Approximate number of instances that are planned together. It is the main setting: larger pools make
             harder batches with more false negatives. At least one global batch. A float in ``(0, 1]`` is a share of the
-            dataset, ``"all"`` is the whole dataset, and ``None`` is ten global batches.
+            dataset, ``"all"`` is the whole dataset, and ``None`` is ten global batches. ``"auto"`` starts with uniform
+            batches, and holds ``target_loss`` by the pool size: see :class:`~bs_lightning.adaptive.AdaptivePools`.
         composer: Arranges a pool into batches: a :class:`~bs_lightning.compose.Composer`, or a function
             ``(embeddings, batch_size, *, seed, epoch)``. ``None`` is :class:`~bs_lightning.RWRComposer`.
         warmup_epochs: Number of uniform epochs at the start.
+        target_loss: The training loss that ``pool_size="auto"`` holds, in the units of what ``training_step`` returns.
+            While the loss is lower, pools grow, and batches become harder.
         refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this number
             of steps (the paper's t). Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
@@ -113,10 +119,11 @@ class BatchSamplerCallback(Callback):
 
     def __init__(
         self,
-        pool_size: int | float | Literal["all"] | None = None,
+        pool_size: int | float | Literal["all", "auto"] | None = None,
         composer: Composer | ComposeFunction | None = None,
         warmup_epochs: int = 1,
         *,
+        target_loss: float = 0.05,
         refresh_every: int | None = None,
         recycle: bool = False,
         mask_nearest: int | None = None,
@@ -141,6 +148,8 @@ class BatchSamplerCallback(Callback):
         self.pool_size = pool_size
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.warmup_epochs = warmup_epochs
+        self.target_loss = target_loss
+        self._adaptive = AdaptivePools(target_loss, self._mean_over_processes) if pool_size == "auto" else None
         self.refresh_every = refresh_every
         self.recycle = recycle
         self.mask_nearest = mask_nearest
@@ -199,9 +208,11 @@ class BatchSamplerCallback(Callback):
             return 10 * layout.global_batch_size
         if self.pool_size == "all":
             return layout.n_instances
+        if self._adaptive is not None:
+            return max(round(self._adaptive.n_batches), 1) * layout.global_batch_size
         if isinstance(self.pool_size, float):
             return max(round(self.pool_size * layout.n_instances), layout.global_batch_size)
-        return self.pool_size
+        return int(self.pool_size)
 
     # Called by the DataModule
 
@@ -240,16 +251,24 @@ class BatchSamplerCallback(Callback):
             return None
         return Planning(self._plan_pool, self._cut(layout), self.composer.replacement)
 
-    def _cut(self, layout: BatchLayout) -> Pools | WholeData:
+    def _cut(self, layout: BatchLayout) -> Cut:
         """Return which instances are planned together."""
         assert self._planner is not None
+        if self._adaptive is not None:
+            return self._adaptive
         if self.refresh_every is not None:
             return WholeData(self.refresh_every)
         return Pools(self.resolve_pool_size(self._planner.trainer, layout))
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         assert self._planner is not None
+        if self._adaptive is not None and not self._adaptive.composes:
+            return self._planner.plan_uniform(indices)
         return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        assert self._planner is not None
+        return self._planner.trainer.strategy.reduce(value, reduce_op="mean")
 
     # Lightning's hooks
 
@@ -305,6 +324,7 @@ class BatchSamplerCallback(Callback):
             seed=sampler.seed,
             warmup_epochs=self.warmup_epochs,
             pool_size=self.pool_size,
+            target_loss=self.target_loss,
             refresh_every=self.refresh_every,
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
@@ -346,6 +366,15 @@ class BatchSamplerCallback(Callback):
     ) -> None:
         assert self._planner is not None
         self._planner.source.keep(outputs)
+        if self._adaptive is not None and outputs:
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    'pool_size="auto" needs training_step to return the loss, also with manual optimization, got '
+                    f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
+                )
+            # Lightning has divided the loss by the number of batches whose gradients it accumulates.
+            self._adaptive.observe(loss * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._planner is not None
@@ -365,11 +394,14 @@ class BatchSamplerCallback(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._planner is None else self._planner.source.state_dict()
+        state = {} if self._planner is None else self._planner.source.state_dict()
+        return state if self._adaptive is None else state | {"adaptive": self._adaptive.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._planner is not None:
             self._planner.source.load_state_dict(state_dict)
+        if self._adaptive is not None and "adaptive" in state_dict:
+            self._adaptive.load_state_dict(state_dict["adaptive"])
 
     def _start_epoch(self, trainer: Trainer) -> None:
         assert self._planner is not None
@@ -384,7 +416,7 @@ class BatchSamplerCallback(Callback):
 
 def _check_pool_size(pool_size: Any) -> None:
     """Refuse a pool size that is neither instances, nor a share of the dataset, nor a name."""
-    if pool_size is None or pool_size == "all":
+    if pool_size is None or pool_size in ("all", "auto"):
         return
     if isinstance(pool_size, float):
         if not 0 < pool_size <= 1:
@@ -393,6 +425,6 @@ def _check_pool_size(pool_size: Any) -> None:
                 "number of instances as an integer."
             )
     elif isinstance(pool_size, str):
-        raise ValueError(f'pool_size must be an integer, a float in (0, 1], "all" or None, got {pool_size!r}.')
+        raise ValueError(f'pool_size must be an integer, a float in (0, 1], "all", "auto" or None, got {pool_size!r}.')
     elif check_integer("pool_size", pool_size) < 2:
         raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")

@@ -18,7 +18,7 @@ from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
-from bs_lightning.plan import NO_PAIRS, PlannedPool, Pools, WholeData, check_batches, permutation
+from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
 from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings, check_length
@@ -95,7 +95,7 @@ class TrainerPlanner:
         if labels is not None:
             check_length("train_labels()", labels, layout)
 
-    def rehearse(self, cut: Pools | WholeData, epoch: int) -> None:
+    def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
 
         Embeds two uniform batches, and composes random embeddings: as many as a pool has, but at most 5120. A copy of
@@ -174,10 +174,24 @@ class TrainerPlanner:
         encode_seconds = time.perf_counter() - start
         compose = self._compose_per_rank if self._per_rank else self._compose_once
         pool, self._log, seconds = compose(embeddings, indices, seed, epoch)
+        self._log["batch_sampler/pool_size"] = float(len(indices))
         self._n_batches = len(pool.batches)
         for step, spent in {"encode": encode_seconds, **seconds}.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + spent
         return pool
+
+    def plan_uniform(self, indices: Indices) -> PlannedPool:
+        """Leave a pool in its random order, without embedding it.
+
+        Args:
+            indices: Dataset indices of the pool, int64 ``[P]``.
+
+        Returns:
+            The pool's global batches.
+        """
+        size = self.layout.global_batch_size
+        self._log, self._n_batches = {"batch_sampler/pool_size": float(size)}, len(indices) // size
+        return PlannedPool(np.arange(len(indices)).reshape(-1, size))
 
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""

@@ -1,0 +1,174 @@
+"""Pools that follow the training loss: the rule by itself, and in training."""
+
+import math
+import re
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from parts import Data, Model, fit, walker
+
+from bs_lightning import BatchSamplerCallback
+from bs_lightning.adaptive import AdaptivePools
+from bs_lightning.layout import BatchLayout
+
+LAYOUT = BatchLayout(4000, batch_size=4)
+
+
+def sizes(losses, target=0.1):
+    """Return the pool sizes in batches that follow from one loss for each pool."""
+    pools, start, chosen = AdaptivePools(target), 0, []
+    for loss in losses:
+        pools.observe(torch.tensor(loss))
+        _, end = pools.next_pool(start, 1000, LAYOUT)
+        chosen.append(end - start if pools.composes else 0)
+        start = end
+    return chosen
+
+
+def test_pools_grow_while_the_loss_is_low_and_shrink_while_it_is_high():
+    assert sizes([0.001, 0.001, 0.05, 0.1, 0.2, 0.2]) == [4, 16, 64, 64, 16, 4]
+    assert sizes([0.5, 0.5]) == [0, 0]
+    assert sizes([0.01, 1.0]) == [4, 0]
+    assert sizes([0.08]) == [0]  # 1.6 batches are one
+
+
+def test_a_pool_is_never_larger_than_the_data():
+    assert sizes([1e-9] * 6) == [4, 16, 64, 256, 660, 0]  # the last begins where the epoch has ended
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    assert sizes([0.01, math.nan, math.inf]) == [4, 4, 4]
+
+
+def test_without_a_loss_nothing_changes():
+    pools = AdaptivePools(0.1)
+    assert pools.next_pool(0, 1000, LAYOUT) == (slice(0, 10), 10)
+    assert not pools.composes
+
+
+def test_the_loss_is_a_mean_over_the_last_batches():
+    pools = AdaptivePools(0.1)
+    for loss in [100.0] * 3 + [0.1] * 400:
+        pools.observe(torch.tensor(loss))
+    pools.next_pool(0, 1000, LAYOUT)
+    assert pools.n_batches == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_end_of_an_epoch_makes_no_small_pool():
+    pools = AdaptivePools(0.1)
+    pools.n_batches = 10.0
+    assert pools.next_pool(0, 14, LAYOUT) == (slice(0, 14), 14)
+    assert pools.next_pool(0, 15, LAYOUT) == (slice(0, 10), 10)
+    assert pools.next_pool(10, 15, LAYOUT) == (slice(10, 15), 15)
+
+
+def test_processes_share_one_mean():
+    pools = AdaptivePools(0.1, mean=lambda loss: loss * 0 + 0.05)
+    pools.observe(torch.tensor(7.0))
+    pools.next_pool(0, 1000, LAYOUT)
+    assert pools.n_batches == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "words"),
+    [
+        (0, ValueError, "target_loss must be above 0 and finite, got 0. Try 0.05."),
+        (math.inf, ValueError, "target_loss must be above 0 and finite"),
+        ("low", TypeError, "target_loss must be a number, got 'low'"),
+    ],
+)
+def test_refuses(target, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        BatchSamplerCallback("auto", target_loss=target)
+
+
+# In training
+
+
+class Settles(Model):
+    """Trains without randomness of its own, and returns a loss that a test chooses."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.losses = losses
+        self.sizes = []
+
+    def training_step(self, batch, batch_idx):
+        torch.manual_seed(self.global_step)
+        loss = super().training_step(batch, batch_idx)
+        self.sizes.append(self.trainer.callback_metrics.get("batch_sampler/pool_size"))
+        return {"loss": loss * 0 + self.losses(self.global_step)}
+
+
+def auto(**kwargs):
+    return walker("auto", target_loss=0.1, warmup_epochs=1, **kwargs)
+
+
+def composed(model, epoch):
+    """Return the share of an epoch's batches that a walk composed, by the share of pairs of one cluster."""
+    share = [sum(a % 10 == b % 10 for a in batch for b in batch) - len(batch) for batch in model.epochs[epoch]]
+    return sum(share) / len(share) / 56
+
+
+def test_batches_become_harder_where_the_loss_is_low_and_stay_uniform_where_it_is_high():
+    easy, tough = Settles(lambda step: 0.001), Settles(lambda step: 3.0)
+    for model in (easy, tough):
+        fit(model, Data(8, 400), auto(), max_epochs=4)
+        for batches in model.epochs.values():
+            assert sorted(index for batch in batches for index in batch) == list(range(400))
+    assert composed(easy, 3) > 0.5
+    assert composed(tough, 3) < 0.2
+
+
+def test_uniform_batches_are_not_embedded():
+    class Counts(Settles):
+        embedded = 0
+
+        def embed(self, batch):
+            Counts.embedded += len(batch[0])
+            return self(batch)
+
+    fit(Counts(lambda step: 3.0), Data(8, 400), auto(), max_epochs=3)
+    assert Counts.embedded <= 32  # two batches to rehearse, and two to describe the uniform epoch
+
+
+def test_logs_the_pool_size():
+    made = fit(Settles(lambda step: 0.001), Data(8, 400), auto(), max_epochs=3)
+    assert made.callback_metrics["batch_sampler/pool_size"] > 100
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_takes_the_loss_as_the_model_computed_it(accumulate):
+    callback, seen = auto(), []
+    observe = callback._adaptive.observe
+    callback._adaptive.observe = lambda loss: (seen.append(float(loss)), observe(loss))
+    fit(Settles(lambda step: 2.0), Data(8, 100), callback, accumulate_grad_batches=accumulate)
+    assert seen == [2.0] * 24
+
+
+def test_a_resumed_run_goes_on_exactly(tmp_path):
+    def losses(step):
+        return 0.001 if step < 70 else 0.3
+
+    def run(**kwargs):
+        model = Settles(losses)
+        callback = auto()
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        fit(model, Data(8, 400, seed=2), callback, saves, enable_checkpointing=True, max_epochs=3, **kwargs)
+        return model.batches, callback._adaptive.n_batches
+
+    whole, size = run()
+    for step in (55, 64, 90, 120):
+        assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == (whole[step:], size)
+
+
+def test_needs_a_loss():
+    class ByHand(Model):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            return {"loss_of_mine": super().training_step(batch, batch_idx)}
+
+    with pytest.raises(TypeError, match=r'pool_size="auto" needs training_step to return the loss.*loss_of_mine'):
+        fit(ByHand(), Data(8, 100), auto())
