@@ -5,18 +5,25 @@ To add one, add a line to :data:`ARMS`.
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
-from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, ExactGraph, NNDescentGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
 from bs_lightning.compose import ComposeFunction, Graph
+from bs_lightning.plugin.sources import Embed
 from bs_lightning.presets import public_code
 
-from .remedies import MixedComposer, SkippingGraph, SteadyCallback, UniformComposer
+from .remedies import MixedComposer, SkippingGraph, UniformComposer
 
 
 def walk(graph: Graph | None = None, restart_probability: float = 0.2, n_roots: int = 1) -> RWRComposer:
     """Return a composer of random walks with restart; ``None`` is an exact graph of 15 neighbours."""
     return RWRComposer(ExactGraph(15) if graph is None else graph, restart_probability, n_roots=n_roots)
+
+
+def near() -> RWRComposer:
+    """Return a composer whose walks stay close to their start."""
+    return RWRComposer(NNDescentGraph(5), restart_probability=0.5)
 
 
 @dataclass(frozen=True)
@@ -25,36 +32,43 @@ class Arm:
 
     Args:
         composer: ``None`` for uniform batches.
-        pool: Pool size in batches; ``None`` is the whole dataset, refreshed every 100 steps.
+        pool: Pool size in batches; ``"all"`` is the whole dataset, and ``"auto"`` follows the loss. ``None`` is the
+            whole dataset, refreshed every 100 steps.
         uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
         loss: A key of ``LOSSES``.
         recycle: Whether batches are composed from the embeddings that training computed.
-        masked: Pairs that the loss leaves out: ``None``, ``"nearest"`` (mutual nearest neighbours in the pool) or
-            ``"labels"`` (all false negatives; users cannot know these).
-        steady: Hardness to hold by changing the pool size; ``None`` keeps the pool size.
+        masked: Pairs that the loss leaves out: ``None``, ``"nearest"`` (mutual nearest neighbours in the pool),
+            ``"reference"`` (a fixed model calls them more alike than the positive pair), ``"groups"`` (users know that
+            they belong together) or ``"labels"`` (all false negatives; users cannot know these).
+        from_reference: Whether batches are composed from the fixed model's embeddings.
+        target_loss: The loss that ``pool="auto"`` holds.
     """
 
     composer: ComposeFunction | None = field(default_factory=walk)
-    pool: int | None = 10
+    pool: int | Literal["all", "auto"] | None = 10
     uniform_part: float = 0.0
     loss: str = "nt-xent"
     recycle: bool = False
     masked: str | None = None
-    steady: float | None = None
+    from_reference: bool = False
+    target_loss: float = 0.05
 
-    def callback(self, batch_size: int, n_epochs: int) -> BatchSamplerCallback | None:
+    def callback(self, batch_size: int, n_epochs: int, embed: Embed | None = None) -> BatchSamplerCallback | None:
         """Return the callback to add to the Trainer; ``None`` trains with uniform batches."""
         if self.composer is None:
             return None
         warmup_epochs = max(1, round(self.uniform_part * n_epochs))
         if self.pool is None:
             return BatchSamplerCallback(None, self.composer, warmup_epochs, refresh_every=100, recycle=self.recycle)
-        pool_size = self.pool * batch_size
-        if self.steady is not None:
-            return SteadyCallback(self.steady, pool_size, batch_size, self.composer, warmup_epochs)
-        mask_nearest = 5 if self.masked == "nearest" else None
         return BatchSamplerCallback(
-            pool_size, self.composer, warmup_epochs, recycle=self.recycle, mask_nearest=mask_nearest
+            self.pool * batch_size if isinstance(self.pool, int) else self.pool,
+            self.composer,
+            warmup_epochs,
+            target_loss=self.target_loss,
+            recycle=self.recycle,
+            mask_nearest=5 if self.masked == "nearest" else None,
+            from_reference=self.from_reference,
+            embed=None if self.recycle or self.from_reference else embed,
         )
 
 
@@ -81,12 +95,25 @@ ARMS = {
     "masked": Arm(masked="nearest"),
     "masked-uniform": Arm(UniformComposer(ExactGraph(5)), masked="nearest"),
     "masked-pool20": Arm(pool=20, masked="nearest"),
-    "steady0.1": Arm(steady=0.1),
     "oracle": Arm(masked="labels"),
     "oracle-uniform": uniform(masked="labels"),
     # Composed from the embeddings that training computes; "paper" has the settings of the paper's public code
     "recycle": Arm(recycle=True),
     "paper": Arm(public_code().composer, pool=None, recycle=True),
+    # Pools of the whole dataset: walks as by default, walks that stay close, and nearest neighbours
+    "all": Arm(pool="all"),
+    "all-near": Arm(near(), pool="all"),
+    "all-knn": Arm(knn_batches, pool="all"),
+    "auto": Arm(near(), pool="auto"),
+    # A fixed model's opinion on what is a false negative, and batches from that model's embeddings
+    "reference-uniform": uniform(masked="reference"),
+    "reference-pool10": Arm(masked="reference"),
+    "reference": Arm(near(), pool="all", from_reference=True),
+    "reference-all": Arm(near(), pool="all", masked="reference"),
+    "reference-auto": Arm(near(), pool="auto", masked="reference"),
+    "groups-uniform": uniform(masked="groups"),
+    "groups-all": Arm(near(), pool="all", masked="groups"),
+    "groups-auto": Arm(near(), pool="auto", masked="groups"),
     # Baselines from the literature, in pools of ten batches
     "knn": Arm(knn_batches),
     "gcbs": Arm(GCBSComposer(n_neighbors=15)),
@@ -100,4 +127,7 @@ ARMS = {
     "weighted": uniform(loss="weighted"),
     "weighted-pool10": Arm(loss="weighted"),
     "weighted-pool20": Arm(pool=20, loss="weighted"),
+    "weighted-all": Arm(near(), pool="all", loss="weighted"),
+    "weighted-auto": Arm(near(), pool="auto", loss="weighted"),
+    "hardness-weighted": uniform(loss="hardness-weighted"),
 }

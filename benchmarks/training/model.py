@@ -63,6 +63,12 @@ class Contrastive(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def embed_sides(model: Any, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of both sides ``[2, b, ...]``, each ``[b, d]``."""
+    first, second = model.embed(sides.flatten(0, 1)).chunk(2)
+    return first, second
+
+
 @torch.no_grad()
 def apply_in_chunks(module: nn.Module, inputs: Tensor, size: int = 1024) -> Tensor:
     """Return a module's outputs in eval mode; the module's mode is restored."""

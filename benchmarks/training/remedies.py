@@ -1,15 +1,12 @@
 """Remedies for false negatives that need nothing but what the sampler knows."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from lightning import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning import BatchSamplerCallback, Composer, ExactGraph
+from bs_lightning import Composer, ExactGraph
 from bs_lightning.baselines import uniform_batches
 from bs_lightning.compose import ComposeFunction, Graph
 
@@ -53,23 +50,3 @@ class UniformComposer(Composer):
         """Keep the graph and return uniform batches."""
         self.neighbors = self.graph(embeddings, seed=seed)
         return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)
-
-
-class SteadyCallback(BatchSamplerCallback):
-    """Changes the pool size after each epoch, to hold hardness at a target; a pool has two to twenty batches."""
-
-    pool_size: int
-
-    def __init__(self, target: float, pool_size: int, batch_size: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(pool_size, *args, **kwargs)
-        self.target = target
-        self.bounds = 2 * batch_size, 20 * batch_size
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the pool size of the epoch from the hardness of the last epoch."""
-        super().on_train_epoch_start(trainer, pl_module)
-        hardness = trainer.callback_metrics.get("batch_sampler/hardness")  # of the last epoch
-        if hardness is not None:
-            # A pool e times as large is harder by about 0.07 (docs/composers.md). Close half of the gap at a time.
-            self.pool_size = round(self.pool_size * math.exp((self.target - float(hardness)) / 0.14))
-            self.pool_size = int(np.clip(self.pool_size, *self.bounds))

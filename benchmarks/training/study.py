@@ -26,14 +26,15 @@ from bs_lightning import (
     Pools,
 )
 from bs_lightning.isolation import no_trace
-from bs_lightning.losses import debiased, hard, nt_xent, weighted
+from bs_lightning.layout import BatchLayout
+from bs_lightning.losses import debiased, hard, hardness_weighted, nt_xent, weighted
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 
 from .. import csv_files
 from ..csv_files import Row
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
-from .model import Contrastive, apply_in_chunks
+from .model import Contrastive, Mask, apply_in_chunks, embed_sides
 from .omniglot import OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR
 from .task import Task
 from .text import TextPairs, TextSimCSE
@@ -55,6 +56,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "debiased": debiased,
     "hard": hard,
     "weighted": weighted,
+    "hardness-weighted": hardness_weighted,
 }
 N_MEASURED_BATCHES = 20
 
@@ -78,23 +80,32 @@ class WholeBatches(Dataset[Tensor]):
 
 
 class Data(BatchSamplerDataModule):
-    """A task's data: two views to train on, one view to embed, and the labels for the false-negative rate."""
+    """A task's data, with what an arm knows of false negatives."""
 
-    def __init__(self, task: Task, batch_size: int) -> None:
+    def __init__(self, task: Task, batch_size: int, arm: Arm) -> None:
         super().__init__(batch_size, collate_fn=lambda batch: batch)
         self.task = task
+        self.arm = arm
 
     def train_dataset(self) -> Dataset[Tensor]:
         """Return two views of each instance."""
         return WholeBatches(self.task.size, self.task.views)
 
     def pool_dataset(self) -> Dataset[Tensor]:
-        """Return one view of each instance."""
-        return WholeBatches(self.task.size, self.task.clean)
+        """Return one view of each instance, or both of its sides."""
+        return WholeBatches(self.task.size, self.task.sides if self.task.has_sides else self.task.clean)
 
     def train_labels(self) -> Tensor | None:
         """Return the hidden labels."""
         return self.task.labels
+
+    def train_groups(self) -> Tensor | None:
+        """Return what a user knows to belong together, for the arms that use it."""
+        return self.task.groups if self.arm.masked == "groups" else None
+
+    def reference_embeddings(self) -> Tensor | None:
+        """Return the second opinion, for the arms that use it."""
+        return self.task.reference() if self.arm.masked == "reference" or self.arm.from_reference else None
 
 
 def train(
@@ -111,9 +122,11 @@ def train(
     prior = {"class_prior": task.class_prior} if arm.loss in ("debiased", "hard") else {}
     loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], **prior)
     steps = n_epochs * (task.size // batch_size)
-    callback = arm.callback(batch_size, n_epochs)
-    masks: dict[str | None, Any] = {None: None, "labels": same_label, "nearest": Data.likely_false_negatives}
-    model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, masks[arm.masked])
+    callback = arm.callback(batch_size, n_epochs, embed_sides if task.has_sides else None)
+    mask: Mask | None = None if arm.masked is None else Data.likely_false_negatives
+    if arm.masked == "labels":
+        mask = same_label
+    model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, mask)
     trainer = Trainer(
         max_epochs=n_epochs,
         callbacks=[] if callback is None else [callback],
@@ -123,7 +136,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, datamodule=Data(task, batch_size))
+    trainer.fit(model, datamodule=Data(task, batch_size, arm))
     logged = {
         f"last_epoch/{name.removeprefix('batch_sampler/')}": float(value)
         for name, value in trainer.callback_metrics.items()
@@ -155,7 +168,9 @@ def own_batches(
         int64 ``[N_MEASURED_BATCHES, batch_size]``.
     """
     composer: Any = getattr(callback, "composer", None)
-    pool_size = getattr(callback, "pool_size", None) or len(embeddings)
+    pool_size = len(embeddings)
+    if callback is not None and callback.refresh_every is None:
+        pool_size = callback.resolve_pool_size(Trainer(logger=False), BatchLayout(len(embeddings), batch_size))
 
     def plan(indices: NDArray[np.int64], *, seed: int, epoch: int) -> PlannedPool:
         return PlannedPool(composer(embeddings[indices], batch_size, seed=seed, epoch=last_epoch))
@@ -176,6 +191,7 @@ def describe_batches(
     """Measure some of the arm's own batches with its trained model, in training mode except where said otherwise.
 
     - ``loss``: NT-Xent, also for arms that trained with a different loss.
+    - ``accuracy``: share of first views whose second view is more similar than all other second views.
     - ``hardness``: mean cosine similarity of true negatives.
     - ``hardness_clean``: the same without augmentation and in eval mode, as the batches were composed. Batch norm makes
       the two differ.
@@ -188,7 +204,7 @@ def describe_batches(
     size, temperature = settings["batch_size"], settings["temperature"]
     measured: dict[str, list[float]] = defaultdict(list)
     with no_trace(model), torch.no_grad():
-        clean = torch.cat([model.embed(task.clean(chunk)) for chunk in torch.arange(task.size).split(1024)])
+        clean = torch.cat([clean_embeddings(model, task, chunk) for chunk in torch.arange(task.size).split(1024)])
         batches = own_batches(clean, callback, size, seed, number_of_epochs(task, settings) - 1)
         mixed = batches.flatten()[torch.randperm(batches.numel())].reshape(batches.shape)
         model.train()
@@ -197,8 +213,12 @@ def describe_batches(
             first, second = model.embed(task.views(batch).flatten(0, 1)).chunk(2)
             other, _ = model.embed(task.views(random_batch).flatten(0, 1)).chunk(2)
             measured["loss"].append(float(nt_xent(first, second, temperature=temperature)))
+            cosine = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
+            measured["accuracy"].append(float((cosine.argmax(dim=1) == torch.arange(size)).float().mean()))
             measured["hardness"].append(InBatchHardness()(first, labels))
-            measured["hardness_clean"].append(InBatchHardness()(clean[batch], labels))
+            measured["hardness_clean"].append(
+                InBatchHardness()(clean[batch][None], None if labels is None else labels[None])
+            )
             measured["alignment"].append(Alignment()(first, second))
             measured["uniformity"].append(Uniformity()(first))
             measured["uniformity_mixed"].append(Uniformity()(other))
@@ -206,6 +226,13 @@ def describe_batches(
                 measured["false_negative_rate"].append(InBatchFalseNegativeRate()(labels))
                 measured["false_negative_mass"].append(false_negative_mass(first, second, labels, temperature))
     return {f"batch/{name}": float(np.mean(values)) for name, values in measured.items()}
+
+
+def clean_embeddings(model: Contrastive, task: Task, indices: Tensor) -> Tensor:
+    """Return what batches are composed from: embeddings ``[b, d]``, or of both sides ``[b, 2, d]``."""
+    if not task.has_sides:
+        return model.embed(task.clean(indices))
+    return torch.stack(embed_sides(model, task.sides(indices)), dim=1)
 
 
 def false_negative_mass(first: Tensor, second: Tensor, labels: Tensor, temperature: float) -> float:

@@ -24,6 +24,8 @@ class Task:
     class_prior: ClassVar[float]  # the debiased losses' probability that a negative is false
 
     size: int  # instances
+    has_sides: ClassVar[bool] = False  # whether an instance is a pair of two sides, which are both embedded
+    groups: Tensor | None = None  # int [size]: what a user knows to belong together, such as equal sentences
     labels: Tensor | None = None  # int [size]; training does not see them, but for arms that mask by labels
 
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
@@ -36,6 +38,14 @@ class Task:
     def clean(self, indices: Tensor) -> Tensor:
         """Return one view of each instance to embed, ``[b, ...]``."""
         raise NotImplementedError
+
+    def sides(self, indices: Tensor) -> Tensor:
+        """Return both sides of each pair to embed, ``[2, b, ...]``, for tasks that compare two sides."""
+        raise NotImplementedError
+
+    def reference(self) -> Tensor | None:
+        """Return a second opinion: embeddings by a fixed model, ``[size, d]`` or ``[size, 2, d]``, if there is one."""
+        return None
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """Return the encoder, whose output is evaluated, and the projector, whose output the loss compares."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
 from .evaluate import recall_at_1, spearman
@@ -28,6 +30,13 @@ def tokens(sentences: Sequence[str]) -> Tensor:
         words = re.findall(r"\w+", sentence.lower())[:MAX_WORDS]
         row[: len(words)] = [1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words]
     return torch.from_numpy(rows)
+
+
+@lru_cache(maxsize=2)
+def tf_idf(sentences: tuple[str, ...]) -> Tensor:
+    """Return a fixed model's embeddings: words weighted by TF-IDF, reduced to 256 dimensions, float32 ``[n, 256]``."""
+    weights = TfidfVectorizer(sublinear_tf=True).fit_transform(sentences)
+    return torch.from_numpy(TruncatedSVD(256, random_state=0).fit_transform(weights)).float()
 
 
 def read_table(path: Path) -> list[tuple[str, ...]]:
@@ -137,6 +146,9 @@ class TextSimCSE(Text):
         self.sentences = tokens(unlabeled(self.folder))
         self.size = len(self.sentences)
 
+    def reference(self) -> Tensor:
+        return tf_idf(tuple(unlabeled(self.folder)))
+
     def views(self, indices: Tensor) -> Tensor:
         return self.sentences[indices].expand(2, -1, -1)
 
@@ -148,6 +160,7 @@ class TextPairs(Text):
     """Supervised: a positive pair is two paraphrases. A negative is false where a sentence is in several pairs."""
 
     name = "text-pairs"
+    has_sides = True
     defaults: ClassVar[dict[str, Any]] = {
         "steps": 1300,
         "batch_size": 64,
@@ -162,6 +175,8 @@ class TextPairs(Text):
         anchors, positives = read_table(self.folder / "paraphrase_train.tsv")
         groups = same_meaning(anchors, positives)
         self.labels = torch.tensor([groups[anchor] for anchor in anchors])
+        self.groups = self.labels
+        self.texts = (*anchors, *positives)
         self.pairs = torch.stack([tokens(anchors), tokens(positives)])
         self.size = len(anchors)
 
@@ -170,3 +185,11 @@ class TextPairs(Text):
 
     def clean(self, indices: Tensor) -> Tensor:
         return self.pairs[0, indices]
+
+    def sides(self, indices: Tensor) -> Tensor:
+        return self.pairs[:, indices]
+
+    def reference(self) -> Tensor:
+        # As the model sees them, words are weighted by how rare they are in all sentences at hand.
+        n_texts = len(self.texts)
+        return tf_idf((*self.texts, *unlabeled(self.folder)))[:n_texts].unflatten(0, (2, -1)).movedim(0, 1)

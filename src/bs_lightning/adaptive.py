@@ -19,8 +19,8 @@ class AdaptivePools:
     """Cuts an epoch into pools, larger ones while the training loss is below a target, smaller ones while it is above.
 
     It starts with uniform batches, and returns to them if the loss stays above the target. A batch from a larger pool
-    is harder, so its loss is higher. The next pool has ``(target_loss / loss) ** 2`` times as many batches as the last one,
-    but at least a quarter and at most four times as many.
+    is harder, so its loss is higher. The next pool has ``(target_loss / loss) ** 2`` times as many batches as the last
+    one, but at least a quarter and at most four times as many.
 
     Args:
         target_loss: The training loss to hold, above 0.
