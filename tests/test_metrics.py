@@ -1,6 +1,6 @@
 import math
 import re
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -10,12 +10,16 @@ import torch.multiprocessing as mp
 
 from bs_lightning.metrics import (
     Alignment,
+    InBatchAccuracy,
     InBatchFalseNegativeRate,
     InBatchHardness,
+    NegativesAbovePositive,
     Uniformity,
     alignment,
+    in_batch_accuracy,
     in_batch_false_negative_rate,
     in_batch_hardness,
+    negatives_above_positive,
     uniformity,
 )
 
@@ -39,6 +43,18 @@ def mean_of_pairs(value, batches):
     return sum(values) / len(values)
 
 
+def mean_of_negatives(value, batches):
+    """Return the mean over ordered pairs: the first side of instance i, the second side of instance j."""
+    values = [value(batch, i, j) for batch in batches for i, j in permutations(range(SIZE), 2)]
+    values = [float(value) for value in values if value is not None]
+    return sum(values) / len(values)
+
+
+def positive_wins(sides, anchor):
+    others = [cosine(sides[anchor, 0], sides[j, 1]) for j in range(SIZE) if j != anchor]
+    return cosine(*sides[anchor]) > max(others)
+
+
 def cosine(a, b):
     return torch.dot(a.double(), b.double()) / (a.double().norm() * b.double().norm())
 
@@ -50,6 +66,7 @@ def squared_distance(a, b):
 # Each case holds the metric, its functional twin, its inputs, and a naive reference over the inputs' batches.
 
 X, Y, LABELS = data()
+TWO_SIDES = torch.stack([X, Y], dim=2)
 CASES = {
     "false-negative rate": (
         InBatchFalseNegativeRate,
@@ -69,6 +86,39 @@ CASES = {
         (X, LABELS),
         lambda batches: mean_of_pairs(
             lambda batch, i, j: cosine(batch[0][i], batch[0][j]) if batch[1][i] != batch[1][j] else None, batches
+        ),
+    ),
+    "hardness of two sides": (
+        InBatchHardness,
+        in_batch_hardness,
+        (TWO_SIDES[:, None],),
+        lambda batches: mean_of_negatives(lambda batch, i, j: cosine(batch[0][0, i, 0], batch[0][0, j, 1]), batches),
+    ),
+    "hardness of two sides' true negatives": (
+        InBatchHardness,
+        in_batch_hardness,
+        (TWO_SIDES[:, None], LABELS[:, None]),
+        lambda batches: mean_of_negatives(
+            lambda batch, i, j: (
+                cosine(batch[0][0, i, 0], batch[0][0, j, 1]) if batch[1][0, i] != batch[1][0, j] else None
+            ),
+            batches,
+        ),
+    ),
+    "accuracy": (
+        InBatchAccuracy,
+        in_batch_accuracy,
+        (TWO_SIDES,),
+        lambda batches: (
+            sum(float(positive_wins(batch[0], i)) for batch in batches for i in range(SIZE)) / (len(batches) * SIZE)
+        ),
+    ),
+    "negatives above": (
+        NegativesAbovePositive,
+        negatives_above_positive,
+        (TWO_SIDES,),
+        lambda batches: mean_of_negatives(
+            lambda batch, i, j: cosine(batch[0][i, 0], batch[0][j, 1]) > cosine(*batch[0][i]), batches
         ),
     ),
     "alignment": (
@@ -130,13 +180,84 @@ def test_the_powers_default_to_2():
     assert uniformity(X[0]) == uniformity(X[0], t=2) == Uniformity()(X[0])
 
 
-@pytest.mark.parametrize("case", ["false-negative rate", "hardness", "hardness of true negatives"])
+@pytest.mark.parametrize(
+    "case", ["false-negative rate", "hardness", "hardness of true negatives", "accuracy", "negatives above"]
+)
 def test_many_batches_at_once_equal_one_batch_at_a_time(case):
     make, _, inputs, _ = CASES[case]
     together = make()
     together.update(*inputs)
     assert together.compute().item() == pytest.approx(updated(make(), inputs).compute().item())
     assert CASES[case][1](*inputs).item() == together.compute().item()
+
+
+@pytest.mark.parametrize("labels", [(), (LABELS,)], ids=["all", "true negatives"])
+def test_many_batches_of_two_sides_at_once(labels):
+    together = in_batch_hardness(TWO_SIDES, *labels).item()
+    one_by_one = [each[:, None] for each in (TWO_SIDES, *labels)]
+    assert together == pytest.approx(updated(InBatchHardness(), one_by_one).compute().item())
+
+
+def test_large_batches_are_compared_in_parts(monkeypatch):
+    expected = in_batch_accuracy(TWO_SIDES), negatives_above_positive(TWO_SIDES)
+    monkeypatch.setattr("bs_lightning.metrics._pairs.BLOCK_ENTRIES", 2 * SIZE**2)
+    assert (in_batch_accuracy(TWO_SIDES), negatives_above_positive(TWO_SIDES)) == expected
+
+
+def test_two_equal_sides_are_as_hard_as_one():
+    twice = torch.stack([X, X], dim=2)
+    assert in_batch_hardness(twice, LABELS).item() == pytest.approx(in_batch_hardness(X, LABELS).item(), abs=1e-6)
+
+
+def test_three_dimensions_are_batches_with_one_side():
+    assert in_batch_hardness(TWO_SIDES[0]) == updated(InBatchHardness(), [TWO_SIDES[0]]).compute()
+    assert in_batch_hardness(TWO_SIDES[0]).item() != pytest.approx(in_batch_hardness(TWO_SIDES[:1]).item(), abs=0.01)
+
+
+def test_anchors_are_the_first_sides():
+    """Both queries are nearest to their own document. The first document is nearer to the other query."""
+    angles = torch.tensor([[0, 30], [50, 60]]).deg2rad()
+    sides = torch.stack([angles.cos(), angles.sin()], dim=2)
+    assert (in_batch_accuracy(sides), negatives_above_positive(sides)) == (1, 0)
+    assert (in_batch_accuracy(sides.flip(1)), negatives_above_positive(sides.flip(1))) == (0.5, 0.5)
+
+
+def test_a_tie_does_not_win_and_is_not_above():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.rand(300, 2, 1, generator=generator)  # the cosines of one direction differ by rounding
+    collapsed = lengths * torch.randn(7, generator=generator)
+    duplicates = lengths * torch.randn(20, 2, 5, generator=generator).repeat(15, 1, 1)
+    for sides in (collapsed, duplicates):
+        assert in_batch_accuracy(sides) == 0
+    equal_sides = lengths * duplicates[:, :1]
+    for sides in (collapsed, equal_sides):
+        assert negatives_above_positive(sides) == 0
+
+
+def test_a_zero_side_has_similarity_0():
+    east, west, zero = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0]), torch.zeros(2)
+    no_query = torch.stack([torch.stack([zero, east]), torch.stack([east, east])])
+    assert (in_batch_accuracy(no_query), negatives_above_positive(no_query)) == (0, 0)  # two ties
+    no_document = torch.stack([torch.stack([east, zero]), torch.stack([east, west])])
+    assert (in_batch_accuracy(no_document), negatives_above_positive(no_document)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_embeddings_that_are_not_finite_make_nan(value):
+    sides = TWO_SIDES.clone()
+    sides[1, 2, 1, 3] = value
+    for metric in (InBatchAccuracy(), NegativesAbovePositive(), InBatchHardness()):
+        assert math.isnan(metric(sides))
+        metric(TWO_SIDES)
+        assert math.isnan(metric.compute())
+
+
+def test_pairs_are_compared_in_float32_under_autocast():
+    near = X[0] + 1e-3 * Y[0]
+    sides = torch.stack([X[0], near], dim=1) + 10  # cosines that bfloat16 cannot tell apart
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = in_batch_accuracy(sides), negatives_above_positive(sides)
+    assert rounded == (in_batch_accuracy(sides), negatives_above_positive(sides)) == (1, 0)
 
 
 @cases
@@ -178,7 +299,14 @@ def test_takes_numpy_arrays(case):
 def test_rows_of_any_length(scale):
     x, y = (torch.nn.functional.normalize(values[0], dim=1) for values in (X, Y))
     labels = LABELS[0]
-    for function, inputs in [(in_batch_hardness, (x,)), (alignment, (x, y)), (uniformity, (x,))]:
+    sides = torch.stack([x, y], dim=1)
+    for function, inputs in [
+        (in_batch_hardness, (x,)),
+        (in_batch_accuracy, (sides,)),
+        (negatives_above_positive, (sides,)),
+        (alignment, (x, y)),
+        (uniformity, (x,)),
+    ]:
         expected = function(*inputs).item()
         assert function(*(values * scale for values in inputs)).item() == pytest.approx(expected, abs=0.01)
     expected = in_batch_hardness(x, labels).item()
@@ -225,6 +353,9 @@ def test_alignment_and_uniformity_have_gradients(scale):
 
 def test_hardness_and_rate_have_no_gradient():
     assert not in_batch_hardness(X[0].clone().requires_grad_(), LABELS[0]).requires_grad
+    sides = TWO_SIDES.clone().requires_grad_()
+    for function in (in_batch_hardness, in_batch_accuracy, negatives_above_positive):
+        assert not function(sides).requires_grad
 
 
 INTEGERS = torch.zeros(2, 2, 2, dtype=torch.int64)
@@ -232,11 +363,28 @@ BAD_SHAPES = [
     (InBatchFalseNegativeRate, [INTEGERS[0, 0, :1]], "labels must have shape [B] or [n, B] with B >= 2, got [1]"),
     (InBatchFalseNegativeRate, [INTEGERS[0, :, :1]], "labels must have shape [B] or [n, B] with B >= 2, got [2, 1]"),
     (InBatchFalseNegativeRate, [INTEGERS], "with B >= 2, got [2, 2, 2]"),
-    (InBatchHardness, [torch.zeros(1, 4)], "embeddings must have shape [B, d] or [n, B, d] with B >= 2 and d >= 1, "),
-    (InBatchHardness, [torch.zeros(4)], "[n, B, d] with B >= 2 and d >= 1, got [4]"),
-    (InBatchHardness, [torch.zeros(4, 0)], "[n, B, d] with B >= 2 and d >= 1, got [4, 0]"),
+    (
+        InBatchHardness,
+        [torch.zeros(1, 4)],
+        "embeddings must have shape [B, d] or [n, B, d], or [n, B, 2, d] for two",
+    ),
+    (InBatchHardness, [torch.zeros(4)], "for two sides, with B >= 2 and d >= 1, got [4]"),
+    (InBatchHardness, [torch.zeros(4, 0)], "with B >= 2 and d >= 1, got [4, 0]"),
+    (InBatchHardness, [torch.zeros(2, 4, 3, 5)], "with B >= 2 and d >= 1, got [2, 4, 3, 5]"),
+    (InBatchHardness, [torch.zeros(2, 1, 2, 5)], "with B >= 2 and d >= 1, got [2, 1, 2, 5]"),
+    (InBatchHardness, [torch.zeros(2, 4, 2, 5), LABELS[:2, :2]], "labels must have shape [2, 4], got [2, 2]"),
     (InBatchHardness, [torch.zeros(4, 2), LABELS[0, :3]], "labels must have shape [1, 4], got [1, 3]"),
     (InBatchHardness, [torch.zeros(4, 2), LABELS[:2, :4]], "labels must have shape [1, 4], got [2, 4]"),
+    *(
+        (
+            metric,
+            [torch.zeros(shape)],
+            f"two sides: shape [B, 2, d] or [n, B, 2, d] with B >= 2 and d >= 1, got {shape}",
+        )
+        for metric in (InBatchAccuracy, NegativesAbovePositive)
+        for shape in ([4, 5], [2, 4, 5], [1, 2, 5], [4, 2, 0], [2, 4, 3, 5], [2, 1, 2, 5], [1, 2, 4, 2, 5])
+    ),
+    (InBatchAccuracy, [torch.zeros(4, 2)], "Join the sides: torch.stack([queries, documents], dim=-2)."),
     (Alignment, [torch.zeros(4, 2), torch.zeros(4, 3)], "the same shape [B, d] with B >= 1 and d >= 1, got [4, 2] and"),
     (Alignment, [torch.zeros(4), torch.zeros(4)], "same shape [B, d] with B >= 1 and d >= 1, got [4] and [4]"),
     (Alignment, [torch.zeros(4, 0), torch.zeros(4, 0)], "with B >= 1 and d >= 1, got [4, 0] and [4, 0]"),
@@ -248,6 +396,8 @@ BAD_SHAPES = [
 FUNCTIONS = {
     InBatchFalseNegativeRate: in_batch_false_negative_rate,
     InBatchHardness: in_batch_hardness,
+    InBatchAccuracy: in_batch_accuracy,
+    NegativesAbovePositive: negatives_above_positive,
     Alignment: alignment,
     Uniformity: uniformity,
 }
@@ -269,6 +419,7 @@ def test_refuses_other_shapes(metric, inputs, words):
         (InBatchHardness, [X[0], torch.zeros(SIZE)], "labels must hold integers, .* Convert them, e.g. labels.long()"),
         (InBatchHardness, [X[0].tolist()], "embeddings must be a dense tensor or NumPy array of real .*, got list"),
         (InBatchHardness, [X[0].to_sparse()], "embeddings must be .*, got a tensor of .* layout torch.sparse_coo"),
+        (InBatchAccuracy, [TWO_SIDES.tolist()], "embeddings must be a dense tensor or NumPy array of .*, got list"),
         (Alignment, [X[0], X[0].tolist()], "y must be .*, got list"),
         (Uniformity, [X[0] * 1j], "x must be .*, got a tensor of dtype torch.complex64"),
     ],
@@ -297,8 +448,16 @@ def _on_rank(rank, folder):
     x, y, labels = torch.load(f"{folder}/data.pt")
     part = slice(0, 2) if rank == 0 else slice(2, None)  # the processes get unequal parts
     results = {}
-    for name, values in {"hardness": (x,), "hardness of true negatives": (x, labels)}.items():
+    sides = torch.stack([x, y], dim=2)
+    for name, values in {
+        "hardness": (x,),
+        "hardness of true negatives": (x, labels),
+        "hardness of two sides": (sides[:, None],),
+        "hardness of two sides' true negatives": (sides[:, None], labels[:, None]),
+    }.items():
         results[name] = updated(InBatchHardness(), [value[part] for value in values])
+    results["accuracy"] = updated(InBatchAccuracy(), [sides[part]])
+    results["negatives above"] = updated(NegativesAbovePositive(), [sides[part]])
     results["false-negative rate"] = updated(InBatchFalseNegativeRate(), [labels[part]])
     results["alignment"] = updated(Alignment(alpha=3), [x[part], y[part]])
     results["uniformity"] = updated(Uniformity(t=1.5), [x[part]])

@@ -93,11 +93,13 @@ class InBatchFalseNegativeRate(Metric):
 def in_batch_hardness(embeddings: Tensor | NDArray[Any], labels: Tensor | NDArray[Any] | None = None) -> Tensor:
     """Compute the mean cosine similarity of a batch's pairs: the hardness of its negatives.
 
-    Time and memory are proportional to ``B``, not to ``B^2``.
+    Instances with two sides are compared as losses compare them: the first side of an instance with the second side of
+    each other instance. Time and memory are proportional to ``B``, not to ``B^2``.
 
     Args:
-        embeddings: Floats of shape ``[B, d]``, or ``[n, B, d]`` for ``n`` batches, ``B >= 2``, of any length. An
-            all-zero row counts as similar to nothing.
+        embeddings: Floats of shape ``[B, d]``, or ``[n, B, d]`` for ``n`` batches, ``B >= 2``, of any length. With two
+            sides, ``[n, B, 2, d]``, also for one batch: three dimensions always mean ``n`` batches with one side. An
+            all-zero row has similarity 0 with all others.
         labels: Integers of shape ``[B]`` or ``[n, B]``. With labels, only true negatives count: the pairs of different
             labels.
 
@@ -117,6 +119,9 @@ def in_batch_hardness(embeddings: Tensor | NDArray[Any], labels: Tensor | NDArra
         tensor(0.3333)
         >>> in_batch_hardness(embeddings, labels=torch.tensor([0, 0, 1]))
         tensor(0.)
+        >>> two_sides = torch.stack([embeddings, embeddings.roll(1, dims=0)], dim=1)
+        >>> in_batch_hardness(two_sides[None])
+        tensor(0.6667)
 
     Source: arXiv 2306.03355, figure 4 ("cosine similarity").
     """
@@ -129,7 +134,8 @@ class InBatchHardness(Metric):
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``embeddings`` (:class:`~torch.Tensor` or NumPy array): floats of shape ``[B, d]``, or ``[n, B, d]`` for ``n``
-      batches, ``B >= 2``, of any length. An all-zero row counts as similar to nothing.
+      batches, ``B >= 2``, of any length. With two sides, ``[n, B, 2, d]``, also for one batch: three dimensions always
+      mean ``n`` batches with one side. An all-zero row has similarity 0 with all others.
     - ``labels`` (:class:`~torch.Tensor` or NumPy array, optional): integers of shape ``[B]`` or ``[n, B]``. With
       labels, only true negatives count: the pairs of different labels.
 
@@ -198,25 +204,36 @@ def _hardness_update(
     embeddings: Tensor | NDArray[Any], labels: Tensor | NDArray[Any] | None
 ) -> tuple[Tensor, Tensor | int]:
     """Return the sum of the ordered pairs' cosine similarities, and their number."""
-    embeddings = _as_batches("embeddings", check_tensor("embeddings", embeddings), "[B, d]")
-    n_batches, size, _ = embeddings.shape
+    batches = check_tensor("embeddings", embeddings)
+    if batches.ndim == 2:
+        batches = batches.unsqueeze(0)
+    is_two_sided = batches.ndim == 4 and batches.shape[2] == 2
+    if not (batches.ndim == 3 or is_two_sided) or batches.shape[1] < 2 or batches.shape[-1] < 1:
+        raise ValueError(
+            "embeddings must have shape [B, d] or [n, B, d], or [n, B, 2, d] for two sides, with B >= 2 and d >= 1, "
+            f"got {list(embeddings.shape)}."
+        )
+    n_batches, size = batches.shape[:2]
     # Sums of the unit vectors of each group of equal labels. Without labels each instance is its own group.
-    sums = unit_rows(embeddings.flatten(0, 1))
+    sums = unit_rows(batches.flatten(0, 1))
     batch = torch.arange(n_batches, device=sums.device).repeat_interleave(size)
     pairs: Tensor | int = n_batches * size * (size - 1)
     if labels is not None:
         labels = _check_labels(labels).to(sums.device)
-        if labels.shape != embeddings.shape[:2]:
-            raise ValueError(f"labels must have shape {list(embeddings.shape[:2])}, got {list(labels.shape)}.")
+        if labels.shape != batches.shape[:2]:
+            raise ValueError(f"labels must have shape {list(batches.shape[:2])}, got {list(labels.shape)}.")
         keys = torch.stack([batch, labels.flatten()], dim=1)
         groups, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
-        sums = sums.new_zeros(len(groups), sums.shape[1]).index_add_(0, group, sums)
+        sums = sums.new_zeros(len(groups), *sums.shape[1:]).index_add_(0, group, sums)
         batch = groups[:, 0]
         pairs = pairs - (counts * (counts - 1)).sum()
-    totals = sums.new_zeros(n_batches, sums.shape[1]).index_add_(0, batch, sums)
+    totals = sums.new_zeros(n_batches, *sums.shape[1:]).index_add_(0, batch, sums)
     # A group's pairs with the rest of its batch. To subtract the pairs within groups from all pairs would lose the
     # digits of a few true negatives among many false ones.
-    return (sums * (totals[batch] - sums)).sum(), pairs
+    rest = totals[batch] - sums
+    if is_two_sided:
+        sums, rest = sums[:, 0], rest[:, 1]
+    return (sums * rest).sum(), pairs
 
 
 def _hardness_compute(similarity: Tensor, pairs: Tensor | int) -> Tensor:
@@ -228,14 +245,9 @@ def _check_labels(labels: Tensor | NDArray[Any]) -> Tensor:
     labels = check_tensor("labels", labels)
     if labels.is_floating_point():
         raise TypeError(f"labels must hold integers, got dtype {labels.dtype}. Convert them, e.g. labels.long().")
-    return _as_batches("labels", labels.long(), "[B]")  # torch sorts and stacks no uint16
-
-
-def _as_batches(name: str, values: Tensor, shape: str) -> Tensor:
-    """Return ``values`` with a leading dimension of batches, each of the given shape and of at least two instances."""
-    n_dims = shape.count(",") + 1
-    batches = values.unsqueeze(0) if values.ndim == n_dims else values
-    if batches.ndim != n_dims + 1 or batches.shape[1] < 2 or batches.shape[-1] < 1:
-        bounds = "B >= 2" if n_dims == 1 else "B >= 2 and d >= 1"
-        raise ValueError(f"{name} must have shape {shape} or [n, {shape[1:]} with {bounds}, got {list(values.shape)}.")
+    batches = labels.long()  # torch sorts and stacks no uint16
+    if batches.ndim == 1:
+        batches = batches.unsqueeze(0)
+    if batches.ndim != 2 or batches.shape[1] < 2:
+        raise ValueError(f"labels must have shape [B] or [n, B] with B >= 2, got {list(labels.shape)}.")
     return batches

@@ -1,0 +1,235 @@
+"""Positives against negatives, in batches whose instances have two sides: does the positive win?"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+
+from bs_lightning._checks import check_tensor
+from bs_lightning._embeddings import BLOCK_ENTRIES, unit_rows
+
+_TIE = 1e-6  # cosines that differ by less are equal: float32 rounds the cosines of equal directions differently
+
+
+def in_batch_accuracy(embeddings: Tensor | NDArray[Any]) -> Tensor:
+    """Compute the share of a batch's anchors that are most similar to their own positive. Higher is better.
+
+    Each instance has two sides, such as query and document. The first side is the anchor, and its positive is the
+    second side of the same instance. Its negatives are the second sides of the other instances. An anchor counts if its
+    positive has a higher cosine similarity than each negative has. Second sides are not counted as anchors: flip the
+    sides to measure the other direction.
+
+    A negative that equals the positive ties with it, and the anchor does not count. So a collapsed model, whose
+    embeddings are all equal, has accuracy 0. Similarities that differ by less than 1e-6 are ties. An all-zero side has
+    similarity 0 with all others.
+
+    Args:
+        embeddings: Floats of shape ``[B, 2, d]``, or ``[n, B, 2, d]`` for ``n`` batches, ``B >= 2``, of any length.
+
+    Returns:
+        A scalar in ``[0, 1]`` without gradient, the mean over the anchors of all batches. It is NaN if an embedding is
+        not finite in float32.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a tensor or NumPy array of real numbers.
+        ValueError: If ``embeddings`` has a different shape.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.metrics import in_batch_accuracy
+        >>> queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]])
+        >>> documents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> in_batch_accuracy(torch.stack([queries, documents], dim=1))
+        tensor(0.3333)
+
+    Source: the contrastive accuracy of van den Oord et al., "Representation learning with contrastive predictive
+    coding", arXiv 1807.03748, figure 6.
+    """
+    return _share(*_accuracy_update(embeddings))
+
+
+class InBatchAccuracy(Metric):
+    """Accumulate :func:`in_batch_accuracy` over batches. Higher is better.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``embeddings`` (:class:`~torch.Tensor` or NumPy array): floats of shape ``[B, 2, d]``, or ``[n, B, 2, d]`` for
+      ``n`` batches, ``B >= 2``, of any length. The first side is the anchor, the second its positive.
+
+    As output of ``forward`` and ``compute`` the metric returns a scalar in ``[0, 1]``: the mean over all anchors so
+    far, or NaN before the first anchor and after an embedding that is not finite in float32.
+
+    Args:
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a tensor or NumPy array of real numbers.
+        ValueError: If ``embeddings`` has a different shape.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.metrics import InBatchAccuracy
+        >>> metric = InBatchAccuracy()
+        >>> metric.update(torch.eye(4)[:, None].expand(4, 2, 4))
+        >>> metric.update(torch.ones(4, 2, 4))
+        >>> metric.compute()
+        tensor(0.5000)
+
+    Source: arXiv 1807.03748, figure 6.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    won: Tensor
+    anchors: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("won", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("anchors", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, embeddings: Tensor | NDArray[Any]) -> None:
+        """Add the anchors of one or more batches."""
+        won, anchors = _accuracy_update(embeddings)
+        self.won += won
+        self.anchors += anchors
+
+    def compute(self) -> Tensor:
+        """Return the share of anchors so far whose positive won."""
+        return _share(self.won, self.anchors)
+
+
+def negatives_above_positive(embeddings: Tensor | NDArray[Any]) -> Tensor:
+    """Compute the share of a batch's negatives that are more similar to their anchor than its positive is.
+
+    Lower is better. Anchors, positives and negatives are those of :func:`in_batch_accuracy`. A negative that equals the
+    positive is not above it. So a collapsed model, whose embeddings are all equal, has share 0: read the share beside
+    the accuracy. Similarities that differ by less than 1e-6 are equal. An all-zero side has similarity 0 with all
+    others.
+
+    Args:
+        embeddings: Floats of shape ``[B, 2, d]``, or ``[n, B, 2, d]`` for ``n`` batches, ``B >= 2``, of any length.
+
+    Returns:
+        A scalar in ``[0, 1]`` without gradient, the mean over the negatives of all batches. It is NaN if an embedding
+        is not finite in float32.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a tensor or NumPy array of real numbers.
+        ValueError: If ``embeddings`` has a different shape.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.metrics import negatives_above_positive
+        >>> queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]])
+        >>> documents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> negatives_above_positive(torch.stack([queries, documents], dim=1))
+        tensor(0.1667)
+    """
+    return _share(*_above_update(embeddings))
+
+
+class NegativesAbovePositive(Metric):
+    """Accumulate :func:`negatives_above_positive` over batches. Lower is better.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``embeddings`` (:class:`~torch.Tensor` or NumPy array): floats of shape ``[B, 2, d]``, or ``[n, B, 2, d]`` for
+      ``n`` batches, ``B >= 2``, of any length. The first side is the anchor, the second its positive.
+
+    As output of ``forward`` and ``compute`` the metric returns a scalar in ``[0, 1]``: the mean over all negatives so
+    far, or NaN before the first negative and after an embedding that is not finite in float32.
+
+    Args:
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError: If ``embeddings`` is not a tensor or NumPy array of real numbers.
+        ValueError: If ``embeddings`` has a different shape.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.metrics import NegativesAbovePositive
+        >>> metric = NegativesAbovePositive()
+        >>> metric.update(torch.eye(4)[:, None].expand(4, 2, 4))
+        >>> metric.compute()
+        tensor(0.)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    above: Tensor
+    negatives: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("above", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("negatives", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, embeddings: Tensor | NDArray[Any]) -> None:
+        """Add the negatives of one or more batches."""
+        above, negatives = _above_update(embeddings)
+        self.above += above
+        self.negatives += negatives
+
+    def compute(self) -> Tensor:
+        """Return the share of negatives so far that are above their positive."""
+        return _share(self.above, self.negatives)
+
+
+def _accuracy_update(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, int]:
+    """Return how many anchors have a positive above all negatives, and the number of anchors."""
+    batches = _unit_batches(embeddings)
+    won = batches.new_zeros(())
+    for similarity, positive in _similarities(batches):
+        # The positive itself is the only entry that is not clearly below the positive.
+        won += ((similarity >= positive - _TIE).sum(dim=2) == 1).sum()
+    return _nan_unless_finite(won, batches), batches.shape[0] * batches.shape[1]
+
+
+def _above_update(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, int]:
+    """Return how many negatives are above their positive, and the number of negatives."""
+    batches = _unit_batches(embeddings)
+    n_batches, size = batches.shape[:2]
+    above = batches.new_zeros(())
+    for similarity, positive in _similarities(batches):
+        above += (similarity > positive + _TIE).sum()
+    return _nan_unless_finite(above, batches), n_batches * size * (size - 1)
+
+
+def _unit_batches(embeddings: Tensor | NDArray[Any]) -> Tensor:
+    """Return batches of two sides as float32 ``[n, B, 2, d]`` with rows of length 1."""
+    batches = check_tensor("embeddings", embeddings)
+    if batches.ndim == 3:
+        batches = batches.unsqueeze(0)
+    if batches.ndim != 4 or batches.shape[1] < 2 or batches.shape[2] != 2 or batches.shape[3] < 1:
+        raise ValueError(
+            "embeddings must have two sides: shape [B, 2, d] or [n, B, 2, d] with B >= 2 and d >= 1, got "
+            f"{list(embeddings.shape)}. Join the sides: torch.stack([queries, documents], dim=-2)."
+        )
+    return unit_rows(batches)
+
+
+def _similarities(batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the similarities ``[m, B, B]`` of anchors and second sides, and the positives' ``[m, B, 1]``."""
+    # Under autocast a product would round to three digits, and make ties.
+    with torch.autocast(batches.device.type, enabled=False):
+        for part in batches.split(max(1, BLOCK_ENTRIES // batches.shape[1] ** 2)):
+            similarity = part[:, :, 0] @ part[:, :, 1].mT
+            yield similarity, similarity.diagonal(dim1=1, dim2=2).unsqueeze(2)
+
+
+def _nan_unless_finite(count: Tensor, batches: Tensor) -> Tensor:
+    """Return a count, or NaN if an embedding is not finite: comparisons with NaN are false, and would hide it."""
+    return torch.where(batches.isfinite().all(), count, torch.nan)
+
+
+def _share(count: Tensor, of: Tensor | int) -> Tensor:
+    return count / of
