@@ -53,11 +53,8 @@ class PoolBatchSampler(BatchSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        # Plain integers: products of NumPy's small integers overflow.
-        n_instances = check_integer("n_instances", n_instances)
-        batch_size, world_size = check_integer("batch_size", batch_size), check_integer("world_size", world_size)
         self.layout = BatchLayout(n_instances, batch_size, world_size, drop_last)
-        super().__init__(range(n_instances), batch_size, drop_last)
+        super().__init__(range(n_instances), self.layout.batch_size, drop_last)
         if planning is not None:
             if not isinstance(planning, Planning):
                 raise TypeError(f"planning must be Planning(plan_pool, Pools(size)) or None, got {planning!r}.")
