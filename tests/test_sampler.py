@@ -219,7 +219,7 @@ def test_takes_numpys_small_integers():
     """In uint8, 100 x 3 is 44."""
     small = PoolBatchSampler(np.int16(1000), np.uint8(100), rank=np.uint8(2), world_size=np.uint8(3))
     assert list(small) == list(PoolBatchSampler(1000, 100, rank=2, world_size=3))
-    assert [type(value) for value in (small.batch_size, len(small))] == [int, int]
+    assert [type(value) for value in (small.batch_size, small.rank, len(small))] == [int, int, int]
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,11 @@ class PoolBatchSampler(BatchSampler):
             if not isinstance(planning, Planning):
                 raise TypeError(f"planning must be Planning(plan_pool, Pools(size)) or None, got {planning!r}.")
             planning.cut.check(self.layout)
-        if not 0 <= check_integer("rank", rank) < world_size:
+        self.rank = check_integer("rank", rank)
+        if not 0 <= self.rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
         self.planning = planning
         self.seed = check_seed(seed)
-        self.rank = rank
         self.epoch = 0
         self._plan: EpochPlan | None = None
         self._loaded: SamplerState | None = None
