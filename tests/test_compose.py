@@ -109,6 +109,8 @@ def test_check_lets_batches_share_with_replacement():
     ("batches", "replacement", "error", "words"),
     [
         (None, False, TypeError, "must return integer positions in the pool, got dtype object"),
+        ([[0, 1], [2]], False, ValueError, "must return an array of positions in the pool: .*inhomogeneous"),
+        (torch.eye(2).to_sparse(), False, ValueError, "must return an array of positions in the pool: .*[Ss]parse"),
         ([[0.0, 1.0], [2.0, 3.0]], False, TypeError, "must return integer positions in the pool, got dtype float64"),
         ([0, 1, 2, 3], False, ValueError, r"shape \[2, 2\] for a pool of 4 and batches of 2, got \[4\]"),
         ([[0, 1, 2, 3]], False, ValueError, r"shape \[2, 2\] for a pool of 4 and batches of 2, got \[1, 4\]"),

@@ -93,6 +93,39 @@ def test_float64_beyond_float32_is_not_finite():
 
 
 @pytest.mark.parametrize(
+    ("indices", "error", "words"),
+    [
+        ([0.0, 1.0], TypeError, "indices must hold integers, got dtype float64"),
+        ([True, False], TypeError, "indices must hold integers, got dtype bool"),
+        (["0"], TypeError, "indices must hold integers, got dtype <U1"),
+        (None, TypeError, "indices must hold integers, got dtype object"),
+        ([[0, 1], [2]], TypeError, "indices must be an array of integers, or be convertible to one: "),
+        ([], ValueError, "indices must have shape [P] with P >= 1, got shape [0]"),
+        ([[0, 1]], ValueError, "indices must have shape [P] with P >= 1, got shape [1, 2]"),
+        (3, ValueError, "indices must have shape [P] with P >= 1, got shape []"),
+    ],
+)
+def test_refuses_indices(indices, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        run(indices=indices)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "error", "words"),
+    [
+        (0, ValueError, "batch_size must be at least 1, got 0"),
+        (-1, ValueError, "batch_size must be at least 1, got -1"),
+        (True, TypeError, "batch_size must be an integer, got True"),
+        (2.0, TypeError, r"batch_size must be an integer, got 2\.0"),
+        (None, TypeError, "batch_size must be an integer, got None"),
+    ],
+)
+def test_refuses_batch_sizes(batch_size, error, words):
+    with pytest.raises(error, match=words):
+        run(batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
     ("embed", "error", "words"),
     [
         (lambda batch: None, TypeError, "must return a float tensor of shape [b, d], or two sides"),

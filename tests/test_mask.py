@@ -65,6 +65,8 @@ def test_pair_mask_accepts_tensors_and_leaves_the_diagonal():
         ([[1, 5], [0, 0]], 2, ValueError, r"neighbors must lie in \[0, 2\), got 5"),
         ([[1, -1], [0, 0]], 2, ValueError, r"neighbors must lie in \[0, 2\), got -1"),
         ([[1.0], [0.5]], 1, TypeError, "neighbors must hold integers, got dtype float64"),
+        ([[1], [0, 1]], 1, TypeError, "neighbors must be an array of integers, or be convertible to one: .*inhomog"),
+        ([[1], [0]], True, TypeError, "n_nearest must be an integer, got True"),
     ],
 )
 def test_mutual_nearest_refuses(neighbors, n_nearest, error, words):
@@ -81,6 +83,9 @@ def test_mutual_nearest_refuses(neighbors, n_nearest, error, words):
         ([[1, 2]], [1, 2, 2], ValueError, r"batch must hold distinct integers, got \[1 2 2\]"),
         ([[1, 2]], [1.0, 2.5], TypeError, "batch must hold integers, got dtype float64"),
         ([[True, False]], [0, 1], TypeError, "pairs must hold integers, got dtype bool"),
+        ([[1, 2], [3]], [1, 2], TypeError, "pairs must be an array of integers, or be convertible to one: .*inhomog"),
+        (None, [1, 2], TypeError, "pairs must hold integers, got dtype object"),
+        ([], [1, 2], ValueError, r"pairs must have shape \[m, 2\], got shape \[0\]"),
     ],
 )
 def test_pair_mask_refuses(pairs, batch, error, words):

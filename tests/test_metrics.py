@@ -442,6 +442,18 @@ def test_powers_must_be_finite_and_above_0(value):
         Alignment("2")
 
 
+@pytest.mark.parametrize("t", [20.001, 1e10])
+def test_uniformity_refuses_scales_at_which_potentials_vanish(t):
+    for refuses in (lambda: Uniformity(t), lambda: uniformity(X[0], t=t)):
+        with pytest.raises(ValueError, match=f"t must be at most 20, got {t}"):
+            refuses()
+
+
+def test_uniformity_of_opposite_rows_at_the_largest_scale():
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert uniformity(rows, t=20).item() == pytest.approx(-80)
+
+
 def _on_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

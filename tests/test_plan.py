@@ -182,8 +182,13 @@ def test_with_replacement_batches_share_instances_of_their_pool():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
+        ((10.0, 2), TypeError, "n_instances must be an integer, got 10.0"),
         ((10, 2.0), TypeError, "batch_size must be an integer, got 2.0"),
         ((10, True), TypeError, "batch_size must be an integer, got True"),
+        ((10, [2]), TypeError, r"batch_size must be an integer, got \[2\]"),
+        ((10, 2, 1.0), TypeError, "world_size must be an integer, got 1.0"),
+        ((10, 2, True), TypeError, "world_size must be an integer, got True"),
+        ((10, 2, 0), ValueError, "world_size must be at least 1, got 0"),
         ((10, 1), ValueError, "batch_size must be at least 2, got 1: in a batch of one there are no negatives"),
         ((7, 4, 2), ValueError, "has 7 instances, fewer than one global batch of batch_size 4 x 2 processes"),
         (
@@ -196,6 +201,42 @@ def test_with_replacement_batches_share_instances_of_their_pool():
 def test_layout_refuses(arguments, error, words):
     with pytest.raises(error, match=words):
         BatchLayout(*arguments)
+
+
+def test_layout_takes_numpys_small_integers():
+    """In uint8, 100 x 3 is 44."""
+    layout = BatchLayout(np.int16(1000), np.uint8(100), np.uint8(3))
+    assert layout == BatchLayout(1000, 100, 3)
+    assert {type(value) for value in (layout.n_instances, layout.global_batch_size, layout.n_batches)} == {int}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "words"),
+    [
+        ([0, 1], ValueError, r"must return pairs of shape \[m, 2\] with positions in \[0, 30\), got \[0, 1\]"),
+        ([[0, 1, 2]], ValueError, r"must return pairs of shape \[m, 2\] .*, got \[\[0, 1, 2\]\]"),
+        ([[0, 30]], ValueError, r"positions in \[0, 30\), got \[\[0, 30\]\]"),
+        ([[-1, 0]], ValueError, r"positions in \[0, 30\), got \[\[-1, 0\]\]"),
+        ([[0.0, 1.0]], TypeError, "pairs must hold integers, got dtype float64"),
+        ([[True, False]], TypeError, "pairs must hold integers, got dtype bool"),
+        ([[0, 1], [2]], TypeError, "pairs must be an array of integers, or be convertible to one: .*inhomogeneous"),
+    ],
+)
+def test_refuses_a_planners_pairs(pairs, error, words):
+    def planner(indices, *, seed, epoch):
+        return PlannedPool(np.arange(len(indices)).reshape(-1, 10), pairs)
+
+    with pytest.raises(error, match=words):
+        next(iter(EpochPlan(BatchLayout(90, 10), seed=0, epoch=0, planning=Planning(planner, Pools(30)))))
+
+
+def test_takes_a_planners_pairs_of_any_integers():
+    def planner(indices, *, seed, epoch):
+        return PlannedPool(np.arange(len(indices)).reshape(-1, 10), np.uint8([[0, 29]]))
+
+    plan = EpochPlan(BatchLayout(30, 10), seed=0, epoch=0, planning=Planning(planner, Pools(30)))
+    (batches,) = plan
+    assert plan.pairs(0).tolist() == [[batches[0][0], batches[2][9]]]
 
 
 def test_refuses_a_pool_smaller_than_a_global_batch():

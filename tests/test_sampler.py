@@ -202,7 +202,10 @@ def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
         ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
         ({"seed": True}, TypeError, "seed must be an integer, got True"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"n_instances": 100.0}, TypeError, "n_instances must be an integer, got 100.0"),
+        ({"planning": planner(4)}, TypeError, r"planning must be Planning\(plan_pool, Pools\(size\)\) or None, got <"),
         ({"rank": 1}, ValueError, "rank must"),
+        ({"rank": 0.0}, TypeError, "rank must be an integer, got 0.0"),
         ({"world_size": 0}, ValueError, "world_size must"),
     ],
 )
@@ -210,6 +213,27 @@ def test_refuses_bad_arguments(arguments, error, words):
     planning = Planning(planner(4), Pools(16))
     with pytest.raises(error, match=words):
         PoolBatchSampler(**{"n_instances": 100, "batch_size": 4, "planning": planning} | arguments)
+
+
+def test_takes_numpys_small_integers():
+    """In uint8, 100 x 3 is 44."""
+    small = PoolBatchSampler(np.int16(1000), np.uint8(100), rank=np.uint8(2), world_size=np.uint8(3))
+    assert list(small) == list(PoolBatchSampler(1000, 100, rank=2, world_size=3))
+    assert [type(value) for value in (small.batch_size, small.rank, len(small))] == [int, int, int]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "error", "words"),
+    [
+        (-1, ValueError, "epoch must not be negative, got -1"),
+        (0.5, TypeError, "epoch must be an integer, got 0.5"),
+        (True, TypeError, "epoch must be an integer, got True"),
+        (float("nan"), TypeError, "epoch must be an integer, got nan"),
+    ],
+)
+def test_set_epoch_refuses(epoch, error, words):
+    with pytest.raises(error, match=words):
+        PoolBatchSampler(100, 4).set_epoch(epoch)
 
 
 def test_the_mask_of_a_hand_written_loop():

@@ -56,6 +56,10 @@ def test_the_composer_follows_a_schedule_and_survives_pickling():
         (lambda: Staircase(step=float("inf")), "step must be finite and not negative, got inf"),
         (lambda: Staircase(floor=0), r"floor must lie in \(0, 1\], got 0"),
         (lambda: Staircase(floor=0.3), "floor must not be above start 0.2, got 0.3"),
+        (lambda: LinearDecay(start=float("nan")), r"start must lie in \(0, 1\], got nan"),
+        (lambda: Staircase(floor=float("nan")), r"floor must lie in \(0, 1\], got nan"),
+        (lambda: LinearDecay()(-1), "epoch must not be negative, got -1"),
+        (lambda: Staircase()(-1), "epoch must not be negative, got -1"),
     ],
 )
 def test_refuses_bad_arguments(make, words):
@@ -63,18 +67,19 @@ def test_refuses_bad_arguments(make, words):
         make()
 
 
+@pytest.mark.parametrize("value", [2.5, 3.0, float("nan"), True, None, "3"])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "name"),
     [
-        lambda: LinearDecay(n_epochs=2.5),
-        lambda: Staircase(every=2.5),
-        lambda: LinearDecay()(2.5),
-        lambda: Staircase()(2.5),
+        (lambda value: LinearDecay(n_epochs=value), "n_epochs"),
+        (lambda value: Staircase(every=value), "every"),
+        (LinearDecay(), "epoch"),
+        (Staircase(), "epoch"),
     ],
 )
-def test_refuses_parts_of_epochs(make):
-    with pytest.raises(TypeError, match=r"must be an integer, got 2\.5"):
-        make()
+def test_refuses_parts_of_epochs(make, name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, got {value!r}"):
+        make(value)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A graph leaves no trace in its process: numbers of threads, settings and the ability to fork stay."""
 
+import atexit
 import importlib.util
 import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -177,13 +179,48 @@ def test_walks_where_no_folder_can_be_written(monkeypatch):
     assert np.array_equal(batches, rwr_batches(neighbors, 6, seed=1))
 
 
-def test_says_what_pynndescent_needs_where_no_folder_can_be_written(monkeypatch):
-    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+@pytest.fixture
+def pynndescent_without_a_folder(monkeypatch, tmp_path):
+    """Replace pynndescent by a small package. Numba finds no folder for it, unless one is chosen."""
+    (tmp_path / "pynndescent.py").write_text("import numba\n@numba.njit(cache=True)\ndef NNDescent():\n    return 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [caching.UserProvidedCacheLocator])
     with mock.patch.dict(sys.modules):
         for name in [name for name in sys.modules if name.partition(".")[0] == "pynndescent"]:
             del sys.modules[name]
-        with pytest.raises(RuntimeError, match="Set the environment variable NUMBA_CACHE_DIR"):
-            NNDescentGraph(5)(torch.randn(20, 4))
+        yield
+
+
+@pytest.mark.usefixtures("pynndescent_without_a_folder")
+def test_a_temporary_folder_serves_where_no_other_can_be_written(monkeypatch, caplog):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    with caplog.at_level("INFO", logger="bs_lightning"):
+        nndescent = _nndescent._import_nndescent()
+    assert nndescent() == 3
+    assert numba.config.CACHE_DIR == ""
+    kept = Path(nndescent.stats.cache_path)
+    folder = kept.parent
+    assert list(kept.glob("*.nbc"))
+    (message,) = caplog.messages
+    assert str(folder) in message
+    assert "set NUMBA_CACHE_DIR" in message
+    (remove,) = at_exit
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)  # as in a forked process
+        remove()
+    assert folder.exists()
+    remove()
+    assert not folder.exists()
+
+
+@pytest.mark.usefixtures("pynndescent_without_a_folder")
+def test_says_what_pynndescent_needs_where_no_folder_can_be_written(monkeypatch):
+    monkeypatch.setattr(tempfile, "mkdtemp", mock.Mock(side_effect=PermissionError))
+    with pytest.raises(RuntimeError, match="Set the environment variable NUMBA_CACHE_DIR"):
+        NNDescentGraph(5)(torch.randn(20, 4))
+    assert numba.config.CACHE_DIR == ""
 
 
 if __name__ == "__main__":

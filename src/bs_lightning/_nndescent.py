@@ -1,9 +1,12 @@
 """Nearest neighbour descent by pynndescent, without side effects on the process."""
 
+import atexit
 import functools
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import warnings
 from typing import Any
@@ -36,7 +39,7 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
 
     Raises:
         RuntimeError: If this process was forked from one that ran GNU OpenMP through numba, or if numba finds no
-            folder for the compiled code of pynndescent.
+            folder, not even a temporary one, for the compiled code of pynndescent.
     """
     global _compiled
     with _lock, isolated_threads(), warnings.catch_warnings():
@@ -104,12 +107,40 @@ def _import_nndescent() -> Any:
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
-        raise RuntimeError(
-            "NNDescentGraph cannot import pynndescent: numba can write its compiled code neither beside pynndescent "
-            "nor in the home folder. Set the environment variable NUMBA_CACHE_DIR to a folder that can be written, "
-            "before the program starts, or use ExactGraph."
-        ) from error
+        try:
+            folder = _temporary_folder()
+        except OSError:
+            raise RuntimeError(
+                "NNDescentGraph cannot import pynndescent: numba can write its compiled code neither beside "
+                "pynndescent, nor in the home folder, nor in a temporary folder. Set the environment variable "
+                "NUMBA_CACHE_DIR to a folder that can be written, before the program starts, or use ExactGraph."
+            ) from error
+        _log.info(
+            "NNDescentGraph: numba can write its compiled code neither beside pynndescent nor in the home folder. "
+            "Until this process ends, %s holds it. To keep it, set NUMBA_CACHE_DIR.",
+            folder,
+        )
+        import numba
+
+        config: Any = numba.config
+        chosen, config.CACHE_DIR = config.CACHE_DIR, folder  # numba reads it for each function that is to be cached
+        try:
+            from pynndescent import NNDescent
+        finally:
+            config.CACHE_DIR = chosen
     return NNDescent
+
+
+def _temporary_folder() -> str:
+    """Return a new temporary folder. It is removed when this process ends, not when a forked process ends."""
+    folder, owner = tempfile.mkdtemp(prefix="bs_lightning_"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def _runs_gnu_openmp() -> bool:

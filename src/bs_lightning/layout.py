@@ -36,9 +36,10 @@ class BatchLayout:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        check_integer("n_instances", self.n_instances)
-        check_integer("world_size", self.world_size)
-        if check_integer("batch_size", self.batch_size) < 2:
+        for name in ("n_instances", "batch_size", "world_size"):
+            # Plain integers: products of NumPy's small integers overflow.
+            object.__setattr__(self, name, check_integer(name, getattr(self, name)))
+        if self.batch_size < 2:
             raise ValueError(
                 f"batch_size must be at least 2, got {self.batch_size}: in a batch of one there are no negatives."
             )

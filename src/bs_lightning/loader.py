@@ -29,11 +29,9 @@ _SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name n
 class BatchFetcher:
     """Loads batches of dataset indices, with worker processes that it keeps from call to call.
 
-    ``load(batches)`` returns an iterator over the collated batches. One call at a time: a new one ends the last.
-
     Args:
         dataset: A map-style dataset.
-        **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices.
+        **dataloader_kwargs: Arguments of :class:`torch.utils.data.DataLoader` that do not choose indices.
 
     Raises:
         TypeError: If ``DataLoader`` has no such argument.
@@ -56,19 +54,32 @@ class BatchFetcher:
         self._loader = DataLoader(dataset, batch_sampler=self._batches, **dataloader_kwargs)
 
     def __call__(self, batches: Iterable[list[int]]) -> Iterator[Any]:
+        """Load batches. Each call ends the previous call's iterator.
+
+        Args:
+            batches: Dataset indices of each batch.
+
+        Returns:
+            An iterator over the collated batches.
+        """
         self._batches.current = batches
         return iter(self._loader)
 
     def close(self) -> None:
-        """End the workers. Otherwise they end with the last reference; found by the garbage collector in a cycle,
-        torch waits ten seconds for them in vain."""
+        """End the workers.
+
+        Without this call they end with the last reference. If the garbage collector finds that reference in a cycle,
+        torch waits ten seconds for the workers in vain.
+        """
         workers, self._loader._iterator = self._loader._iterator, None
         if workers is not None:
             workers._shutdown_workers()  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has workers of its own, and no generator: torch sends its state as a temporary tensor, which a spawned
-        process cannot open."""
+        """Copy without the workers and the generator.
+
+        torch sends the generator's state as a temporary tensor, which a spawned process cannot open.
+        """
         kwargs = {name: value for name, value in self._kwargs.items() if name != "generator"}
         return functools.partial(BatchFetcher, **kwargs), (self._loader.dataset,)
 
@@ -105,11 +116,11 @@ class _Iteration(Iterator[Any]):
 class PoolLoader:
     """A data loader that asks for each pool's plan only when its first batch is about to be trained.
 
-    A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training, so that a pool would be
-    planned with older weights the more workers there are. This one loads pool by pool with one set of workers, and
-    prefetches within a pool only. Iterate it like a ``DataLoader``, and read the same attributes. ``batch_size`` and
-    ``drop_last`` are the batch sampler's. It is no subclass of ``DataLoader``: Lightning makes such loaders again, with
-    a sampler of its own, in which the plan would be lost.
+    A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training. The more workers there
+    are, the older are the weights with which a pool is planned. This loader loads pool by pool with one set of workers,
+    and prefetches within a pool only. Iterate it like a ``DataLoader``, and read the same attributes. ``batch_size``
+    and ``drop_last`` are the batch sampler's. It is not a subclass of ``DataLoader``: Lightning makes such loaders
+    again, with a sampler of its own, and the plan would be lost.
 
     Workers live for one iteration, or until :meth:`close` with ``persistent_workers=True``. Nothing is drawn from the
     global random state. The workers' seeds come from the sampler's seed, or from ``generator``, one draw each time that
@@ -118,7 +129,7 @@ class PoolLoader:
     Args:
         dataset: A map-style dataset.
         batch_sampler: Serves the plan.
-        **dataloader_kwargs: Those of :class:`torch.utils.data.DataLoader` that do not choose indices:
+        **dataloader_kwargs: Arguments of :class:`torch.utils.data.DataLoader` that do not choose indices:
             ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers``, ``worker_init_fn`` and so on.
 
     Raises:
@@ -206,6 +217,9 @@ class PoolLoader:
 def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
     """Refuse ``DataLoader`` arguments that choose or reorder indices, or do not exist.
 
+    Args:
+        kwargs: Arguments for :class:`torch.utils.data.DataLoader` by name.
+
     Raises:
         TypeError: Naming the argument that does not exist.
         ValueError: Naming the argument and what to do instead.
@@ -222,8 +236,12 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
 def check_map_style(dataset: object, name: str) -> None:
     """Refuse datasets that cannot be indexed.
 
+    Args:
+        dataset: The dataset.
+        name: Where the dataset came from, for the message.
+
     Raises:
-        TypeError: Naming where the dataset came from.
+        TypeError: If the dataset is not map-style. The message names where it came from.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset) or not (
         hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))

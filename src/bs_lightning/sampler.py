@@ -61,16 +61,14 @@ class PoolBatchSampler(BatchSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        # Plain integers: products of NumPy's small integers overflow.
-        n_instances = check_integer("n_instances", n_instances)
-        batch_size, world_size = check_integer("batch_size", batch_size), check_integer("world_size", world_size)
         self.layout = BatchLayout(n_instances, batch_size, world_size, drop_last)
-        super().__init__(range(n_instances), batch_size, drop_last)
+        super().__init__(range(n_instances), self.layout.batch_size, drop_last)
         if planning is not None:
             if not isinstance(planning, Planning):
                 raise TypeError(f"planning must be Planning(plan_pool, Pools(size)) or None, got {planning!r}.")
             planning.cut.check(self.layout)
-        if not 0 <= check_integer("rank", rank) < world_size:
+        self.rank = check_integer("rank", rank)
+        if not 0 <= self.rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
         self.rules = tuple(rules)
         self.groups = None if separate_groups is None else check_groups(separate_groups)
@@ -80,7 +78,6 @@ class PoolBatchSampler(BatchSampler):
             check_separable(self.groups, self.layout.n_full)
         self.planning = planning
         self.seed = check_seed(seed)
-        self.rank = rank
         self.epoch = 0
         self._plan: EpochPlan | None = None
         self._loaded: SamplerState | None = None

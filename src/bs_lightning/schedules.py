@@ -45,6 +45,18 @@ class LinearDecay:
         )
 
     def __call__(self, epoch: int) -> float:
+        """Return the restart probability of an epoch.
+
+        Args:
+            epoch: The epoch's number, at least 0.
+
+        Returns:
+            The restart probability, in ``(0, 1]``.
+
+        Raises:
+            TypeError: If ``epoch`` is not an integer.
+            ValueError: If ``epoch`` is negative.
+        """
         share = min(_check_epoch(epoch) / self.n_epochs, 1.0)
         # Exact at both ends. `start + (end - start) * share` can round to a last value that is not above 0.
         return (1 - share) * self.start + share * self.end
@@ -93,6 +105,18 @@ class Staircase:
             raise ValueError(f"floor must not be above start {self.start}, got {self.floor}.")
 
     def __call__(self, epoch: int) -> float:
+        """Return the restart probability of an epoch.
+
+        Args:
+            epoch: The epoch's number, at least 0.
+
+        Returns:
+            The restart probability, in ``(0, 1]``.
+
+        Raises:
+            TypeError: If ``epoch`` is not an integer.
+            ValueError: If ``epoch`` is negative.
+        """
         return max(self.start - _check_epoch(epoch) // self.every * self.step, self.floor)
 
 

@@ -80,13 +80,25 @@ class InBatchFalseNegativeRate(Metric):
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, labels: Tensor | NDArray[Any]) -> None:
-        """Add the pairs of one or more batches."""
+        """Add the pairs of one or more batches.
+
+        Args:
+            labels: Integers of shape ``[B]``, or ``[n, B]`` for ``n`` batches, ``B >= 2``.
+
+        Raises:
+            TypeError: If ``labels`` is not a tensor or NumPy array of integers.
+            ValueError: If ``labels`` has a different shape.
+        """
         false_pairs, pairs = _false_negative_rate_update(labels)
         self.false_pairs += false_pairs
         self.pairs += pairs
 
     def compute(self) -> Tensor:
-        """Return the share of false negatives among all pairs so far."""
+        """Compute the share of false negatives among all pairs so far.
+
+        Returns:
+            A scalar in ``[0, 1]``, or NaN before the first pair.
+        """
         return _false_negative_rate_compute(self.false_pairs, self.pairs)
 
 
@@ -174,13 +186,26 @@ class InBatchHardness(Metric):
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, embeddings: Tensor | NDArray[Any], labels: Tensor | NDArray[Any] | None = None) -> None:
-        """Add the pairs of one or more batches."""
+        """Add the pairs of one or more batches.
+
+        Args:
+            embeddings: Floats of shape ``[B, d]``, or ``[n, B, d]`` for ``n`` batches, ``B >= 2``, of any length.
+            labels: Integers of shape ``[B]`` or ``[n, B]``. With labels, only true negatives count.
+
+        Raises:
+            TypeError: If ``embeddings`` is not a tensor or NumPy array of real numbers, or ``labels`` of integers.
+            ValueError: If ``embeddings`` or ``labels`` has a different shape.
+        """
         similarity, pairs = _hardness_update(embeddings, labels)
         self.similarity += similarity
         self.pairs += pairs
 
     def compute(self) -> Tensor:
-        """Return the mean cosine similarity of all pairs so far."""
+        """Compute the mean cosine similarity of all pairs so far.
+
+        Returns:
+            A scalar in ``[-1, 1]``, or NaN before the first pair and after an embedding that is not finite in float32.
+        """
         return _hardness_compute(self.similarity, self.pairs)
 
 

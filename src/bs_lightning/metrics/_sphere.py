@@ -84,13 +84,27 @@ class Alignment(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, x: Tensor | NDArray[Any], y: Tensor | NDArray[Any]) -> None:
-        """Add a batch of positive pairs."""
+        """Add a batch of positive pairs.
+
+        Args:
+            x: Floats of shape ``[B, d]``, of any length.
+            y: Floats of shape ``[B, d]``, of any length. Row ``i`` of ``x`` and row ``i`` of ``y`` are a positive pair.
+
+        Raises:
+            TypeError: If ``x`` or ``y`` is not a tensor or NumPy array of real numbers.
+            ValueError: If the shapes differ or are not ``[B, d]``.
+        """
         total, count = _alignment_update(x, y, self.alpha)
         self.total = self.total + total
         self.count = self.count + count
 
     def compute(self) -> Tensor:
-        """Return the mean distance to the power ``alpha`` of all pairs so far."""
+        """Compute the mean distance to the power ``alpha`` of all pairs so far.
+
+        Returns:
+            A scalar in ``[0, 2^alpha]``, or NaN before the first pair and after an embedding that is not finite in
+            float32.
+        """
         return _alignment_compute(self.total, self.count)
 
 
@@ -166,13 +180,26 @@ class Uniformity(Metric):
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, x: Tensor | NDArray[Any]) -> None:
-        """Add the pairs of a batch."""
+        """Add the pairs of a batch.
+
+        Args:
+            x: Floats of shape ``[B, d]``, ``B >= 2``, of any length.
+
+        Raises:
+            TypeError: If ``x`` is not a tensor or NumPy array of real numbers.
+            ValueError: If ``x`` has a different shape.
+        """
         potential, pairs = _uniformity_update(x, self.t)
         self.potential = self.potential + potential
         self.pairs = self.pairs + pairs
 
     def compute(self) -> Tensor:
-        """Return the logarithm of the mean potential of all pairs so far."""
+        """Compute the logarithm of the mean potential of all pairs so far.
+
+        Returns:
+            A scalar in ``[-4 t, 0]``, or NaN before the first pair and after an embedding that is not finite in
+            float32.
+        """
         return _uniformity_compute(self.potential, self.pairs)
 
 

@@ -18,14 +18,33 @@ class TrainedData(Protocol):
     """What the batch sampler asks of the DataModule."""
 
     @property
-    def trainer(self) -> Trainer | None: ...
+    def trainer(self) -> Trainer | None:
+        """The Trainer, or ``None`` outside a fit."""
+        ...
 
     @property
-    def train_sampler(self) -> BatchSampler | None: ...
+    def train_sampler(self) -> BatchSampler | None:
+        """The batch sampler of the loader that the Trainer trains from, or ``None``."""
+        ...
 
-    def planning(self, layout: BatchLayout) -> Planning | None: ...
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """Return how the batches of the epoch are composed.
 
-    def restored_state(self) -> SamplerState | None: ...
+        Args:
+            layout: The epoch's sizes.
+
+        Returns:
+            The planning; ``None`` for uniform batches.
+        """
+        ...
+
+    def restored_state(self) -> SamplerState | None:
+        """Return the sampler's state of the checkpoint from which this fit resumed.
+
+        Returns:
+            The state; ``None`` if the fit did not resume, or the checkpoint holds no such state.
+        """
+        ...
 
 
 class TrainerBatchSampler(PoolBatchSampler):
@@ -44,7 +63,15 @@ class TrainerBatchSampler(PoolBatchSampler):
         self._n_epochs_processed = 0
 
     def plan(self) -> EpochPlan:
-        """Plan the rest of the epoch being trained. Anyone else who iterates gets a uniform epoch."""
+        """Plan the rest of the epoch being trained.
+
+        Returns:
+            The plan. Anyone who iterates outside the training loop gets the plan of a uniform epoch.
+
+        Raises:
+            ValueError: If the fit resumed within an epoch, and its batches had a different size or came from different
+                data.
+        """
         trainer = self._data.trainer
         if trainer is None:
             return super().plan()
@@ -123,10 +150,19 @@ class TrainerLoader(PoolLoader):
     """
 
     def state_dict(self) -> dict[str, Any]:
+        """Return no state.
+
+        Returns:
+            An empty dictionary.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
+        """Restore nothing.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
 
     @property
     def _iterator(self) -> None:
