@@ -53,6 +53,9 @@ class BatchSamplerCallback(Callback):
       were composed from. If labels are known, only true negatives count.
     - ``batch_sampler/false_negative_rate``: share of a batch's pairs with equal labels, if labels are known.
     - ``batch_sampler/pool_size``: instances in a pool, one global batch where batches are uniform.
+    - ``batch_sampler/accuracy`` and ``batch_sampler/negatives_above_positive``, where embeddings have two sides: share
+      of anchors whose positive is more similar than all negatives in the batch, and share of negatives that are more
+      similar than the anchor's positive.
     - ``batch_sampler/encode_seconds`` and the composer's own steps, such as ``batch_sampler/graph_seconds`` and
       ``batch_sampler/walk_seconds``.
     - ``batch_sampler/time_share``: the part of the epoch that all these steps took.

@@ -17,7 +17,12 @@ from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
-from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
+from bs_lightning.metrics import (
+    in_batch_accuracy,
+    in_batch_false_negative_rate,
+    in_batch_hardness,
+    negatives_above_positive,
+)
 from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, permutation
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
@@ -285,10 +290,11 @@ class TrainerPlanner:
         """Return the values to log for composed batches."""
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
+        in_batches = embeddings[positions.to(embeddings.device)]
+        log = {"batch_sampler/hardness": float(in_batch_hardness(in_batches, labels))}
         if embeddings.ndim == 3:
-            return {}  # TODO
-        hardness = in_batch_hardness(embeddings[positions.to(embeddings.device)], labels)
-        log = {"batch_sampler/hardness": float(hardness)}
+            log["batch_sampler/accuracy"] = float(in_batch_accuracy(in_batches))
+            log["batch_sampler/negatives_above_positive"] = float(negatives_above_positive(in_batches))
         if labels is not None:
             log["batch_sampler/false_negative_rate"] = float(in_batch_false_negative_rate(labels))
         return log
