@@ -9,6 +9,7 @@ from bs_lightning.loader import BatchFetcher, PoolLoader
 from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
 from bs_lightning.plugin.callback import BatchSamplerCallback
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
+from bs_lightning.reference import encode_dataset
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.walk import rwr_batches
 
@@ -30,6 +31,7 @@ __all__ = [
     "RandomCandidateGraph",
     "WholeData",
     "encode",
+    "encode_dataset",
     "rwr_batches",
 ]
 

@@ -1,0 +1,155 @@
+"""Embeddings of a whole dataset in a file, and batches that are composed from them."""
+
+import numpy as np
+import pytest
+import torch
+from parts import Data, Model, Points, fit, same_cluster_share, walker
+
+from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, encode_dataset, reference
+from bs_lightning.plugin.planner import TrainerPlanner
+
+
+class Indexed(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"row": self.rows[index], "names": (str(index),)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_writes_each_instance_in_order(tmp_path, monkeypatch, workers, two_sided):
+    monkeypatch.setattr(reference, "_BATCHES_PER_WRITE", 2)
+    rows = torch.randn(50, 6)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Dropout(0.9))
+
+    def embed(batch):
+        assert len(batch["names"][0]) <= 7
+        return (module(batch["row"]), -module(batch["row"])) if two_sided else module(batch["row"])
+
+    path = tmp_path / "reference.npy"
+    file = encode_dataset(module, Indexed(rows), path, embed=embed, batch_size=7, num_workers=workers, progress=False)
+    assert isinstance(file, np.memmap)
+    assert not file.flags.writeable
+    assert file.dtype == np.float16
+    expected = torch.nn.functional.normalize(module[0](rows), dim=1).detach()
+    expected = torch.stack([expected, -expected], dim=1) if two_sided else expected
+    assert np.allclose(file, expected, atol=1e-3)
+    assert list(tmp_path.iterdir()) == [path]
+    assert module.training
+
+
+def test_takes_the_modules_embed_and_says_how_far_it_is(tmp_path, capsys):
+    class Embeds(torch.nn.Module):
+        def embed(self, batch):
+            return batch[1] * 2
+
+    encode_dataset(Embeds(), Points(30), tmp_path / "r.npy", batch_size=8)
+    assert "Encoding: 100%" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_an_earlier_file_and_nothing_else(tmp_path):
+    path = tmp_path / "reference.npy"
+    encode_dataset(torch.nn.Identity(), torch.eye(4), path, progress=False)
+    bad = torch.eye(4)
+    bad[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="embedding of dataset index 2 is not finite"):
+        encode_dataset(torch.nn.Identity(), bad, path, progress=False)
+    assert list(tmp_path.iterdir()) == [path]
+    assert np.array_equal(np.load(path), np.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"path": "reference.bin"}, ValueError, r"path must end in .npy, the format of numpy.save, got reference.bin"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"dataset": iter([])}, TypeError, "dataset"),
+        ({"shuffle": True}, ValueError, "shuffle"),
+    ],
+)
+def test_refuses(tmp_path, change, error, words):
+    given = {"module": torch.nn.Identity(), "dataset": torch.eye(4), "path": tmp_path / "r.npy"} | change
+    with pytest.raises(error, match=words):
+        encode_dataset(given.pop("module"), given.pop("dataset"), given.pop("path"), **given)
+
+
+# Batches composed from a reference
+
+
+class Guided(Data):
+    def reference_embeddings(self):
+        return Points(self.n).points.numpy().astype(np.float16)
+
+
+class Unasked(Model):
+    def embed(self, batch):
+        pytest.fail("nothing is to be encoded")
+
+
+@pytest.mark.parametrize(
+    "kind", [{"pool_size": 32}, {"pool_size": "all"}, {"pool_size": 48, "per_rank": True}], ids=str
+)
+def test_composes_from_the_reference_and_encodes_nothing(kind):
+    model = Unasked()
+    fit(model, Guided(8, 100), walker(**kind, from_reference=True, warmup_epochs=1), max_epochs=3)
+    for batches in model.epochs.values():
+        assert len({index for batch in batches for index in batch}) == 96
+    assert same_cluster_share(model.epochs[0]) < 0.2
+    assert same_cluster_share(model.epochs[2]) > 0.25
+
+
+def test_one_graph_of_all_data_serves_all_epochs(monkeypatch):
+    sizes = []
+
+    class Counts(ExactGraph):
+        def __call__(self, embeddings, *, seed=0):
+            sizes.append(len(embeddings))
+            return super().__call__(embeddings, seed=seed)
+
+    monkeypatch.setattr(TrainerPlanner, "rehearse", lambda *args, **kwargs: None)
+    model = Unasked()
+    composer = RWRComposer(Counts(5))
+    fit(model, Guided(8, 100), walker("all", composer=composer, from_reference=True), max_epochs=3)
+    assert sizes == [100]
+    assert len({tuple(batch) for batch in model.batches}) == 36  # other walks each epoch
+    assert same_cluster_share(model.epochs[2]) > 0.5
+
+
+def test_masks_from_the_fixed_graph_name_the_right_instances():
+    class Asks(Unasked):
+        def training_step(self, batch, batch_idx):
+            data = self.trainer.datamodule
+            for row, column in data.likely_false_negatives().nonzero().tolist():
+                trained = data.trained_batch()
+                self.marked = [*getattr(self, "marked", []), (trained[row] % 10, trained[column] % 10)]
+            return super().training_step(batch, batch_idx)
+
+    model = Asks()
+    fit(model, Guided(8, 100), walker("all", from_reference=True, mask_nearest=3))
+    assert len(model.marked) > 50
+    assert np.mean([a == b for a, b in model.marked]) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"recycle": True}, ValueError, "name two sources of embeddings"),
+        ({"embed": lambda module, batch: batch}, ValueError, "from_reference=True encodes nothing"),
+        ({"encode_batch_size": 8}, ValueError, "from_reference=True encodes nothing"),
+    ],
+)
+def test_the_callback_refuses(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        BatchSamplerCallback(from_reference=True, **kwargs)
+
+
+def test_needs_a_reference():
+    with pytest.raises(
+        TypeError, match=r"needs Data to override reference_embeddings\(\). bs_lightning.encode_dataset"
+    ):
+        fit(Model(), Data(), walker(from_reference=True))
