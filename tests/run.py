@@ -29,6 +29,7 @@ from parts import Data, Model, Points, fit, pool_order, walker
 
 from bs_lightning import ExactGraph, RWRComposer
 from bs_lightning.baselines import uniform_batches
+from bs_lightning.rules import AbovePositive
 
 
 class Writes(Callback):
@@ -105,6 +106,13 @@ class Walk(RWRComposer):
         return batches
 
 
+class GroupedData(Data):
+    """Three instances in a row are a group."""
+
+    def train_groups(self):
+        return np.arange(self.n) // 3
+
+
 class ValidatedData(Data):
     def val_dataloader(self):
         return torch.utils.data.DataLoader(Points(12), 4)
@@ -116,7 +124,7 @@ class Run(Model):
     def __init__(self, folder, slow_rank, kill_at, sharded, fail):
         super().__init__()
         self.folder, self.fail, self.encoded, self.masks = folder, fail, [], None
-        self.width = 4
+        self.width, self.two_sides = 4, False
         self.slow_rank, self.kill_at, self.sharded = slow_rank, kill_at, sharded
         self.kill = Kill(folder)
 
@@ -125,7 +133,8 @@ class Run(Model):
             raise ValueError("no embedding on rank 1")
         self.kill.arrive("encode", self.global_rank)
         self.encoded.append(len(batch[0]))
-        return self.encoder(batch[1])[:, : self.width]
+        embeddings = self.encoder(batch[1])[:, : self.width]
+        return (embeddings, embeddings.roll(1, dims=1)) if self.two_sides else embeddings
 
     def configure_model(self):
         if self.sharded:
@@ -159,7 +168,7 @@ class Run(Model):
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
          sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
-         **trainer):  # fmt: skip
+         groups=False, two_sides=False, target_loss=0.05, **trainer):  # fmt: skip
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")
@@ -170,6 +179,8 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         walk = partial(no_graph, per_rank=per_rank)
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
     how["mask_nearest"] = mask_nearest
+    how["target_loss"] = target_loss
+    how["own_rule"] = AbovePositive() if two_sides else None
     callbacks = [Writes(folder)]
     if composer != "none":
         used = {"walk": walk, "pool order": pool_order, "uniform": uniform_batches}[composer]
@@ -182,15 +193,17 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     if sharded:
         trainer["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     model = Run(folder, slow_rank, kill_at, sharded, fail)
-    model.masks = [] if mask_nearest else None
+    model.masks = [] if mask_nearest or groups else None
+    model.two_sides = two_sides
     walk.kill = model.kill = Kill(folder, **kill or {})
     if rank == 0:
         LocalFileOpener.write = lambda file, data: model.kill.write(file, data)
     model.width = 4 - rank * (differs in ("width", "recycled width"))
     seed = rank if differs == "seed" else None
+    make = GroupedData if groups else ValidatedData if validate else Data
     fit(
         model,
-        (ValidatedData if validate else Data)(batch_size, n, drop_last=drop_last, seed=seed, **loader or {}),
+        make(batch_size, n, drop_last=drop_last, seed=seed, separate_groups=groups, **loader or {}),
         *callbacks,
         ckpt_path=last if last.exists() else None,
         enable_checkpointing=bool(checkpoint),

@@ -107,6 +107,29 @@ def test_walks_of_each_rank(tmp_path):
     assert sum(across) / len(across) < 0.16
 
 
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_two_sides_groups_and_rules(tmp_path, per_rank):
+    ranks = run(tmp_path, two_sides=True, groups=True, per_rank=per_rank)
+    assert_covered(ranks)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    for batch in global_batches(ranks, 0) + global_batches(ranks, 1):
+        assert len({index // 3 for index in batch}) == 8  # groups are kept apart across the processes
+    assert ranks[0]["masks"] == ranks[1]["masks"]
+    pairs = {tuple(pair) for mask in ranks[0]["masks"] for pair in mask}
+    assert any((b, a) not in pairs for a, b in pairs) or len(pairs) > 20  # the own rule has a direction
+    assert pairs
+
+
+@pytest.mark.parametrize("target_loss", [100.0, 1e-9])
+def test_pools_that_follow_the_loss_are_the_same_in_all_processes(tmp_path, target_loss):
+    ranks = run(tmp_path, pool_size="auto", target_loss=target_loss)
+    assert_covered(ranks)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["logged"]["batch_sampler/pool_size"] == ranks[1]["logged"]["batch_sampler/pool_size"]
+    composed = same_cluster_share(global_batches(ranks, 1)) > 0.2
+    assert composed == (target_loss > 1)
+
+
 def test_recycled_embeddings_are_those_of_all_ranks(tmp_path):
     ranks = run(tmp_path, recycle=True, warmup_epochs=1, pool_size=80, save_every=5)
     assert_covered(ranks)

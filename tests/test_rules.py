@@ -26,12 +26,14 @@ def sides(n, dim=6, seed=0):
     return torch.randn(n, 2, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def literal_above_positive(embeddings, i, j, margin=0.0, factor=1.0):
+def literal_above_positive(embeddings, i, j, margin=0.0, factor=1.0, every_side=False):
     unit = embeddings.double() / embeddings.double().norm(dim=2, keepdim=True)
-    return bool(unit[i, 0] @ unit[j, 1] > factor * (unit[i, 0] @ unit[i, 1]) + margin)
+    compared = [(0, 1), (1, 0), (0, 0), (1, 1)] if every_side else [(0, 1)]
+    limit = factor * (unit[i, 0] @ unit[i, 1]) + margin
+    return any(bool(unit[i, own] @ unit[j, other] > limit) for own, other in compared)
 
 
-@pytest.mark.parametrize("limit", [{}, {"margin": 0.1}, {"margin": -0.2}, {"factor": 0.9}])
+@pytest.mark.parametrize("limit", [{}, {"margin": 0.1}, {"margin": -0.2}, {"factor": 0.9}, {"every_side": True}])
 def test_above_positive(limit):
     embeddings = sides(12) * torch.logspace(-3, 3, 12)[:, None, None]
     rule = MoreSimilar(embeddings, AbovePositive(**limit))

@@ -29,6 +29,7 @@ from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.losses import debiased, hard, hardness_weighted, nt_xent, weighted
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
+from bs_lightning.rules import AbovePositive
 
 from .. import csv_files
 from ..csv_files import Row
@@ -83,7 +84,9 @@ class Data(BatchSamplerDataModule):
     """A task's data, with what an arm knows of false negatives."""
 
     def __init__(self, task: Task, batch_size: int, arm: Arm) -> None:
-        super().__init__(batch_size, collate_fn=lambda batch: batch)
+        # The sides of the study's tasks are of one kind, but for code.
+        rule = AbovePositive(every_side=True) if task.has_sides and arm.masked == "reference" else None
+        super().__init__(batch_size, collate_fn=lambda batch: batch, reference_rule=rule)
         self.task = task
         self.arm = arm
 

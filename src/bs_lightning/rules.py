@@ -63,6 +63,10 @@ class AbovePositive:
     Args:
         margin: Added to the positive's similarity. A negative margin marks more pairs.
         factor: Multiplies the positive's similarity. 0.95 marks pairs from 95% of the positive's similarity on.
+        every_side: ``False`` compares the anchor's first side with second sides, as losses of two towers do. ``True``
+            compares both sides of the anchor with both sides of the others, as NT-Xent does. It finds more false
+            negatives, such as one query with two documents. Use it only if both sides are of one kind, such as two
+            sentences: two images are always more alike than an image and its caption.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -74,12 +78,13 @@ class AbovePositive:
         >>> AbovePositive(margin=0.1)(torch.tensor([[[1.0, 0.0], [0.6, 0.8]]]))
         tensor([0.7000])
 
-    Source: margin 0 is GISTEmbed (arXiv 2402.16829); ``margin=0.1`` is Qwen3-Embedding (arXiv 2506.05176);
-    ``factor=0.95`` is NV-Retriever's "TopK-PercPos" (arXiv 2407.15831).
+    Source: ``every_side=True`` is GISTEmbed (arXiv 2402.16829, section 3). ``margin=0.1`` is Qwen3-Embedding (arXiv
+    2506.05176). ``factor=0.95`` is NV-Retriever's "TopK-PercPos" (arXiv 2407.15831).
     """
 
     margin: float = 0.0
     factor: float = 1.0
+    every_side: bool = False
 
     def __post_init__(self) -> None:
         if not -2 <= check_number("margin", self.margin) <= 2:
@@ -196,20 +201,33 @@ class MoreSimilar:
     def __init__(self, embeddings: Embeddings, limit: Limit | None = None) -> None:
         self.embeddings = embeddings
         self.limit = AbovePositive() if limit is None else limit
+        self._every_side = isinstance(self.limit, AbovePositive) and self.limit.every_side
         self.limit(self._unit(np.zeros(1, dtype=np.int64)))
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
         unit = self._unit(batch).to(device)
-        first, second = (unit, unit) if unit.ndim == 2 else unit.unbind(1)
-        return first @ second.T > self.limit(unit)[:, None]
+        limit = self.limit(unit)[:, None]
+        if unit.ndim == 2:
+            return unit @ unit.T > limit
+        first, second = unit.unbind(1)
+        marked = first @ second.T > limit
+        if self._every_side:
+            for left, right in ((second, first), (first, first), (second, second)):
+                marked |= left @ right.T > limit
+        return marked
 
     def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
         width = int(np.prod(self.embeddings.shape[1:]))
         marked = []
         for start in range(0, len(anchors), rows := max(1, _CHUNK_ENTRIES // width)):
             anchor, other = self._unit(anchors[start : start + rows]), self._unit(others[start : start + rows])
-            first, second = (anchor, other) if anchor.ndim == 2 else (anchor[:, 0], other[:, 1])
-            marked.append((first * second).sum(dim=1) > self.limit(anchor))
+            if anchor.ndim == 2:
+                similarity = (anchor * other).sum(dim=1)
+            elif self._every_side:
+                similarity = (anchor @ other.mT).amax(dim=(1, 2))
+            else:
+                similarity = (anchor[:, 0] * other[:, 1]).sum(dim=1)
+            marked.append(similarity > self.limit(anchor))
         return torch.cat(marked).numpy() if marked else np.empty(0, dtype=np.bool_)
 
     def _unit(self, indices: Indices) -> Tensor:
