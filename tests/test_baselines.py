@@ -15,11 +15,14 @@ COMPOSERS = {
     "uniform": uniform_batches,
     "knn": knn_batches,
     "gcbs": GCBSComposer(n_neighbors=10),
-    "b3": B3Composer(n_skipped=2, n_neighbors=10, community_size=8),
+    "b3": B3Composer(n_skipped=2, n_neighbors=10, community_size=16),
     "rwr": RWRComposer(ExactGraph(5)),
     "rwr, 4 roots": RWRComposer(ExactGraph(5), n_roots=4),
 }
-SMALL = COMPOSERS | {"gcbs": GCBSComposer(2), "b3": B3Composer(n_skipped=1, n_neighbors=1, community_size=2)}
+SMALL = COMPOSERS | {
+    "gcbs": GCBSComposer(2),
+    "b3": B3Composer(n_skipped=1, n_neighbors=1, community_size=2),
+}
 every = pytest.mark.parametrize("name", COMPOSERS)
 hard = pytest.mark.parametrize("name", [name for name in COMPOSERS if name != "uniform"])
 
@@ -55,7 +58,7 @@ def test_takes_arrays(name):
     assert np.array_equal(COMPOSERS[name](embeddings.numpy(), 32, seed=0, epoch=0), expected)
 
 
-@pytest.mark.parametrize("name", ["knn", "gcbs"])  # the others get their neighbours from a graph
+@pytest.mark.parametrize("name", ["knn", "gcbs"])  # others get neighbours from a graph
 def test_two_sides_are_compared_with_each_other(name):
     common, own = clusters(), clusters()[torch.randperm(640, generator=torch.Generator().manual_seed(1))]
     nothing = torch.zeros_like(own)  # the sides share one part of their width only
@@ -190,6 +193,26 @@ def test_b3_fills_batches_with_communities():
     unit = torch.nn.functional.normalize(embeddings, dim=1)[torch.from_numpy(nearest)]
     alike = (unit @ unit.transpose(1, 2) > 0.8).sum(dim=2).float() - 1
     assert 4 < alike.mean() < 14  # neighbours come from a community of 8, not from a batch of 32
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(640, 32), (60, 20)])  # 60 leaves 4 instances over
+def test_b3_batches_are_whole_communities_of_equal_size(size, batch_size):
+    n_communities = size // 8
+    uneven = np.random.default_rng(0).integers(n_communities, size=size)
+    counts = np.bincount(uneven)
+    assert 0 < counts.min() < 8 < counts.max()
+
+    class Uneven(B3Composer):
+        def _communities(self, neighbors, seed):
+            return uneven
+
+    compose = Uneven(n_skipped=0, n_neighbors=20, community_size=8)
+    orders = [compose(clusters(size), batch_size, seed=seed, epoch=0).ravel() for seed in (0, 1)]
+    even = [uneven[order[: 8 * n_communities].reshape(-1, 8)] for order in orders]
+    for rows in even:
+        assert sorted(rows[:, 0]) == list(range(n_communities))  # a community's own members stand first
+        assert np.sum(rows == rows[:, :1]) == np.minimum(counts, 8).sum()  # others take the places that are free
+    assert not np.array_equal(even[0][:, 0], even[1][:, 0])
 
 
 def compose(composer, size=40, batch_size=4):

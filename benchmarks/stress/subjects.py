@@ -367,7 +367,7 @@ def draw_b3(draw: Draw) -> Case:
     }
     arguments = _composer_arguments(draw) | options
     size = len(arguments["embeddings"])
-    fits = options["n_skipped"] + options["n_neighbors"] < size - 1 and round(size / options["community_size"]) > 1
+    fits = options["n_skipped"] + options["n_neighbors"] < size - 1 and size // options["community_size"] > 1
     arguments, valid = draw.spoiled(arguments)
 
     def call(n_skipped: Any, n_neighbors: Any, community_size: Any, **arguments: Any) -> Any:

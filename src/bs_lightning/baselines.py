@@ -204,13 +204,18 @@ class B3Composer(Composer):
 
     Each instance ranks the others by similarity. It skips the first ``n_skipped``, which may be false negatives, and
     keeps the next ``n_neighbors``. The graph joins two instances if each keeps the other. METIS cuts the graph into
-    communities. Batches are filled with communities in random order. In the paper a fixed teacher model ranks; here
-    the model in training does. Needs scipy and pymetis (``pip install bs-lightning[baselines]``).
+    communities, which are then evened out to ``community_size`` instances each. A batch consists of ``batch_size /
+    community_size`` communities, drawn at random. If ``community_size`` does not divide ``batch_size``, batches cut
+    communities.
+
+    In the paper, a fixed and finished teacher model ranks the whole dataset. So compose from a teacher's embeddings of
+    all data to reproduce it. In a random pool, neighbours have far higher ranks in the dataset than in the pool. Needs
+    scipy and pymetis (``pip install bs-lightning[baselines]``).
 
     Args:
         n_skipped: Nearest neighbours to skip per instance (B3's p).
         n_neighbors: Neighbours to keep per instance after the skipped ones (B3's m).
-        community_size: Approximate number of instances in a community. Larger communities make harder batches, up to
+        community_size: Instances in a community (B3's K). Larger communities make harder batches, up to
             ``batch_size``.
         graph: Ranks the neighbours. ``None`` stands for ``ExactGraph(n_skipped + n_neighbors)``.
 
@@ -227,8 +232,9 @@ class B3Composer(Composer):
         (4, 16)
 
     Source: Thirukovalluru et al., "Breaking the batch barrier (B3) of contrastive learning via smart batch mining",
-    NeurIPS 2025, arXiv 2505.11293. As in its public code, an edge needs both directions. The defaults are the numbers
-    in the names of its public models.
+    NeurIPS 2025, arXiv 2505.11293. As in its public code, an edge needs both directions, and communities that METIS
+    made too large give instances to those that it made too small. The public code ranks documents by a query. Here both
+    sides count, see :mod:`bs_lightning.graphs`. The defaults are the numbers in the names of its public models.
     """
 
     n_skipped: int = 30
@@ -273,7 +279,7 @@ class B3Composer(Composer):
                 f"n_skipped={self.n_skipped} and n_neighbors={self.n_neighbors} take all neighbours of each of "
                 f"{len(embeddings)} embeddings. Lower them, or give larger pools."
             )
-        if self._n_communities(len(embeddings)) == 1:
+        if len(embeddings) // self.community_size < 2:
             raise ValueError(
                 f"community_size={self.community_size} makes one community of {len(embeddings)} embeddings. Lower it, "
                 "or give larger pools."
@@ -286,17 +292,12 @@ class B3Composer(Composer):
                 f"n_skipped={self.n_skipped} leaves nothing of the graph's {ranked.shape[1]} neighbours. Lower it, or "
                 "give a graph with more neighbours."
             )
-        community = self._communities(neighbors, seed)
         rng = np.random.default_rng(seed)
-        shuffled = rng.permutation(community.max() + 1)[community]
-        # Instances of a community come in random order too, as the end of a batch may cut the community.
-        return np.lexsort((rng.random(len(community)), shuffled)).reshape(-1, batch_size)
-
-    def _n_communities(self, size: int) -> int:
-        return max(1, round(size / self.community_size))
+        communities, rest = _even_out(self._communities(neighbors, seed), self.community_size, rng)
+        return np.concatenate([rng.permutation(communities).ravel(), rest]).reshape(-1, batch_size)
 
     def _communities(self, neighbors: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
-        """Assign each instance to a community, with METIS on the edges that the graph has in both directions."""
+        """Number each instance's community, by METIS on the edges that the graph has in both directions: [P]."""
         import pymetis
         from scipy.sparse import csr_array
 
@@ -307,8 +308,34 @@ class B3Composer(Composer):
         options = pymetis.Options()
         options.seed = seed % 2**31
         adjacency = pymetis.CSRAdjacency(mutual.indptr, mutual.indices)
-        partition = pymetis.part_graph(self._n_communities(size), adjacency, options=options)
+        partition = pymetis.part_graph(size // self.community_size, adjacency, options=options)
         return np.asarray(partition.vertex_part, dtype=np.int64)
+
+
+def _even_out(
+    community: NDArray[np.int64], size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Move instances from communities of more than ``size`` to communities of fewer.
+
+    Args:
+        community: Each instance's community, int64 ``[P]``, fewer than ``P // size`` or as many.
+        size: Instances in an even community.
+        rng: Chooses who moves.
+
+    Returns:
+        The members of even communities, ``[P // size, size]``, and the ``P % size`` instances that are left.
+    """
+    members = np.lexsort((rng.random(len(community)), community))
+    counts = np.bincount(community, minlength=len(community) // size)
+    seat = np.arange(len(members)) - np.repeat(np.cumsum(counts) - counts, counts)
+    seated = seat < size
+    seats = np.full((len(counts), size), -1)
+    seats[community[members[seated]], seat[seated]] = members[seated]
+    free = seats < 0
+    moved = members[~seated]
+    n_free = np.count_nonzero(free)
+    seats[free] = moved[:n_free]
+    return seats, moved[n_free:]
 
 
 def _require(*packages: str) -> None:
