@@ -254,6 +254,16 @@ def test_clusters_are_of_both_sides(gap):
     assert same > 0.5
 
 
+def test_k_means_restores_the_number_of_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ClusterComposer()(clusters(), 32, seed=0, epoch=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_greedy_packing_puts_neighbouring_clusters_into_a_batch():
     angle = torch.arange(400) / 400 * 2 * torch.pi
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))

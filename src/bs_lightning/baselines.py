@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer, check_seed
@@ -365,7 +366,7 @@ class ClusterComposer(Composer):
 
         Args:
             embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or ``[P, 2, d]``, ``P`` a
-                multiple of ``batch_size``. k-means runs on the CPU.
+                multiple of ``batch_size``. k-means runs on the CPU, on one thread.
             batch_size: Instances in a batch.
             seed: The same seed gives the same batches.
             epoch: Not used.
@@ -451,7 +452,9 @@ def _k_means(unit: Tensor, n_clusters: int, seed: int) -> tuple[NDArray[np.int64
         batch_size=max(1024, 4 * n_clusters),
         random_state=seed % 2**32,
     )
-    labels = k_means.fit_predict(points.numpy())[: len(unit)]
+    # On one thread, as scikit-learn's many short parallel loops are far slower where other processes use the cores.
+    with threadpool_limits(1):
+        labels = k_means.fit_predict(points.numpy())[: len(unit)]
     used, cluster = np.unique(labels, return_inverse=True)
     return cluster, k_means.cluster_centers_[used]
 
