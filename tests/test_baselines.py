@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import Data, Model, fit, same_cluster_share, walker
 
-from bs_lightning import ExactGraph, RWRComposer
-from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
+from bs_lightning import ExactGraph, RWRComposer, baselines
+from bs_lightning.baselines import B3Composer, ClusterComposer, GCBSComposer, knn_batches, uniform_batches
 from bs_lightning.metrics import InBatchHardness
 from bs_lightning.plan import check_batches
 
@@ -15,11 +15,17 @@ COMPOSERS = {
     "uniform": uniform_batches,
     "knn": knn_batches,
     "gcbs": GCBSComposer(n_neighbors=10),
-    "b3": B3Composer(n_skipped=2, n_neighbors=10, community_size=8),
+    "b3": B3Composer(n_skipped=2, n_neighbors=10, community_size=16),
+    "clusters": ClusterComposer(),
+    "clusters, greedy": ClusterComposer(cluster_size=8, packing="greedy"),
     "rwr": RWRComposer(ExactGraph(5)),
     "rwr, 4 roots": RWRComposer(ExactGraph(5), n_roots=4),
 }
-SMALL = COMPOSERS | {"gcbs": GCBSComposer(2), "b3": B3Composer(n_skipped=1, n_neighbors=1, community_size=2)}
+SMALL = COMPOSERS | {
+    "gcbs": GCBSComposer(2),
+    "b3": B3Composer(n_skipped=1, n_neighbors=1, community_size=2),
+    "clusters, greedy": ClusterComposer(cluster_size=2, packing="greedy"),
+}
 every = pytest.mark.parametrize("name", COMPOSERS)
 hard = pytest.mark.parametrize("name", [name for name in COMPOSERS if name != "uniform"])
 
@@ -55,7 +61,7 @@ def test_takes_arrays(name):
     assert np.array_equal(COMPOSERS[name](embeddings.numpy(), 32, seed=0, epoch=0), expected)
 
 
-@pytest.mark.parametrize("name", ["knn", "gcbs"])  # the others get their neighbours from a graph
+@pytest.mark.parametrize("name", ["knn", "gcbs", "clusters", "clusters, greedy"])  # others get neighbours from a graph
 def test_two_sides_are_compared_with_each_other(name):
     common, own = clusters(), clusters()[torch.randperm(640, generator=torch.Generator().manual_seed(1))]
     nothing = torch.zeros_like(own)  # the sides share one part of their width only
@@ -192,6 +198,86 @@ def test_b3_fills_batches_with_communities():
     assert 4 < alike.mean() < 14  # neighbours come from a community of 8, not from a batch of 32
 
 
+@pytest.mark.parametrize(("size", "batch_size"), [(640, 32), (60, 20)])  # 60 leaves 4 instances over
+def test_b3_batches_are_whole_communities_of_equal_size(size, batch_size):
+    n_communities = size // 8
+    uneven = np.random.default_rng(0).integers(n_communities, size=size)
+    counts = np.bincount(uneven)
+    assert 0 < counts.min() < 8 < counts.max()
+
+    class Uneven(B3Composer):
+        def _communities(self, neighbors, seed):
+            return uneven
+
+    compose = Uneven(n_skipped=0, n_neighbors=20, community_size=8)
+    orders = [compose(clusters(size), batch_size, seed=seed, epoch=0).ravel() for seed in (0, 1)]
+    even = [uneven[order[: 8 * n_communities].reshape(-1, 8)] for order in orders]
+    for rows in even:
+        assert sorted(rows[:, 0]) == list(range(n_communities))  # a community's own members stand first
+        assert np.sum(rows == rows[:, :1]) == np.minimum(counts, 8).sum()  # others take the places that are free
+    assert not np.array_equal(even[0][:, 0], even[1][:, 0])
+
+
+@pytest.mark.parametrize("packing", ["random", "greedy"])
+def test_cluster_batches_are_cut_from_a_sequence_of_clusters(packing, monkeypatch):
+    k_means, found = baselines._k_means, []
+
+    def watch(*arguments):
+        found.append(k_means(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(baselines, "_k_means", watch)
+    compose = ClusterComposer(cluster_size=12, packing=packing)
+    batches = [compose(clusters(), 20, seed=seed, epoch=0) for seed in (0, 1)]
+    assert not np.array_equal(*batches)
+    for (cluster, centers), batch in zip(found, batches, strict=True):
+        sizes = np.bincount(cluster)
+        assert len(centers) == len(sizes)
+        assert sizes.min() > 0
+        assert sizes.mean() == pytest.approx(12, rel=0.2)
+        assert sizes.max() > 20  # a large cluster fills several batches
+        pieces = sum(len(set(row)) for row in cluster[batch])
+        assert pieces <= len(sizes) + len(batch) - 1  # only the ends of batches cut clusters
+
+
+@pytest.mark.parametrize("gap", [0.0, 3.0])
+def test_clusters_are_of_both_sides(gap):
+    """Instances that share one side only are apart."""
+    first, second = torch.eye(16)[:8].repeat(80, 1), torch.eye(16)[8:].repeat_interleave(80, dim=0)
+    place = torch.zeros(2, 16)
+    place[0, 0] = place[1, 8] = gap  # the sides lie in different places
+    order = torch.randperm(640, generator=torch.Generator().manual_seed(0))
+    sides = (torch.stack([first, second], dim=1) + place)[order]
+    kinds = (torch.arange(640) % 8 * 8 + torch.arange(640) // 80)[order].numpy()  # 64 kinds, 10 instances of each
+    batches = kinds[ClusterComposer(cluster_size=5)(sides, 10, seed=0, epoch=0)]
+    same = np.mean([(batch[:, None] == batch).mean() for batch in batches])
+    assert same > 0.5
+
+
+def test_k_means_restores_the_number_of_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ClusterComposer()(clusters(), 32, seed=0, epoch=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_greedy_packing_puts_neighbouring_clusters_into_a_batch():
+    angle = torch.arange(400) / 400 * 2 * torch.pi
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    ring = torch.stack([angle.cos(), angle.sin()], dim=1)[order]
+    middle = {}
+    for packing in ("random", "greedy"):
+        batches = ClusterComposer(cluster_size=5, packing=packing)(ring, 40, seed=0, epoch=0)
+        middle[packing] = torch.stack([ring[batch].mean(dim=0) for batch in torch.from_numpy(batches)])
+    assert middle["greedy"].norm(dim=1).median() > 0.95  # an arc of a tenth of the ring has 0.98
+    assert middle["random"].norm(dim=1).median() < 0.6
+    following = (middle["greedy"][1:] * middle["greedy"][:-1]).sum(dim=1)
+    assert following.mean() < 0.4  # batches come in random order: along the ring it would be 0.8
+
+
 def compose(composer, size=40, batch_size=4):
     return composer(torch.randn(size, 4), batch_size, seed=0, epoch=0)
 
@@ -203,10 +289,13 @@ def compose(composer, size=40, batch_size=4):
         (lambda: B3Composer(n_skipped=-1), "n_skipped must be at least 0, got -1"),
         (lambda: B3Composer(n_neighbors=0), "n_neighbors must be at least 1, got 0"),
         (lambda: B3Composer(community_size=0), "community_size must be at least 1, got 0"),
+        (lambda: ClusterComposer(cluster_size=0), "cluster_size must be at least 1, got 0"),
+        (lambda: ClusterComposer(packing="tsp"), "packing must be 'random' or 'greedy', got 'tsp'"),
         # Without these errors, the batches would silently be almost uniform.
         (lambda: compose(GCBSComposer(39)), "n_neighbors=39 keeps all pairs of 40 embeddings"),
         (lambda: compose(B3Composer(9, 30)), "n_skipped=9 and n_neighbors=30 take all neighbours of each of 40"),
         (lambda: compose(B3Composer(2, 10, 32)), "community_size=32 makes one community of 40 embeddings"),
+        (lambda: compose(ClusterComposer(40)), "cluster_size=40 makes one cluster of 40 embeddings"),
         (lambda: compose(B3Composer(9, 10, 8, graph=ExactGraph(9))), "leaves nothing of the graph's 9 neighbours"),
     ],
 )
@@ -221,6 +310,7 @@ def test_refuses_bad_arguments(make, words):
         lambda: GCBSComposer(2.5),
         lambda: B3Composer(2.5),
         lambda: B3Composer(graph=3),
+        lambda: ClusterComposer(2.5),
         lambda: compose(knn_batches, batch_size=4.0),
     ],
 )

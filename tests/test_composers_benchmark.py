@@ -68,8 +68,11 @@ def test_table_and_plot_of_a_few_hundred(tmp_path):
 def test_rows_that_say_nothing_are_left_out_and_listed(run, tmp_path, capsys):
     run("table", "--batch-size", 50, n=100)
     shown, skipped = capsys.readouterr().out.split("\nSkipped:\n")
-    assert list(rows(tmp_path)) == ["uniform", "kNN sampler", "GCBS, pairs 10"]
-    assert shown.count("\n") == 2 + 3
+    clusters = [
+        f"clusters{size}, packing {order}" for size in ("", " of a quarter batch") for order in ("random", "greedy")
+    ]
+    assert list(rows(tmp_path)) == ["uniform", "kNN sampler", "GCBS, pairs 10", *clusters]
+    assert shown.count("\n") == 2 + 3 + len(clusters)
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in skipped.splitlines())
     names = {catalog.name_of(key, 50) for key in catalog.composers(50)}
     assert set(lines) == names - set(rows(tmp_path))

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, RWRComposer
-from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
+from bs_lightning.baselines import B3Composer, ClusterComposer, GCBSComposer, knn_batches, uniform_batches
 
 Key = tuple[str, str]  # family and label
 
@@ -45,12 +45,17 @@ def paper_graph(m: int = 1000, k: int = 100, alpha: float = 0.2, replacement: bo
 def composers(batch_size: int) -> dict[Key, Any]:
     """Return every composer of `table`. Pool sizes are whole batches; this library's default is ten."""
     ten = 10 * batch_size
+    quarter = max(1, batch_size // 4)
     return {
         ("uniform", ""): uniform_batches,
         ("kNN sampler", ""): knn_batches,
         **{("GCBS, pairs", str(k)): GCBSComposer(k) for k in (10, 100)},
         **{("B3, skipped", str(n)): B3Composer(n_skipped=n) for n in (30, 0)},
         ("B3, communities of a batch, skipped", "30"): B3Composer(community_size=batch_size),
+        ("clusters, packing", "random"): ClusterComposer(),
+        ("clusters, packing", "greedy"): ClusterComposer(packing="greedy"),
+        ("clusters of a quarter batch, packing", "random"): ClusterComposer(quarter),
+        ("clusters of a quarter batch, packing", "greedy"): ClusterComposer(quarter, "greedy"),
         **{("pools, P", str(size)): pools(size) for size in (4 * batch_size, ten, 2 * ten, 10 * ten)},
         **{("pools of ten batches, roots", str(n)): pools(ten, n) for n in (4, 16)},
         ("kNN graph, K", "100"): RWRComposer(ExactGraph(100), replacement=True),
@@ -64,7 +69,13 @@ def composers(batch_size: int) -> dict[Key, Any]:
 
 def scaled(batch_size: int) -> list[Key]:
     """Return the composers of `scale`."""
-    whole = [("uniform", ""), ("kNN sampler", ""), ("GCBS, pairs", "100"), ("B3, skipped", "30")]
+    whole = [
+        ("uniform", ""),
+        ("kNN sampler", ""),
+        ("GCBS, pairs", "100"),
+        ("B3, skipped", "30"),
+        ("clusters, packing", "random"),
+    ]
     return [*whole, ("pools, P", str(10 * batch_size)), ("paper's graph", ""), ("kNN graph, K", "100")]
 
 

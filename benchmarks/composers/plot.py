@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, str]]
 
-MARKERS = dict(zip(FAMILIES, "oXsDdPv^*<op>", strict=True))
+MARKERS = dict(zip(FAMILIES, "oXsDdhHPv^*<op>", strict=True))
 LOOK = {family: (f"C{number % 10}", MARKERS[family]) for number, family in enumerate(FAMILIES)}
 LOOK["paper's graph"] = ("black", "*")
 

@@ -23,7 +23,7 @@ from bs_lightning import (
     encode,
     rwr_batches,
 )
-from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches, uniform_batches
+from bs_lightning.baselines import B3Composer, ClusterComposer, GCBSComposer, knn_batches, uniform_batches
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest, pair_mask
 from bs_lightning.metrics import (
@@ -367,11 +367,24 @@ def draw_b3(draw: Draw) -> Case:
     }
     arguments = _composer_arguments(draw) | options
     size = len(arguments["embeddings"])
-    fits = options["n_skipped"] + options["n_neighbors"] < size - 1 and round(size / options["community_size"]) > 1
+    fits = options["n_skipped"] + options["n_neighbors"] < size - 1 and size // options["community_size"] > 1
     arguments, valid = draw.spoiled(arguments)
 
     def call(n_skipped: Any, n_neighbors: Any, community_size: Any, **arguments: Any) -> Any:
         return B3Composer(n_skipped, n_neighbors, community_size)(**arguments)
+
+    return Case(call, arguments, valid and fits, _check_composed)
+
+
+def draw_clusters(draw: Draw) -> Case:
+    arguments = _composer_arguments(draw) | {"cluster_size": draw.randint(1, 20)}
+    size, batch_size = len(arguments["embeddings"]), arguments["batch_size"]
+    fits = size > arguments["cluster_size"] or size == batch_size
+    packing: Any = draw.choice(["random", "greedy"])
+    arguments, valid = draw.spoiled(arguments)
+
+    def call(cluster_size: Any, **arguments: Any) -> Any:
+        return ClusterComposer(cluster_size, packing)(**arguments)
 
     return Case(call, arguments, valid and fits, _check_composed)
 
@@ -716,6 +729,7 @@ SUBJECTS: dict[str, Callable[[Draw], Case]] = {
     "knn_batches": draw_knn_batches,
     "GCBSComposer": draw_gcbs,
     "B3Composer": draw_b3,
+    "ClusterComposer": draw_clusters,
     "EpochPlan": draw_epoch_plan,
     "PoolBatchSampler": draw_pool_batch_sampler,
     "PlannedPool": draw_planner,

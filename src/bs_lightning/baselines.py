@@ -6,10 +6,12 @@ Each uses every instance once. Give it to ``BatchSamplerCallback(composer=...)``
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer, check_seed
@@ -204,13 +206,18 @@ class B3Composer(Composer):
 
     Each instance ranks the others by similarity. It skips the first ``n_skipped``, which may be false negatives, and
     keeps the next ``n_neighbors``. The graph joins two instances if each keeps the other. METIS cuts the graph into
-    communities. Batches are filled with communities in random order. In the paper a fixed teacher model ranks; here
-    the model in training does. Needs scipy and pymetis (``pip install bs-lightning[baselines]``).
+    communities, which are then evened out to ``community_size`` instances each. A batch consists of ``batch_size /
+    community_size`` communities, drawn at random. If ``community_size`` does not divide ``batch_size``, batches cut
+    communities.
+
+    In the paper, a fixed and finished teacher model ranks the whole dataset. So compose from a teacher's embeddings of
+    all data to reproduce it. In a random pool, neighbours have far higher ranks in the dataset than in the pool. Needs
+    scipy and pymetis (``pip install bs-lightning[baselines]``).
 
     Args:
         n_skipped: Nearest neighbours to skip per instance (B3's p).
         n_neighbors: Neighbours to keep per instance after the skipped ones (B3's m).
-        community_size: Approximate number of instances in a community. Larger communities make harder batches, up to
+        community_size: Instances in a community (B3's K). Larger communities make harder batches, up to
             ``batch_size``.
         graph: Ranks the neighbours. ``None`` stands for ``ExactGraph(n_skipped + n_neighbors)``.
 
@@ -227,8 +234,9 @@ class B3Composer(Composer):
         (4, 16)
 
     Source: Thirukovalluru et al., "Breaking the batch barrier (B3) of contrastive learning via smart batch mining",
-    NeurIPS 2025, arXiv 2505.11293. As in its public code, an edge needs both directions. The defaults are the numbers
-    in the names of its public models.
+    NeurIPS 2025, arXiv 2505.11293. As in its public code, an edge needs both directions, and communities that METIS
+    made too large give instances to those that it made too small. The public code ranks documents by a query. Here both
+    sides count, see :mod:`bs_lightning.graphs`. The defaults are the numbers in the names of its public models.
     """
 
     n_skipped: int = 30
@@ -273,7 +281,7 @@ class B3Composer(Composer):
                 f"n_skipped={self.n_skipped} and n_neighbors={self.n_neighbors} take all neighbours of each of "
                 f"{len(embeddings)} embeddings. Lower them, or give larger pools."
             )
-        if self._n_communities(len(embeddings)) == 1:
+        if len(embeddings) // self.community_size < 2:
             raise ValueError(
                 f"community_size={self.community_size} makes one community of {len(embeddings)} embeddings. Lower it, "
                 "or give larger pools."
@@ -286,17 +294,12 @@ class B3Composer(Composer):
                 f"n_skipped={self.n_skipped} leaves nothing of the graph's {ranked.shape[1]} neighbours. Lower it, or "
                 "give a graph with more neighbours."
             )
-        community = self._communities(neighbors, seed)
         rng = np.random.default_rng(seed)
-        shuffled = rng.permutation(community.max() + 1)[community]
-        # Instances of a community come in random order too, as the end of a batch may cut the community.
-        return np.lexsort((rng.random(len(community)), shuffled)).reshape(-1, batch_size)
-
-    def _n_communities(self, size: int) -> int:
-        return max(1, round(size / self.community_size))
+        communities, rest = _even_out(self._communities(neighbors, seed), self.community_size, rng)
+        return np.concatenate([rng.permutation(communities).ravel(), rest]).reshape(-1, batch_size)
 
     def _communities(self, neighbors: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
-        """Assign each instance to a community, with METIS on the edges that the graph has in both directions."""
+        """Number each instance's community, by METIS on the edges that the graph has in both directions: [P]."""
         import pymetis
         from scipy.sparse import csr_array
 
@@ -307,8 +310,165 @@ class B3Composer(Composer):
         options = pymetis.Options()
         options.seed = seed % 2**31
         adjacency = pymetis.CSRAdjacency(mutual.indptr, mutual.indices)
-        partition = pymetis.part_graph(self._n_communities(size), adjacency, options=options)
+        partition = pymetis.part_graph(size // self.community_size, adjacency, options=options)
         return np.asarray(partition.vertex_part, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ClusterComposer(Composer):
+    """Contextual batches (CDE): cut a sequence of k-means clusters into batches.
+
+    Two sides are clustered as pairs. Each instance gives k-means two points: its first side followed by its second, and
+    its second followed by its first. The cluster of the first point is the instance's. One side is clustered as it is.
+    Clusters have different sizes, so they are packed: they follow each other in random or greedy order, and the
+    sequence is cut into batches. Large clusters fill several batches, and small clusters share a batch.
+
+    Needs scikit-learn (``pip install bs-lightning[baselines]``).
+
+    Args:
+        cluster_size: Average number of instances in a cluster, about. ``None`` stands for the batch size. With larger
+            clusters, batches are less hard. Where the two sides lie in different places of the sphere, half the
+            clusters hold reversed pairs only, so that the average is twice as large.
+        packing: The order of the clusters. ``"random"`` draws it. ``"greedy"`` starts at a random cluster and goes to
+            the nearest of the clusters that are left, so that neighbouring clusters share a batch.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        TypeError: If ``cluster_size`` is neither ``None`` nor an integer.
+        ValueError: If ``cluster_size`` is below 1, or ``packing`` is neither ``"random"`` nor ``"greedy"``.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.baselines import ClusterComposer
+        >>> ClusterComposer(cluster_size=8, packing="greedy")(torch.randn(64, 8), 16, seed=0, epoch=0).shape
+        (4, 16)
+
+    Source: Morris and Rush, "Contextual document embeddings", ICLR 2025, arXiv 2410.02525, section 4.1, equation 3
+    and "Packing"; the order of clusters and batches is as in its public code. The paper clusters a fixed model's
+    embeddings of the whole dataset, with FAISS: the best of three runs of 100 steps. scikit-learn's
+    ``MiniBatchKMeans`` is used here, as its clusters do not depend on the number of threads.
+    """
+
+    cluster_size: int | None = None
+    packing: Literal["random", "greedy"] = "random"
+
+    def __post_init__(self) -> None:
+        _require("sklearn")
+        if self.cluster_size is not None:
+            object.__setattr__(self, "cluster_size", check_integer("cluster_size", self.cluster_size))
+            if self.cluster_size < 1:
+                raise ValueError(f"cluster_size must be at least 1, got {self.cluster_size}.")
+        if self.packing not in ("random", "greedy"):
+            raise ValueError(f"packing must be 'random' or 'greedy', got {self.packing!r}.")
+
+    def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
+        """Compose batches.
+
+        Args:
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or ``[P, 2, d]``, ``P`` a
+                multiple of ``batch_size``. k-means runs on the CPU, on one thread.
+            batch_size: Instances in a batch.
+            seed: The same seed gives the same batches.
+            epoch: Not used.
+
+        Returns:
+            int64 of shape ``[P // batch_size, batch_size]``, in random order.
+
+        Raises:
+            TypeError: If ``batch_size`` or ``seed`` is not an integer, or the embeddings are not a dense tensor or an
+                array of floats.
+            ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
+                ``[P, d]`` or ``[P, 2, d]`` or not finite, or several batches would come from one cluster.
+        """
+        seed = check_seed(seed)
+        embeddings = as_embeddings(embeddings)
+        check_whole_batches(len(embeddings), batch_size)
+        n_clusters = -(-len(embeddings) // (batch_size if self.cluster_size is None else self.cluster_size))
+        if n_clusters == 1 and len(embeddings) > batch_size:
+            raise ValueError(
+                f"cluster_size={self.cluster_size} makes one cluster of {len(embeddings)} embeddings. Lower it, or "
+                "give larger pools."
+            )
+        cluster, centers = _k_means(unit_rows(embeddings).cpu(), n_clusters, seed)
+        rng = np.random.default_rng(seed)
+        if self.packing == "greedy":
+            sequence = _nearest_next(centers, int(rng.integers(len(centers))))
+        else:
+            sequence = rng.permutation(len(centers))
+        place = np.empty_like(sequence)
+        place[sequence] = np.arange(len(sequence))
+        # Instances of a cluster come in random order, as the end of a batch may cut the cluster.
+        batches = np.lexsort((rng.random(len(cluster)), place[cluster])).reshape(-1, batch_size)
+        return rng.permutation(batches)  # neighbouring batches are alike after greedy packing
+
+
+def _even_out(
+    community: NDArray[np.int64], size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Move instances from communities of more than ``size`` to communities of fewer.
+
+    Args:
+        community: Each instance's community, int64 ``[P]``, fewer than ``P // size`` or as many.
+        size: Instances in an even community.
+        rng: Chooses who moves.
+
+    Returns:
+        The members of even communities, ``[P // size, size]``, and the ``P % size`` instances that are left.
+    """
+    members = np.lexsort((rng.random(len(community)), community))
+    counts = np.bincount(community, minlength=len(community) // size)
+    seat = np.arange(len(members)) - np.repeat(np.cumsum(counts) - counts, counts)
+    seated = seat < size
+    seats = np.full((len(counts), size), -1)
+    seats[community[members[seated]], seat[seated]] = members[seated]
+    free = seats < 0
+    moved = members[~seated]
+    n_free = np.count_nonzero(free)
+    seats[free] = moved[:n_free]
+    return seats, moved[n_free:]
+
+
+def _k_means(unit: Tensor, n_clusters: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Cluster instances.
+
+    Args:
+        unit: Rows of length 1, float32 ``[P, d]`` or ``[P, 2, d]``.
+        n_clusters: Number of clusters. Some may stay empty.
+        seed: Seed of the first centres and of the order of instances.
+
+    Returns:
+        Each instance's cluster, int64 ``[P]``, and the centres of the clusters that are not empty.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    points = unit if unit.ndim == 2 else torch.cat([unit, unit.flip(1)]).flatten(1)
+    # A fixed number of passes from one start: to stop or choose by a sum over threads would not be deterministic.
+    k_means = MiniBatchKMeans(
+        n_clusters,
+        init="random",
+        n_init=1,
+        max_iter=20,
+        max_no_improvement=None,
+        batch_size=max(1024, 4 * n_clusters),
+        random_state=seed % 2**32,
+    )
+    # On one thread, as scikit-learn's many short parallel loops are far slower where other processes use the cores.
+    with threadpool_limits(1):
+        labels = k_means.fit_predict(points.numpy())[: len(unit)]
+    used, cluster = np.unique(labels, return_inverse=True)
+    return cluster, k_means.cluster_centers_[used]
+
+
+def _nearest_next(centers: NDArray[np.float32], start: int) -> NDArray[np.int64]:
+    """Order centres so that each is followed by the nearest that is left."""
+    squares = np.square(centers).sum(axis=1)
+    sequence = np.empty(len(centers), dtype=np.int64)
+    sequence[0] = start
+    for number in range(1, len(centers)):
+        distance = squares - 2 * centers @ centers[sequence[number - 1]]  # squared, but for a constant
+        distance[sequence[:number]] = np.inf
+        sequence[number] = distance.argmin()
+    return sequence
 
 
 def _require(*packages: str) -> None:
