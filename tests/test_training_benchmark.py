@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import csv_files
-from benchmarks.training import cifar10, evaluate, losses, report, study, text
+from benchmarks.training import cifar10, code, evaluate, functions, losses, report, study, text, transformer
 from benchmarks.training.arms import ARMS
 from bs_lightning.plan import check_batches
 
@@ -23,6 +23,8 @@ def literal_loss(first, second, kind, class_prior=0.0, concentration=1.0):
     if kind == "weighted":
         kind, class_prior = "hard", 0.0
     views = [view / view.norm() for view in [*first, *second]]
+    if kind == "info-nce":
+        return literal_info_nce(views[:BATCH], views[BATCH:])
     n = len(views) - 2
     total = 0.0
     for i, anchor in enumerate(views):
@@ -39,6 +41,16 @@ def literal_loss(first, second, kind, class_prior=0.0, concentration=1.0):
             pushing = max((pushing - class_prior * n * positive) / (1 - class_prior), n * math.exp(-1 / TEMPERATURE))
         total += -math.log(positive / (positive + pushing))
     return total / len(views)
+
+
+def literal_info_nce(queries, documents):
+    """Compute the mean of both directions' cross entropies pair by pair."""
+    total = 0.0
+    for anchors, others in ((queries, documents), (documents, queries)):
+        for i, anchor in enumerate(anchors):
+            score = [math.exp(anchor @ other / TEMPERATURE) for other in others]
+            total -= math.log(score[i] / sum(score)) / (2 * BATCH)
+    return total
 
 
 @pytest.mark.parametrize("kind", list(losses.LOSSES))
@@ -58,16 +70,17 @@ def test_losses_stay_finite_at_low_temperatures(kind):
     assert torch.isfinite(views.grad).all()
 
 
-def test_masked_pairs_are_no_negatives():
+@pytest.mark.parametrize("loss_of", [losses.nt_xent, losses.info_nce])
+def test_masked_pairs_are_no_negatives(loss_of):
     """Masking all of an instance's negatives but one leaves the loss over that negative."""
     first, second = torch.randn(2, BATCH, 4, dtype=torch.float64)
     masked = torch.zeros(BATCH, BATCH, dtype=torch.bool)
     masked[:2, 2:] = masked[2:, :2] = masked[0, 0] = True
     losses_of_parts = [
-        float(losses.nt_xent(first[part], second[part], temperature=TEMPERATURE)) * len(first[part])
+        float(loss_of(first[part], second[part], temperature=TEMPERATURE)) * len(first[part])
         for part in (slice(0, 2), slice(2, BATCH))
     ]
-    loss = losses.nt_xent(first, second, temperature=TEMPERATURE, masked=masked)
+    loss = loss_of(first, second, temperature=TEMPERATURE, masked=masked)
     assert float(loss) == pytest.approx(sum(losses_of_parts) / BATCH)
 
 
@@ -85,6 +98,17 @@ def test_retrieval_and_recall():
     assert evaluate.retrieval(features, labels, rows_at_a_time=16) == pytest.approx(expected)
     assert evaluate.recall_at_1(features, labels) == pytest.approx(expected[0])
     assert evaluate.recall_at_1(features, labels, distractors=features) == 0  # each row is its own distractor
+
+
+def test_reciprocal_rank():
+    queries, candidates = torch.randn(30, 4), torch.randn(50, 4)
+    positives = torch.randperm(50)[:30]
+    unit, own = (rows / rows.norm(dim=1, keepdim=True) for rows in (candidates, queries))
+    ranks = [(unit @ query).argsort(descending=True).tolist().index(k) for query, k in zip(own, positives, strict=True)]
+    expected = np.mean([1 / (1 + rank) for rank in ranks])
+    assert evaluate.mean_reciprocal_rank(queries, candidates, positives, rows_at_a_time=7) == pytest.approx(expected)
+    same = torch.ones(4, 4)  # a model that maps all to one point finds nothing: rank (1 + 4) / 2
+    assert evaluate.mean_reciprocal_rank(same, same, torch.arange(4)) == pytest.approx(0.4)
 
 
 def test_paired_interval_is_that_of_scipy():
@@ -162,6 +186,114 @@ def test_resnet18_has_as_many_parameters_as_the_papers():
 def test_sentences_that_pairs_join_mean_the_same():
     groups = text.same_meaning(["a", "b", "d"], ["b", "c", "e"])
     assert groups["a"] == groups["b"] == groups["c"] != groups["d"] == groups["e"]
+
+
+SOURCE = '''
+def count_items(values):
+    """Return how many items
+    there are.
+
+    More words.
+    """
+    # A comment
+    total = len(values)  # of all
+    return total if values else count_items("""no docstring""")
+
+class Box:
+    async def open(self):
+        "Open the box and look inside."
+        return [self.open_lid(1), self.look_inside(), super().open()]
+
+def without_docstring(values):
+    return [value for value in values if value is not None]
+'''
+
+
+def test_functions_are_read_without_what_names_them(tmp_path):
+    package = tmp_path / "some_package"
+    for name, source in (("part/file.py", SOURCE), ("tests/test_file.py", SOURCE), ("broken.py", "def")):
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert list(functions.extract(package)) == [
+        functions.Function(
+            "some_package/part",
+            "Return how many items there are.",
+            "total = len(values)\nreturn total if values else _('no docstring')",
+        ),
+        functions.Function(
+            "some_package/part",
+            "Open the box and look inside.",
+            "return [self.open_lid(1), self.look_inside(), super()._()]",
+        ),
+    ]
+
+
+def made_function(docstring, name, folder="p"):
+    return functions.Function(folder, docstring, f"result_of_{name} = {name}(a)\nreturn result_of_{name} + 1")
+
+
+def test_functions_with_equal_docstrings_or_code_are_left_out():
+    kept = [made_function("Add two numbers.", "add"), made_function("Take one away.", "take")]
+    copies = [made_function("add TWO numbers", "other"), made_function("Take none away.", "TAKE")]
+    trivial = [made_function("Add.", "more"), functions.Function("p", "Do nothing at all.", "pass")]
+    assert functions.distinct([*kept, *copies, *trivial]) == kept
+
+
+def test_functions_that_differ_in_numbers_have_one_group():
+    made = [("Pool in 2d.", "pool"), ("Pool in 3d.", "gather"), ("Gather it all.", "gather4"), ("Other one.", "other")]
+    assert functions.same_words([made_function(*each) for each in made]).tolist() == [0, 0, 0, 3]
+
+
+def test_no_folder_is_on_both_sides():
+    folders = [f"p/{number % 20}" for number in range(200)]
+    train, held_out = functions.hold_out(folders, 35, seed=1)
+    assert len(held_out) == 35
+    assert len(train) == 160  # four folders are held out, and five of their functions are left over
+    assert not {folders[i] for i in train} & {folders[i] for i in held_out}
+    assert not np.array_equal(held_out, functions.hold_out(folders, 35, seed=2)[1])
+
+
+def test_functions_are_cached_by_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = functions.functions.__wrapped__(("packaging",))
+    assert len(found) > 20
+    monkeypatch.setattr(functions, "extract", None)  # a second read does not parse
+    assert functions.functions.__wrapped__(("packaging",)) == found
+    monkeypatch.setattr(functions, "versions", lambda _: {"packaging": "0"})
+    with pytest.raises(TypeError):
+        functions.functions.__wrapped__(("packaging",))
+
+
+def test_missing_packages_are_named():
+    with pytest.raises(ImportError, match=r"needs no_such_package: pip install"):
+        functions.versions(("packaging", "no_such_package"))
+
+
+def test_code_search_runs_on_a_few_functions(tmp_path, monkeypatch):
+    """Both sides of an instance share a token, so its code is found more often than by chance, 0.05 at most."""
+    shared = torch.arange(1, 121, dtype=torch.int32)[None, :, None]
+    noise = torch.randint(121, 200, (2, 120, 2), dtype=torch.int32)
+    pairs = torch.cat([shared.expand(2, -1, -1), noise], dim=2)
+    folders = [f"p/{number % 12}" for number in range(120)]
+    monkeypatch.setattr(code, "data", lambda: (pairs, folders, torch.arange(120), torch.randn(200, 16)))
+    monkeypatch.setattr(code, "N_HELD_OUT", 20)
+    task = code.CodeSearch(tmp_path, 0, {})
+    assert task.size == 100
+    assert len(task.groups) == 100
+    assert torch.equal(task.sides(torch.tensor([3, 5])), pairs[:, task.train[[3, 5]]])
+    settings = code.CodeSearch.defaults | {"steps": 24, "batch_size": 8}
+    (row,) = study.run_missing("code-search", ["pool4"], [0], tmp_path, settings, tmp_path / "results.csv")
+    assert row["result/mrr_4000"] > row["result/mrr_all"] > 0.1
+
+
+def test_padding_does_not_change_a_sentence():
+    """Words after the end, and rows beside a sentence, leave its features as they are."""
+    encoder = transformer.Transformer(16).eval()
+    words = torch.zeros(2, text.MAX_WORDS, dtype=torch.int32)
+    words[0, :3] = words[1, :5] = torch.tensor(7)
+    torch.testing.assert_close(encoder(words)[:1], encoder(words[:1]))
+    assert not torch.allclose(encoder(words)[0], encoder(words)[1])
 
 
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):

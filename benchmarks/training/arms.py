@@ -27,7 +27,7 @@ class Arm:
         composer: ``None`` for uniform batches.
         pool: Pool size in batches; ``None`` is the whole dataset, refreshed every 100 steps.
         uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
-        loss: A key of ``LOSSES``.
+        loss: A key of ``LOSSES``; ``None`` is the task's.
         recycle: Whether batches are composed from the embeddings that training computed.
         masked: Pairs that the loss leaves out: ``None``, ``"nearest"`` (mutual nearest neighbours in the pool) or
             ``"labels"`` (all false negatives; users cannot know these).
@@ -37,7 +37,7 @@ class Arm:
     composer: ComposeFunction | None = field(default_factory=walk)
     pool: int | None = 10
     uniform_part: float = 0.0
-    loss: str = "nt-xent"
+    loss: str | None = None
     recycle: bool = False
     masked: str | None = None
     steady: float | None = None

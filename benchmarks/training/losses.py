@@ -28,6 +28,23 @@ def nt_xent(
     return F.cross_entropy(logits, partner)
 
 
+def info_nce(
+    first: Tensor, second: Tensor, *, temperature: float, class_prior: float = 0.0, masked: Tensor | None = None
+) -> Tensor:
+    """Return InfoNCE between two sides, mean of both directions; ``class_prior`` is ignored.
+
+    The negatives of ``first[i]`` are the other rows of ``second``, and the reverse. ``masked`` is as in `nt_xent`.
+
+    Source: Radford et al., "Learning transferable visual models from natural language supervision", ICML 2021.
+    """
+    logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
+    if masked is not None:
+        others = masked & ~torch.eye(len(masked), dtype=torch.bool, device=masked.device)
+        logits = logits.masked_fill(others, -torch.inf)
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 def debiased(first: Tensor, second: Tensor, *, temperature: float, class_prior: float) -> Tensor:
     """Subtract from the negatives' sum what false negatives are expected to add to it.
 
@@ -61,6 +78,7 @@ def weighted(first: Tensor, second: Tensor, *, temperature: float, class_prior: 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "nt-xent": nt_xent,
+    "info-nce": info_nce,
     "debiased": debiased,
     "hard": hard,
     "weighted": weighted,

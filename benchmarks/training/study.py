@@ -31,11 +31,13 @@ from .. import csv_files
 from ..csv_files import Row
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
-from .losses import LOSSES, nt_xent, pair_logits
+from .code import CodeSearch
+from .losses import LOSSES, pair_logits
 from .model import Contrastive, apply_in_chunks
 from .omniglot import OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR
 from .task import Task
 from .text import TextPairs, TextSimCSE
+from .transformer import TransformerSimCSE
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -47,6 +49,8 @@ TASKS: dict[str, type[Task]] = {
         CIFAR10ResNet18,
         TextSimCSE,
         TextPairs,
+        CodeSearch,
+        TransformerSimCSE,
     )
 }
 N_MEASURED_BATCHES = 20
@@ -101,7 +105,7 @@ def train(
     seed_everything(seed, verbose=False)
     batch_size = settings["batch_size"]
     n_epochs = number_of_epochs(task, settings)
-    loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], class_prior=task.class_prior)
+    loss = partial(LOSSES[arm.loss or task.loss], temperature=settings["temperature"], class_prior=task.class_prior)
     steps = n_epochs * (task.size // batch_size)
     callback = arm.callback(batch_size, n_epochs)
     masks: dict[str | None, Any] = {None: None, "labels": same_label, "nearest": Data.likely_false_negatives}
@@ -125,8 +129,8 @@ def train(
 
 
 def number_of_epochs(task: Task, settings: dict[str, Any]) -> int:
-    """Return how many whole epochs come closest to the steps of the settings."""
-    return round(settings["steps"] / (task.size // settings["batch_size"]))
+    """Return how many whole epochs come closest to the steps of the settings, at least one."""
+    return max(1, round(settings["steps"] / (task.size // settings["batch_size"])))
 
 
 def same_label(data: Any) -> Tensor:
@@ -167,7 +171,7 @@ def describe_batches(
 ) -> Row:
     """Measure some of the arm's own batches with its trained model, in training mode except where said otherwise.
 
-    - ``loss``: NT-Xent, also for arms that trained with a different loss.
+    - ``loss``: the task's, also for arms that trained with a different loss.
     - ``hardness``: mean cosine similarity of true negatives.
     - ``hardness_clean``: the same without augmentation and in eval mode, as the batches were composed. Batch norm makes
       the two differ.
@@ -188,7 +192,7 @@ def describe_batches(
             labels = None if task.labels is None else task.labels[batch]
             first, second = model.embed(task.views(batch).flatten(0, 1)).chunk(2)
             other, _ = model.embed(task.views(random_batch).flatten(0, 1)).chunk(2)
-            measured["loss"].append(float(nt_xent(first, second, temperature=temperature)))
+            measured["loss"].append(float(LOSSES[task.loss](first, second, temperature=temperature)))
             measured["hardness"].append(InBatchHardness()(first, labels))
             measured["hardness_clean"].append(InBatchHardness()(clean[batch], labels))
             measured["alignment"].append(Alignment()(first, second))

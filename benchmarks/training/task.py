@@ -23,8 +23,11 @@ class Task:
     main: ClassVar[tuple[str, str]]  # the two results of `evaluate` that overviews show
     class_prior: ClassVar[float]  # the debiased losses' probability that a negative is false
 
+    loss: ClassVar[str] = "nt-xent"  # a key of `LOSSES`, for arms that choose no loss
+
     size: int  # instances
     labels: Tensor | None = None  # int [size]; training does not see them, but for arms that mask by labels
+    groups: Tensor | None = None  # int [size]; instances of one group are known to be no negatives of each other
 
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -34,8 +37,12 @@ class Task:
         raise NotImplementedError
 
     def clean(self, indices: Tensor) -> Tensor:
-        """Return one view of each instance to embed, ``[b, ...]``."""
+        """Return one view of each instance to embed, ``[b, ...]``; the query's where the two sides differ."""
         raise NotImplementedError
+
+    def sides(self, indices: Tensor) -> Tensor | None:
+        """Return both sides of each instance to embed, ``[2, b, ...]``; ``None`` where an instance has one side."""
+        return None
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """Return the encoder, whose output is evaluated, and the projector, whose output the loss compares."""
