@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .text import VOCABULARY, TextSimCSE
 
-N_WORDS = 24  # the first words of a sentence, which nine sentences in ten do not exceed
+N_WORDS = 24  # the first words of a sentence; three sentences in four have no more than 22
 
 
 class Transformer(nn.Module):
