@@ -11,8 +11,9 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import csv_files
-from benchmarks.training import cifar10, evaluate, report, study, text
+from benchmarks.training import cifar10, code, evaluate, functions, report, study, text, transformer
 from benchmarks.training.arms import ARMS
+from bs_lightning.losses import info_nce, nt_xent
 from bs_lightning.plan import check_batches
 
 
@@ -28,21 +29,27 @@ def test_mass_of_false_negatives():
     assert study.false_negative_mass(first, second, labels, 0.3) == pytest.approx(np.mean(shares))
 
 
-@pytest.mark.parametrize("arm", ["uniform", "debiased", "hard", "weighted"])
-def test_an_arm_trains_with_its_loss(arm, monkeypatch):
-    """The debiased losses get the task's class prior, the others none."""
+@pytest.mark.parametrize("arm", ["uniform", "debiased", "hard", "weighted", "hardness-weighted"])
+@pytest.mark.parametrize("name", ["text-simcse", "code-search"])
+def test_an_arm_trains_with_its_loss(name, arm, monkeypatch):
+    """The debiased losses get the task's class prior. Two towers have negatives on the other side only."""
     trained_with = {}
     monkeypatch.setattr(study.Trainer, "fit", lambda self, model, datamodule: trained_with.update(loss=model.loss))
-    task = object.__new__(study.TASKS["text-simcse"])
+    task = object.__new__(study.TASKS[name])
     task.class_prior, task.labels = 0.05, None
     monkeypatch.setattr(type(task), "size", 64, raising=False)
     monkeypatch.setattr(type(task), "networks", lambda self: (torch.nn.Identity(), torch.nn.Identity()))
     settings = {"batch_size": 8, "steps": 8, "temperature": 0.3, "learning_rate": 0.1}
     study.train(task, ARMS[arm], 0, settings, "cpu")
     first, second = torch.randn(2, 8, 4)
-    function = study.LOSSES[ARMS[arm].loss]
-    prior = {"class_prior": 0.05} if arm in ("debiased", "hard") else {}
-    assert trained_with["loss"](first, second) == function(first, second, temperature=0.3, **prior)
+    towers = name == "code-search"
+    if arm == "uniform":
+        expected = (info_nce if towers else nt_xent)(first, second, temperature=0.3)
+    else:
+        prior = {"class_prior": 0.05} if arm in ("debiased", "hard") else {}
+        negatives = "other_side" if towers else "views"
+        expected = study.LOSSES[arm](first, second, temperature=0.3, negatives=negatives, **prior)
+    assert trained_with["loss"](first, second) == expected
 
 
 def test_retrieval_and_recall():
@@ -59,6 +66,17 @@ def test_retrieval_and_recall():
     assert evaluate.retrieval(features, labels, rows_at_a_time=16) == pytest.approx(expected)
     assert evaluate.recall_at_1(features, labels) == pytest.approx(expected[0])
     assert evaluate.recall_at_1(features, labels, distractors=features) == 0  # each row is its own distractor
+
+
+def test_reciprocal_rank():
+    queries, candidates = torch.randn(30, 4), torch.randn(50, 4)
+    positives = torch.randperm(50)[:30]
+    unit, own = (rows / rows.norm(dim=1, keepdim=True) for rows in (candidates, queries))
+    ranks = [(unit @ query).argsort(descending=True).tolist().index(k) for query, k in zip(own, positives, strict=True)]
+    expected = np.mean([1 / (1 + rank) for rank in ranks])
+    assert evaluate.mean_reciprocal_rank(queries, candidates, positives, rows_at_a_time=7) == pytest.approx(expected)
+    same = torch.ones(4, 4)  # a model that maps all to one point finds nothing: rank (1 + 4) / 2
+    assert evaluate.mean_reciprocal_rank(same, same, torch.arange(4)) == pytest.approx(0.4)
 
 
 def test_paired_interval_is_that_of_scipy():
@@ -136,6 +154,114 @@ def test_resnet18_has_as_many_parameters_as_the_papers():
 def test_sentences_that_pairs_join_mean_the_same():
     groups = text.same_meaning(["a", "b", "d"], ["b", "c", "e"])
     assert groups["a"] == groups["b"] == groups["c"] != groups["d"] == groups["e"]
+
+
+SOURCE = '''
+def count_items(values):
+    """Return how many items
+    there are.
+
+    More words.
+    """
+    # A comment
+    total = len(values)  # of all
+    return total if values else count_items("""no docstring""")
+
+class Box:
+    async def open(self):
+        "Open the box and look inside."
+        return [self.open_lid(1), self.look_inside(), super().open()]
+
+def without_docstring(values):
+    return [value for value in values if value is not None]
+'''
+
+
+def test_functions_are_read_without_what_names_them(tmp_path):
+    package = tmp_path / "some_package"
+    for name, source in (("part/file.py", SOURCE), ("tests/test_file.py", SOURCE), ("broken.py", "def")):
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert list(functions.extract(package)) == [
+        functions.Function(
+            "some_package/part",
+            "Return how many items there are.",
+            "total = len(values)\nreturn total if values else _('no docstring')",
+        ),
+        functions.Function(
+            "some_package/part",
+            "Open the box and look inside.",
+            "return [self.open_lid(1), self.look_inside(), super()._()]",
+        ),
+    ]
+
+
+def made_function(docstring, name, folder="p"):
+    return functions.Function(folder, docstring, f"result_of_{name} = {name}(a)\nreturn result_of_{name} + 1")
+
+
+def test_functions_with_equal_docstrings_or_code_are_left_out():
+    kept = [made_function("Add two numbers.", "add"), made_function("Take one away.", "take")]
+    copies = [made_function("add TWO numbers", "other"), made_function("Take none away.", "TAKE")]
+    trivial = [made_function("Add.", "more"), functions.Function("p", "Do nothing at all.", "pass")]
+    assert functions.distinct([*kept, *copies, *trivial]) == kept
+
+
+def test_functions_that_differ_in_numbers_have_one_group():
+    made = [("Pool in 2d.", "pool"), ("Pool in 3d.", "gather"), ("Gather it all.", "gather4"), ("Other one.", "other")]
+    assert functions.same_words([made_function(*each) for each in made]).tolist() == [0, 0, 0, 3]
+
+
+def test_no_folder_is_on_both_sides():
+    folders = [f"p/{number % 20}" for number in range(200)]
+    train, held_out = functions.hold_out(folders, 35, seed=1)
+    assert len(held_out) == 35
+    assert len(train) == 160  # four folders are held out, and five of their functions are left over
+    assert not {folders[i] for i in train} & {folders[i] for i in held_out}
+    assert not np.array_equal(held_out, functions.hold_out(folders, 35, seed=2)[1])
+
+
+def test_functions_are_cached_by_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = functions.functions.__wrapped__(("packaging",))
+    assert len(found) > 20
+    monkeypatch.setattr(functions, "extract", None)  # a second read does not parse
+    assert functions.functions.__wrapped__(("packaging",)) == found
+    monkeypatch.setattr(functions, "versions", lambda _: {"packaging": "0"})
+    with pytest.raises(TypeError):
+        functions.functions.__wrapped__(("packaging",))
+
+
+def test_missing_packages_are_named():
+    with pytest.raises(ImportError, match=r"needs no_such_package: pip install"):
+        functions.versions(("packaging", "no_such_package"))
+
+
+def test_code_search_runs_on_a_few_functions(tmp_path, monkeypatch):
+    """Both sides of an instance share a token, so its code is found more often than by chance, 0.05 at most."""
+    shared = torch.arange(1, 121, dtype=torch.int32)[None, :, None]
+    noise = torch.randint(121, 200, (2, 120, 2), dtype=torch.int32)
+    pairs = torch.cat([shared.expand(2, -1, -1), noise], dim=2)
+    folders = [f"p/{number % 12}" for number in range(120)]
+    monkeypatch.setattr(code, "data", lambda: (pairs, folders, torch.arange(120), torch.randn(200, 16)))
+    monkeypatch.setattr(code, "N_HELD_OUT", 20)
+    task = code.CodeSearch(tmp_path, 0, {})
+    assert task.size == 100
+    assert len(task.groups) == 100
+    assert torch.equal(task.sides(torch.tensor([3, 5])), pairs[:, task.train[[3, 5]]])
+    settings = code.CodeSearch.defaults | {"steps": 24, "batch_size": 8}
+    (row,) = study.run_missing("code-search", ["pool4"], [0], tmp_path, settings, tmp_path / "results.csv")
+    assert row["result/mrr_4000"] > row["result/mrr_all"] > 0.1
+
+
+def test_padding_does_not_change_a_sentence():
+    """Words after the end, and rows beside a sentence, leave its features as they are."""
+    encoder = transformer.Transformer(16).eval()
+    words = torch.zeros(2, text.MAX_WORDS, dtype=torch.int32)
+    words[0, :3] = words[1, :5] = torch.tensor(7)
+    torch.testing.assert_close(encoder(words)[:1], encoder(words[:1]))
+    assert not torch.allclose(encoder(words)[0], encoder(words)[1])
 
 
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ class Arm:
         pool: Pool size in batches; ``"all"`` is the whole dataset, and ``"auto"`` follows the loss. ``None`` is the
             whole dataset, refreshed every 100 steps.
         uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
-        loss: A key of ``LOSSES``.
+        loss: A key of ``LOSSES``; ``None`` is the task's InfoNCE.
         recycle: Whether batches are composed from the embeddings that training computed.
         masked: Pairs that the loss leaves out: ``None``, ``"nearest"`` (mutual nearest neighbours in the pool),
             ``"reference"`` (a fixed model calls them more alike than the positive pair), ``"groups"`` (users know that
@@ -47,7 +47,7 @@ class Arm:
     composer: ComposeFunction | None = field(default_factory=walk)
     pool: int | Literal["all", "auto"] | None = 10
     uniform_part: float = 0.0
-    loss: str = "nt-xent"
+    loss: str | None = None
     recycle: bool = False
     masked: str | None = None
     from_reference: bool = False

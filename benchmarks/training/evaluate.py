@@ -60,3 +60,21 @@ def knn_accuracy(
 def spearman(first: Tensor, second: Tensor, scores: ArrayLike) -> float:
     """Return the rank correlation of people's scores with the similarity of ``first[i]`` to ``second[i]``."""
     return float(stats.spearmanr(F.cosine_similarity(first, second).numpy(), np.asarray(scores)).statistic)
+
+
+def mean_reciprocal_rank(queries: Tensor, candidates: Tensor, positives: Tensor, *, rows_at_a_time: int = 512) -> float:
+    """Return the mean of 1 / rank of each query's positive among all candidates; ties count as half above.
+
+    Args:
+        queries: Floats ``[n, d]``.
+        candidates: Floats ``[m, d]``.
+        positives: int64 ``[n]``, the index of each query's candidate.
+    """
+    unit = F.normalize(candidates, dim=1)
+    reciprocals = []
+    for rows in torch.arange(len(queries)).split(rows_at_a_time):
+        similarity = F.normalize(queries[rows], dim=1) @ unit.T
+        own = similarity[torch.arange(len(rows)), positives[rows], None]
+        above, equal = (similarity > own).sum(dim=1), (similarity == own).sum(dim=1)
+        reciprocals.append(1 / (above + (equal + 1) / 2))
+    return torch.cat(reciprocals).mean().item()

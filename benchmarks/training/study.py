@@ -27,7 +27,7 @@ from bs_lightning import (
 )
 from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
-from bs_lightning.losses import debiased, hard, hardness_weighted, nt_xent, weighted
+from bs_lightning.losses import debiased, hard, hardness_weighted, info_nce, nt_xent, weighted
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 from bs_lightning.rules import AbovePositive
 
@@ -35,10 +35,12 @@ from .. import csv_files
 from ..csv_files import Row
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
+from .code import CodeSearch
 from .model import Contrastive, Mask, apply_in_chunks, embed_sides
 from .omniglot import OmniglotPairs, OmniglotPairsGroupNorm, OmniglotSimCLR
 from .task import Task
 from .text import TextPairs, TextSimCSE
+from .transformer import TransformerSimCSE
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -50,15 +52,11 @@ TASKS: dict[str, type[Task]] = {
         CIFAR10ResNet18,
         TextSimCSE,
         TextPairs,
+        CodeSearch,
+        TransformerSimCSE,
     )
 }
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "nt-xent": nt_xent,
-    "debiased": debiased,
-    "hard": hard,
-    "weighted": weighted,
-    "hardness-weighted": hardness_weighted,
-}
+LOSSES = {"debiased": debiased, "hard": hard, "weighted": weighted, "hardness-weighted": hardness_weighted}
 N_MEASURED_BATCHES = 20
 
 
@@ -122,8 +120,7 @@ def train(
     seed_everything(seed, verbose=False)
     batch_size = settings["batch_size"]
     n_epochs = number_of_epochs(task, settings)
-    prior = {"class_prior": task.class_prior} if arm.loss in ("debiased", "hard") else {}
-    loss = partial(LOSSES[arm.loss], temperature=settings["temperature"], **prior)
+    loss = partial(loss_function(task, arm.loss), temperature=settings["temperature"])
     steps = n_epochs * (task.size // batch_size)
     callback = arm.callback(batch_size, n_epochs, embed_sides if task.has_sides else None)
     mask: Mask | None = None if arm.masked is None else Data.likely_false_negatives
@@ -148,9 +145,19 @@ def train(
     return model, callback, logged
 
 
+def loss_function(task: Task, name: str | None = None) -> Callable[..., Tensor]:
+    """Return a loss by its key in ``LOSSES``; ``None`` is the task's InfoNCE, of two views or of two towers."""
+    if name is None:
+        return info_nce if task.two_towers else nt_xent
+    chosen: dict[str, Any] = {"negatives": "other_side" if task.two_towers else "views"}
+    if name in ("debiased", "hard"):
+        chosen["class_prior"] = task.class_prior
+    return partial(LOSSES[name], **chosen)
+
+
 def number_of_epochs(task: Task, settings: dict[str, Any]) -> int:
-    """Return how many whole epochs come closest to the steps of the settings."""
-    return round(settings["steps"] / (task.size // settings["batch_size"]))
+    """Return how many whole epochs come closest to the steps of the settings, at least one."""
+    return max(1, round(settings["steps"] / (task.size // settings["batch_size"])))
 
 
 def same_label(data: Any) -> Tensor:
@@ -193,7 +200,7 @@ def describe_batches(
 ) -> Row:
     """Measure some of the arm's own batches with its trained model, in training mode except where said otherwise.
 
-    - ``loss``: NT-Xent, also for arms that trained with a different loss.
+    - ``loss``: the task's, also for arms that trained with a different loss.
     - ``accuracy``: share of first views whose second view is more similar than all other second views.
     - ``hardness``: mean cosine similarity of true negatives.
     - ``hardness_clean``: the same without augmentation and in eval mode, as the batches were composed. Batch norm makes
@@ -215,7 +222,7 @@ def describe_batches(
             labels = None if task.labels is None else task.labels[batch]
             first, second = model.embed(task.views(batch).flatten(0, 1)).chunk(2)
             other, _ = model.embed(task.views(random_batch).flatten(0, 1)).chunk(2)
-            measured["loss"].append(float(nt_xent(first, second, temperature=temperature)))
+            measured["loss"].append(float(loss_function(task)(first, second, temperature=temperature)))
             cosine = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
             measured["accuracy"].append(float((cosine.argmax(dim=1) == torch.arange(size)).float().mean()))
             measured["hardness"].append(InBatchHardness()(first, labels))

@@ -23,6 +23,9 @@ class Task:
     main: ClassVar[tuple[str, str]]  # the two results of `evaluate` that overviews show
     class_prior: ClassVar[float]  # the debiased losses' probability that a negative is false
 
+    # Whether the loss compares one side with the other only. The negatives of two views are on both sides.
+    two_towers: ClassVar[bool] = False
+
     size: int  # instances
     has_sides: ClassVar[bool] = False  # whether an instance is a pair of two sides, which are both embedded
     groups: Tensor | None = None  # int [size]: what a user knows to belong together, such as equal sentences
@@ -36,7 +39,7 @@ class Task:
         raise NotImplementedError
 
     def clean(self, indices: Tensor) -> Tensor:
-        """Return one view of each instance to embed, ``[b, ...]``."""
+        """Return one view of each instance to embed, ``[b, ...]``; the query's where the two sides differ."""
         raise NotImplementedError
 
     def sides(self, indices: Tensor) -> Tensor:
