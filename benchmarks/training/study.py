@@ -56,7 +56,12 @@ TASKS: dict[str, type[Task]] = {
         TransformerSimCSE,
     )
 }
-LOSSES = {"debiased": debiased, "hard": hard, "weighted": weighted, "hardness-weighted": hardness_weighted}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "debiased": debiased,
+    "hard": hard,
+    "weighted": weighted,
+    "hardness-weighted": hardness_weighted,
+}
 N_MEASURED_BATCHES = 20
 
 
