@@ -291,7 +291,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     assert len(csv_files.read(tmp_path / "results.csv")) == 7
 
 
-@pytest.mark.parametrize("arm", ["pool4", "masked", "oracle-uniform", "steady0.1", "paper"])
+@pytest.mark.parametrize("arm", ["pool4", "masked", "oracle-uniform", "auto", "paper"])
 def test_a_whole_run(tmp_path, arm):
     (tmp_path / "omniglot").mkdir()
     with zipfile.ZipFile(tmp_path / "omniglot" / "images_background_small1.zip", "w") as archive:

@@ -209,7 +209,7 @@ def _compose(composer: Composer, embeddings: Tensor, pool: Order, batch_size: in
         batch_size,
         seed=seed,
         epoch=0,
-        **{name: more[name] for name in asked_for(composer)},
+        **{name: more.get(name) for name in asked_for(composer)},
     )
     return check_batches(batches, len(pool), batch_size, replacement=composer.replacement)
 
