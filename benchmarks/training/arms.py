@@ -12,6 +12,7 @@ from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
 from bs_lightning.compose import ComposeFunction, Graph
 from bs_lightning.plugin.sources import Embed
 from bs_lightning.presets import public_code
+from bs_lightning.rules import AbovePositive
 
 from .remedies import MixedComposer, SkippingGraph, UniformComposer
 
@@ -37,9 +38,10 @@ class Arm:
         uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
         loss: A key of ``LOSSES``; ``None`` is the task's InfoNCE.
         recycle: Whether batches are composed from the embeddings that training computed.
-        masked: Pairs that the loss leaves out: ``None``, ``"nearest"`` (mutual nearest neighbours in the pool),
-            ``"reference"`` (a fixed model calls them more alike than the positive pair), ``"groups"`` (users know that
-            they belong together) or ``"labels"`` (all false negatives; users cannot know these).
+        masked: Pairs that the loss leaves out: ``None``; ``"nearest"``, mutual nearest neighbours in the pool; ``"own"``,
+            pairs that the model in training calls more alike than the positive pair; ``"reference"``, pairs that a
+            fixed model calls so; ``"groups"``, what users know to belong together; or ``"labels"``, all false
+            negatives, which users cannot know.
         from_reference: Whether batches are composed from the fixed model's embeddings.
         target_loss: The loss that ``pool="auto"`` holds.
     """
@@ -67,6 +69,7 @@ class Arm:
             target_loss=self.target_loss,
             recycle=self.recycle,
             mask_nearest=5 if self.masked == "nearest" else None,
+            own_rule=AbovePositive(every_side=True) if self.masked == "own" else None,
             from_reference=self.from_reference,
             embed=None if self.recycle or self.from_reference else embed,
         )
@@ -105,12 +108,16 @@ ARMS = {
     "all-near": Arm(near(), pool="all"),
     "all-knn": Arm(knn_batches, pool="all"),
     "auto": Arm(near(), pool="auto"),
+    "auto0.2": Arm(near(), pool="auto", target_loss=0.2),
     # A fixed model's opinion on what is a false negative, and batches from that model's embeddings
     "reference-uniform": uniform(masked="reference"),
     "reference-pool10": Arm(masked="reference"),
     "reference": Arm(near(), pool="all", from_reference=True),
     "reference-all": Arm(near(), pool="all", masked="reference"),
     "reference-auto": Arm(near(), pool="auto", masked="reference"),
+    "own-uniform": Arm(UniformComposer(ExactGraph(15)), masked="own"),
+    "own-all": Arm(near(), pool="all", masked="own"),
+    "own-auto": Arm(near(), pool="auto", masked="own"),
     "groups-uniform": uniform(masked="groups"),
     "groups-all": Arm(near(), pool="all", masked="groups"),
     "groups-auto": Arm(near(), pool="auto", masked="groups"),
