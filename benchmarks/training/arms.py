@@ -42,6 +42,7 @@ class Arm:
             pairs that the model in training calls more alike than the positive pair; ``"reference"``, pairs that a
             fixed model calls so; ``"groups"``, what users know to belong together; or ``"labels"``, all false
             negatives, which users cannot know.
+        own_edges: Whether walks avoid the pairs of ``"own"``, also if the loss does not leave them out.
         from_reference: Whether batches are composed from the fixed model's embeddings.
         target_loss: The loss that ``pool="auto"`` holds.
     """
@@ -52,11 +53,21 @@ class Arm:
     loss: str | None = None
     recycle: bool = False
     masked: str | None = None
+    own_edges: bool = False
     from_reference: bool = False
     target_loss: float = 0.05
 
-    def callback(self, batch_size: int, n_epochs: int, embed: Embed | None = None) -> BatchSamplerCallback | None:
-        """Return the callback to add to the Trainer; ``None`` trains with uniform batches."""
+    def callback(
+        self, batch_size: int, n_epochs: int, embed: Embed | None = None, every_side: bool = False
+    ) -> BatchSamplerCallback | None:
+        """Return the callback to add to the Trainer; ``None`` trains with uniform batches.
+
+        Args:
+            batch_size: Instances in a batch.
+            n_epochs: Epochs of the training.
+            embed: Embeds both sides of a pair; ``None`` where an instance has one side.
+            every_side: Whether the loss compares both sides of a pair with both sides of the others.
+        """
         if self.composer is None:
             return None
         warmup_epochs = max(1, round(self.uniform_part * n_epochs))
@@ -69,7 +80,7 @@ class Arm:
             target_loss=self.target_loss,
             recycle=self.recycle,
             mask_nearest=5 if self.masked == "nearest" else None,
-            own_rule=AbovePositive(every_side=True) if self.masked == "own" else None,
+            own_rule=AbovePositive(every_side=every_side) if self.masked == "own" or self.own_edges else None,
             from_reference=self.from_reference,
             embed=None if self.recycle or self.from_reference else embed,
         )
@@ -117,6 +128,10 @@ ARMS = {
     "reference-auto": Arm(near(), pool="auto", masked="reference"),
     "own-uniform": Arm(UniformComposer(ExactGraph(15)), masked="own"),
     "own-all": Arm(near(), pool="all", masked="own"),
+    "own-edges-all": Arm(near(), pool="all", own_edges=True),
+    "own-edges-auto0.3": Arm(near(), pool="auto", own_edges=True, target_loss=0.3),
+    "own-auto0.3": Arm(near(), pool="auto", masked="own", target_loss=0.3),
+    "auto0.3": Arm(near(), pool="auto", target_loss=0.3),
     "own-auto": Arm(near(), pool="auto", masked="own"),
     "groups-uniform": uniform(masked="groups"),
     "groups-all": Arm(near(), pool="all", masked="groups"),

@@ -87,8 +87,7 @@ class Data(BatchSamplerDataModule):
     """A task's data, with what an arm knows of false negatives."""
 
     def __init__(self, task: Task, batch_size: int, arm: Arm) -> None:
-        # The sides of the study's tasks are of one kind, but for code.
-        rule = AbovePositive(every_side=True) if task.has_sides and arm.masked == "reference" else None
+        rule = AbovePositive(every_side=not task.two_towers) if task.has_sides and arm.masked == "reference" else None
         super().__init__(batch_size, collate_fn=lambda batch: batch, reference_rule=rule)
         self.task = task
         self.arm = arm
@@ -127,7 +126,7 @@ def train(
     n_epochs = number_of_epochs(task, settings)
     loss = partial(loss_function(task, arm.loss), temperature=settings["temperature"])
     steps = n_epochs * (task.size // batch_size)
-    callback = arm.callback(batch_size, n_epochs, embed_sides if task.has_sides else None)
+    callback = arm.callback(batch_size, n_epochs, embed_sides if task.has_sides else None, not task.two_towers)
     mask: Mask | None = None if arm.masked is None else Data.likely_false_negatives
     if arm.masked == "labels":
         mask = same_label
