@@ -168,7 +168,7 @@ class Run(Model):
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
          sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
-         groups=False, two_sides=False, target_loss=0.05, **trainer):  # fmt: skip
+         groups=False, two_sides=False, target_loss=None, **trainer):  # fmt: skip
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")

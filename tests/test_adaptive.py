@@ -172,3 +172,19 @@ def test_needs_a_loss():
 
     with pytest.raises(TypeError, match=r'pool_size="auto" needs training_step to return the loss.*loss_of_mine'):
         fit(ByHand(), Data(8, 100), auto())
+
+
+def test_without_a_rule_batches_become_harder_only_where_nothing_is_left_to_learn():
+    class Grouped(Data):
+        def train_groups(self):
+            return list(range(self.n))
+
+    for data, expected in ((Data(8, 100), 0.05), (Grouped(8, 100), 0.3)):
+        callback = walker("auto")
+        fit(Settles(lambda step: 1.0), data, callback, max_epochs=1)
+        assert callback._adaptive.target_loss == expected
+
+
+def test_a_target_is_for_auto():
+    with pytest.raises(ValueError, match='target_loss=0.1 is for pool_size="auto", got pool_size=32'):
+        BatchSamplerCallback(32, target_loss=0.1)

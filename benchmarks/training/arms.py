@@ -38,13 +38,13 @@ class Arm:
         uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
         loss: A key of ``LOSSES``; ``None`` is the task's InfoNCE.
         recycle: Whether batches are composed from the embeddings that training computed.
-        masked: Pairs that the loss leaves out: ``None``; ``"nearest"``, mutual nearest neighbours in the pool; ``"own"``,
-            pairs that the model in training calls more alike than the positive pair; ``"reference"``, pairs that a
-            fixed model calls so; ``"groups"``, what users know to belong together; or ``"labels"``, all false
+        masked: Pairs that the loss leaves out: ``None``; ``"nearest"``, mutual nearest neighbours in the pool;
+            ``"own"``, pairs that the model in training calls more alike than the positive pair; ``"reference"``, pairs
+            that a fixed model calls so; ``"groups"``, what users know to belong together; or ``"labels"``, all false
             negatives, which users cannot know.
         own_edges: Whether walks avoid the pairs of ``"own"``, also if the loss does not leave them out.
         from_reference: Whether batches are composed from the fixed model's embeddings.
-        target_loss: The loss that ``pool="auto"`` holds.
+        target_loss: The loss that ``pool="auto"`` holds; ``None`` is the callback's default.
     """
 
     composer: ComposeFunction | None = field(default_factory=walk)
@@ -55,7 +55,7 @@ class Arm:
     masked: str | None = None
     own_edges: bool = False
     from_reference: bool = False
-    target_loss: float = 0.05
+    target_loss: float | None = None
 
     def callback(
         self, batch_size: int, n_epochs: int, embed: Embed | None = None, every_side: bool = False
@@ -77,7 +77,7 @@ class Arm:
             self.pool * batch_size if isinstance(self.pool, int) else self.pool,
             self.composer,
             warmup_epochs,
-            target_loss=self.target_loss,
+            target_loss=self.target_loss if self.pool == "auto" else None,
             recycle=self.recycle,
             mask_nearest=5 if self.masked == "nearest" else None,
             own_rule=AbovePositive(every_side=every_side) if self.masked == "own" or self.own_edges else None,
@@ -119,7 +119,7 @@ ARMS = {
     "all-near": Arm(near(), pool="all"),
     "all-knn": Arm(knn_batches, pool="all"),
     "auto": Arm(near(), pool="auto"),
-    "auto0.2": Arm(near(), pool="auto", target_loss=0.2),
+    "auto0.3": Arm(near(), pool="auto", target_loss=0.3),
     # A fixed model's opinion on what is a false negative, and batches from that model's embeddings
     "reference-uniform": uniform(masked="reference"),
     "reference-pool10": Arm(masked="reference"),
@@ -129,9 +129,6 @@ ARMS = {
     "own-uniform": Arm(UniformComposer(ExactGraph(15)), masked="own"),
     "own-all": Arm(near(), pool="all", masked="own"),
     "own-edges-all": Arm(near(), pool="all", own_edges=True),
-    "own-edges-auto0.3": Arm(near(), pool="auto", own_edges=True, target_loss=0.3),
-    "own-auto0.3": Arm(near(), pool="auto", masked="own", target_loss=0.3),
-    "auto0.3": Arm(near(), pool="auto", target_loss=0.3),
     "own-auto": Arm(near(), pool="auto", masked="own"),
     "groups-uniform": uniform(masked="groups"),
     "groups-all": Arm(near(), pool="all", masked="groups"),

@@ -72,7 +72,9 @@ class BatchSamplerCallback(Callback):
             ``(embeddings, batch_size, *, seed, epoch)``. ``None`` is :class:`~bs_lightning.RWRComposer`.
         warmup_epochs: Number of uniform epochs at the start.
         target_loss: The training loss that ``pool_size="auto"`` holds, in the units of what ``training_step`` returns.
-            While the loss is lower, pools grow, and batches become harder.
+            While the loss is lower, pools grow, and batches become harder. ``None`` is 0.3 if a rule says which pairs
+            are likely false negatives (``own_rule``, or the DataModule's groups or reference embeddings), else 0.05:
+            without a rule, batches become harder only when next to nothing is left to learn from easy ones.
         refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this number
             of steps (the paper's t). Needs a composer with ``replacement=True``.
         recycle: Compose from the embeddings that training computes, instead of encoding.
@@ -126,7 +128,7 @@ class BatchSamplerCallback(Callback):
         composer: Composer | ComposeFunction | None = None,
         warmup_epochs: int = 1,
         *,
-        target_loss: float = 0.05,
+        target_loss: float | None = None,
         refresh_every: int | None = None,
         recycle: bool = False,
         mask_nearest: int | None = None,
@@ -152,7 +154,11 @@ class BatchSamplerCallback(Callback):
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.warmup_epochs = warmup_epochs
         self.target_loss = target_loss
-        self._adaptive = AdaptivePools(target_loss, self._mean_over_processes) if pool_size == "auto" else None
+        self._adaptive: AdaptivePools | None = None
+        if pool_size == "auto":
+            self._adaptive = AdaptivePools(0.05 if target_loss is None else target_loss, self._mean_over_processes)
+        elif target_loss is not None:
+            raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
         self.refresh_every = refresh_every
         self.recycle = recycle
         self.mask_nearest = mask_nearest
@@ -238,6 +244,9 @@ class BatchSamplerCallback(Callback):
         """
         assert self._planner is not None
         self._planner.attach(data, layout)
+        if self._adaptive is not None and self.target_loss is None:
+            has_rule = self.own_rule is not None or bool(data.false_negative_rules)
+            self._adaptive.target_loss = 0.3 if has_rule else 0.05
         self._cut(layout).check(layout)
 
     def planning(self, layout: BatchLayout) -> Planning | None:
