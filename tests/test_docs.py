@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from parts import Model
 from torch.utils.data import Dataset
 
-from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
 from bs_lightning.losses import weighted
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +125,58 @@ def test_the_guarantees_name_tests_that_exist():
     for file, name in named:
         assert not file or file in tests, file
         assert not name or name in (tests[file] if file else set().union(*tests.values())), name
+
+
+class Pairs(Dataset):
+    """Item ``i`` is a pair of two sides of instance ``i``."""
+
+    def __init__(self, n):
+        points = torch.randn(n, 8)
+        self.sides = torch.stack([points, points + 0.3 * torch.randn(n, 8)], dim=1)
+
+    def __len__(self):
+        return len(self.sides)
+
+    def __getitem__(self, index):
+        return list(self.sides[index])
+
+
+def choices():
+    text = (ROOT / "docs/choosing.md").read_text()
+    return dict(re.findall(r"### ([^\n]*)\n(?:(?!###).)*?```python\n(.*?)```", text, flags=re.DOTALL))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", choices())
+def test_what_to_write_for_each_kind_of_data(kind, tmp_path):
+    names = {}
+    exec(choices()[kind], names)
+    of_data = {name: names[name] for name in ("train_groups", "reference_embeddings") if name in names}
+    if "make_reference" in names:
+        embed = torch.nn.Module()
+        embed.forward = lambda batch: (batch[0], batch[1])
+        file = names["make_reference"](embed, Pairs(96), tmp_path / "reference.npy")
+        assert file.shape == (96, 2, 8)
+        of_data["reference_file"] = file
+    one_view = kind.startswith("Sentences")
+    of_data["train_dataset"] = lambda self: torch.randn(96, 8) if one_view else Pairs(96)
+    of_data |= {"query_numbers": torch.arange(96) // 2, "captions": [str(i // 3) for i in range(96)]}
+    made = type("Data", (names.get("Data", BatchSamplerDataModule),), of_data)
+    data = made(torch.arange(96) // 2) if "Data" in names else made(8)
+
+    class Networks(SimCLR):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.query_tower = self.document_tower = self.image_tower = self.text_tower = self.encoder
+            self.projector = torch.nn.Linear(4, 4)
+            self.log_temperature = torch.nn.Parameter(torch.tensor(-1.0))
+
+        def embed(self, batch):
+            return self.encoder(batch if one_view else batch[0])
+
+    methods = {name: names[name] for name in ("embed", "training_step") if name in names}
+    model = type("Model", (Networks,), methods)()
+    trainer = Trainer(max_epochs=3, callbacks=names["callback"], logger=False, enable_checkpointing=False)
+    trainer.fit(model, datamodule=data)
+    assert trainer.current_epoch == 3
+    assert "batch_sampler/pool_size" in trainer.callback_metrics
