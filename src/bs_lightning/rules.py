@@ -228,10 +228,10 @@ class MoreSimilar:
             else:
                 similarity = (anchor[:, 0] * other[:, 1]).sum(dim=1)
             marked.append(similarity > self.limit(anchor))
-        return torch.cat(marked).numpy() if marked else np.empty(0, dtype=np.bool_)
+        return torch.cat(marked).cpu().numpy() if marked else np.empty(0, dtype=np.bool_)
 
     def _unit(self, indices: Indices) -> Tensor:
-        """Return rows of length 1, float32 on the CPU."""
+        """Return rows of length 1, float32."""
         return unit_rows(as_float_tensor(self.embeddings, indices))
 
 
@@ -270,10 +270,10 @@ def as_float_tensor(embeddings: Embeddings, indices: Indices) -> Tensor:
         indices: The rows to read, int64 ``[n]``.
 
     Returns:
-        float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the CPU.
+        float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the device of the tensor; of an array, on the CPU.
     """
     if isinstance(embeddings, Tensor):
-        return embeddings[torch.from_numpy(indices)].detach().float().cpu()
+        return embeddings[torch.from_numpy(indices).to(embeddings.device)].detach().float()
     return torch.from_numpy(np.asarray(embeddings[indices], dtype=np.float32))
 
 
