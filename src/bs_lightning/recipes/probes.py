@@ -33,7 +33,7 @@ def knn_accuracy(
     Example:
         >>> import torch
         >>> from bs_lightning.recipes.probes import knn_accuracy
-        >>> knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.tensor([0, 1, 1]), k=2) # two of three
+        >>> knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.tensor([0, 1, 1]), k=2)  # two of three
         0.6666666865348816
 
     Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
