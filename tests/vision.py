@@ -1,0 +1,75 @@
+"""Parts that the tests of the vision recipes share, and a training run in two processes.
+
+``python vision.py FOLDER NAME`` starts the run. Each rank writes ``FOLDER/rank0.json`` and so on when training is done.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+from parts import trainer, walker
+from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
+
+from bs_lightning.recipes.images import ImageData
+from bs_lightning.recipes.moco_v3 import MoCoV3
+from bs_lightning.recipes.resnet import ResNet18
+from bs_lightning.recipes.simclr import SimCLR
+
+RECIPES = ("simclr", "moco_v3")
+
+
+def model(name: str, **kwargs: Any) -> SimCLR | MoCoV3:
+    """Return a tiny model of a recipe."""
+    if name == "simclr":
+        return SimCLR(ResNet18(4), embedding_width=8, **kwargs)
+    return MoCoV3(ResNet18(4), embedding_width=8, hidden_width=16, **kwargs)
+
+
+def digits(start: int, end: int) -> TensorDataset:
+    """Return handwritten digits, gray images of 8 x 8 pixels, as a dataset of tensors and labels."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels[start:end] / 16, dtype=torch.float32).reshape(-1, 8, 8)
+    return TensorDataset(images, torch.tensor(labels[start:end]))
+
+
+def data(n: int = 96, batch_size: int = 8, **kwargs: Any) -> ImageData:
+    return ImageData(digits(0, n), batch_size, test=digits(1000, 1200), image_size=8, **kwargs)
+
+
+def same(images: torch.Tensor) -> torch.Tensor:
+    """Make views that are the image itself, so that a run can be repeated from its middle."""
+    return images
+
+
+class Records(Callback):
+    """Records the batches' dataset indices, epoch by epoch, and the losses."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, list[list[int]]] = {}
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.epochs.setdefault(trainer.current_epoch, []).append(trainer.datamodule.trained_batch().tolist())
+        self.losses.append(outputs["loss"].item())
+
+
+def main(folder: Path, name: str) -> None:
+    seed_everything(0)
+    records, recipe = Records(), model(name, temperature=1e6)
+    made = trainer(records, walker(48), strategy="ddp", devices=2, max_epochs=1)
+    made.fit(recipe, datamodule=data(batch_size=4))
+    weights = b"".join(parameter.detach().numpy().tobytes() for parameter in recipe.parameters())
+    seen = {"epochs": list(records.epochs.values()), "losses": records.losses}
+    seen["weights"] = hashlib.sha256(weights).hexdigest()
+    (folder / f"rank{made.global_rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
+    torch.distributed.barrier()  # gloo may abort a process that leaves while the other is still there
+    torch.distributed.destroy_process_group()
