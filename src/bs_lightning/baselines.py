@@ -236,7 +236,7 @@ class B3Composer(Composer):
     Source: Thirukovalluru et al., "Breaking the batch barrier (B3) of contrastive learning via smart batch mining",
     NeurIPS 2025, arXiv 2505.11293. As in its public code, an edge needs both directions, and communities that METIS
     made too large give instances to those that it made too small. The public code ranks documents by a query. Here both
-    sides count, see :mod:`bs_lightning.graphs`. The defaults are the numbers in the names of its public models.
+    sides count, see ``bs_lightning.graphs``. The defaults are the numbers in the names of its public models.
     """
 
     n_skipped: int = 30
