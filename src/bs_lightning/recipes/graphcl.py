@@ -102,7 +102,7 @@ class GraphCLLoss(nn.Module):
 
     Args:
         temperature: What cosine similarities are divided by.
-        gather: Whether negatives come from all processes; see :mod:`bs_lightning.losses`.
+        gather: Whether negatives come from all processes; see the API reference of ``bs_lightning.losses``.
 
     Raises:
         TypeError: If ``temperature`` is not a number.
