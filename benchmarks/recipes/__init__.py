@@ -1,0 +1,1 @@
+"""The recipes on the paper's data, by the paper's protocol. See ``python -m benchmarks.recipes --help``."""

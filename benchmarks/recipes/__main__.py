@@ -1,0 +1,35 @@
+"""The recipes on the paper's data: train and measure the arms, and print them beside the paper's figures.
+
+    python -m benchmarks.recipes graphs --data-dir DIR --datasets MUTAG --model graphcl \\
+        --arms fixed uniform knn batchsampler untrained --seeds 5 --results results.csv
+    python -m benchmarks.recipes graphs-table --results results.csv
+
+A benchmark adds a row to the results file for each finished run. It skips the runs that the file already holds, so you
+can resume an interrupted benchmark. Only one process at a time may write to a file.
+"""
+
+import argparse
+
+from . import graphs, graphs_table
+
+
+def main() -> None:
+    """Run the command that was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in {"graphs": graphs, "graphs-table": graphs_table}.items():
+        command = commands.add_parser(
+            name, help=str(module.__doc__).splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    args = parser.parse_args()
+    args.main(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Graphs of any ``torch_geometric`` dataset as training data, and the evaluation that graph papers report."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bs_lightning import BatchSamplerDataModule
+
+try:
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.svm import SVC
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.data import Dataset as GraphDataset
+except ImportError as error:
+    raise ImportError(f"The graph recipes need {error.name}: pip install bs-lightning[graphs]") from error
+
+
+class GraphDataModule(BatchSamplerDataModule):
+    """Serves the graphs of any ``torch_geometric`` dataset, as batches of the type ``torch_geometric.data.Batch``.
+
+    A graph without node features gets a single feature, 1 for each node. For node degrees instead, or in addition to
+    the features, give the dataset a ``transform=torch_geometric.transforms.OneHotDegree(max_degree)``. A graph without
+    edges is served as it is. Edge features are left out.
+
+    Args:
+        dataset: Graphs: a ``torch_geometric`` dataset, or a list of ``torch_geometric.data.Data``.
+        batch_size: Graphs per batch and process.
+        **kwargs: As for :class:`~bs_lightning.BatchSamplerDataModule`, such as ``drop_last`` and ``num_workers``.
+
+    Raises:
+        TypeError: If ``dataset`` holds no graphs.
+
+    Example:
+        >>> import torch
+        >>> from torch_geometric.data import Data
+        >>> from bs_lightning.recipes.graph_data import GraphDataModule
+        >>> path = Data(edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), num_nodes=3)
+        >>> next(iter(GraphDataModule([path] * 8, batch_size=4).train_dataloader()))
+        DataBatch(x=[12, 1], edge_index=[2, 16], batch=[12], ptr=[5])
+    """
+
+    def __init__(self, dataset: GraphDataset | list[Data], batch_size: int, **kwargs: Any) -> None:
+        super().__init__(batch_size, collate_fn=collate, **kwargs)
+        self.dataset = dataset
+        if not isinstance(dataset[0], Data):
+            raise TypeError(f"dataset must hold torch_geometric.data.Data, but dataset[0] is {dataset[0]!r}.")
+
+    def train_dataset(self) -> Dataset[Any]:
+        """Return the graphs."""
+        return Graphs(self.dataset)
+
+    def train_labels(self) -> Tensor | None:
+        """Return the graphs' ``y``, int64 ``[N]``; ``None`` where it is not one integer for each graph."""
+        labels = [self.dataset[i].y for i in range(len(Graphs(self.dataset)))]
+        if any(y is None or y.is_floating_point() or y.numel() != 1 for y in labels):
+            return None
+        return torch.cat([y.flatten() for y in labels])
+
+
+class Graphs(Dataset[Any]):
+    """Makes a dataset's graphs ready for a model: item ``i`` has float features ``x``, and ``edge_index``.
+
+    Args:
+        dataset: Graphs.
+        views: Functions of a graph. Item ``i`` is then a tuple: the graph, and what each function returns.
+    """
+
+    def __init__(self, dataset: GraphDataset | list[Data], *views: Callable[[Data], Data]) -> None:
+        self.dataset = dataset
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Data | tuple[Data, ...]:
+        graph = with_features(self.dataset[index], index)
+        return (graph, *(view(graph) for view in self.views)) if self.views else graph
+
+
+def with_features(graph: Data, index: int) -> Data:
+    """Return a graph's nodes and edges. A node without features gets a single one, 1.
+
+    Args:
+        graph: A graph. It is not changed.
+        index: The graph's place in the dataset, for errors.
+
+    Returns:
+        A graph with ``x``, floats ``[n_nodes, n_features]``, and ``edge_index``, int64 ``[2, n_edges]``.
+
+    Raises:
+        ValueError: If the graph does not say how many nodes it has, or ``x`` is not of shape ``[n_nodes, n_features]``.
+    """
+    edge_index = torch.empty(2, 0, dtype=torch.int64) if graph.edge_index is None else graph.edge_index
+    x = graph.x
+    if x is None:
+        if graph.num_nodes is None:
+            raise ValueError(f"Graph {index} has no nodes, edges or features. Set its num_nodes.")
+        x = torch.ones(graph.num_nodes, 1)
+    if x.ndim != 2:
+        raise ValueError(f"x of graph {index} must have shape [n_nodes, n_features], got shape {list(x.shape)}.")
+    return Data(x=x.to(torch.get_default_dtype()), edge_index=edge_index)
+
+
+def collate(items: Sequence[Data] | Sequence[tuple[Data, ...]]) -> Batch | tuple[Batch, ...]:
+    """Return one ``Batch`` for each view."""
+    if isinstance(items[0], tuple):
+        return tuple(Batch.from_data_list(list(view)) for view in zip(*items, strict=True))
+    return Batch.from_data_list(list(items))
+
+
+def check_features(batch: Batch, n_features: int) -> None:
+    """Reject graphs whose nodes have a different number of features than the model takes.
+
+    Raises:
+        ValueError: Naming both numbers.
+    """
+    if batch.x.shape[1] != n_features:
+        raise ValueError(
+            f"The graphs have {batch.x.shape[1]} features for each node, but the model has n_features={n_features}. "
+            f"Make the model with n_features={batch.x.shape[1]}. Graphs without features count as 1."
+        )
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def represent(model: nn.Module, dataset: GraphDataset | list[Data], batch_size: int = 256) -> Tensor:
+    """Return a model's representations of all graphs, computed in eval mode.
+
+    Args:
+        model: Returns representations, ``[b, d]``, for a ``Batch``, such as ``GraphCL`` and ``MVGRL``. Afterwards it is
+            in the mode in which it was.
+        dataset: Graphs.
+        batch_size: Graphs at a time.
+
+    Returns:
+        Floats of shape ``[N, d]``, on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    batches = DataLoader(Graphs(dataset), batch_size, collate_fn=collate)
+    representations = torch.cat([model(batch.to(device)).cpu() for batch in batches])
+    model.train(was_training)
+    return representations
+
+
+def svm_accuracies(
+    representations: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], *, kernel: str = "rbf", seed: int = 0
+) -> NDArray[np.float64]:
+    """Return the test accuracies of a support vector machine, by stratified ten-fold cross-validation.
+
+    Each fold chooses C from 0.001 to 1000, by five-fold cross-validation in its own training part. Test folds choose
+    nothing.
+
+    Args:
+        representations: Floats of shape ``[N, d]``.
+        labels: Integers of shape ``[N]``, at least ten graphs of each class.
+        kernel: ``"rbf"`` as GraphCL, or ``"linear"`` as MVGRL.
+        seed: The same seed gives the same folds. So two models' accuracies can be compared fold by fold.
+
+    Returns:
+        float64 of shape ``[10]``, between 0 and 1.
+
+    Raises:
+        ValueError: If a class has fewer than ten graphs.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.recipes.graph_data import svm_accuracies
+        >>> labels = torch.arange(40) % 2
+        >>> float(svm_accuracies(labels[:, None] + torch.rand(40, 3) / 2, labels).mean())
+        1.0
+
+    Source: the public code of GraphCL and of MVGRL. Its inner folds choose among the same values of C.
+    """
+    x, y = np.asarray(representations), np.asarray(labels)
+    smallest = np.unique(y, return_counts=True)[1].min()
+    if smallest < 10:
+        raise ValueError(f"labels must have at least 10 graphs of each class for 10 folds, got a class of {smallest}.")
+    grid = {"C": [0.001, 0.01, 0.1, 1, 10, 100, 1000]}
+    accuracies = []
+    for train, test in StratifiedKFold(10, shuffle=True, random_state=seed).split(x, y):
+        machine = GridSearchCV(SVC(kernel=kernel), grid, cv=5).fit(x[train], y[train])
+        accuracies.append(machine.score(x[test], y[test]))
+    return np.array(accuracies)

@@ -1,0 +1,194 @@
+"""MVGRL, graph level: the nodes of one view of a graph against the whole of the other view, a diffusion.
+
+Source: Hassani and Khasahmadi, "Contrastive multi-view representation learning on graphs", ICML 2020,
+arXiv 2006.05582. The widths, the teleport probability and the learning rate are its public code's.
+"""
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from bs_lightning.recipes.graph_data import check_features
+
+try:
+    from torch_geometric.data import Batch
+    from torch_geometric.utils import to_dense_adj, to_dense_batch
+except ImportError as error:
+    raise ImportError("MVGRL needs torch_geometric: pip install bs-lightning[graphs]") from error
+
+
+class MVGRL(LightningModule):
+    """Trains two graph convolutional networks, of the graph and of its diffusion by personalised PageRank.
+
+    A node of one view and the whole graph of the other view are a positive pair. A node and a different graph of the
+    batch are a negative pair. A graph's representation is the sum of the two views' graph embeddings. The batches come
+    from :class:`~bs_lightning.recipes.graph_data.GraphDataModule`.
+
+    The graphs of a batch are padded to the largest, and the diffusion inverts a matrix of that size for each. This
+    suits graphs of up to some hundred nodes.
+
+    Args:
+        n_features: Features of a node; 1 for graphs without features. The public code gives node labels and one-hot
+            degrees: ``torch_geometric.transforms.OneHotDegree(max_degree)``.
+        width: Outputs of a layer.
+        n_layers: Layers of a network.
+        teleport: PageRank's probability to start again.
+        learning_rate: Adam's.
+
+    Example:
+        >>> from bs_lightning.recipes.mvgrl import MVGRL
+        >>> model = MVGRL(n_features=7, width=64)
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        width: int = 512,
+        n_layers: int = 2,
+        teleport: float = 0.2,
+        learning_rate: float = 0.001,
+    ) -> None:
+        super().__init__()
+        self.n_features = n_features
+        self.teleport = teleport
+        self.learning_rate = learning_rate
+        self.networks = nn.ModuleList(GCN(n_features, width, n_layers) for _ in range(2))
+        self.node_head = Head(width, width)
+        self.graph_head = Head(n_layers * width, width)
+
+    def encode_views(self, graphs: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Encode both views.
+
+        Returns:
+            For each view, the nodes' embeddings ``[n_nodes, width]``; for each view, the graphs' embeddings
+            ``[B, width]``; and which graph each node belongs to, int64 ``[n_nodes]``.
+        """
+        check_features(graphs, self.n_features)
+        x, is_node = to_dense_batch(graphs.x, graphs.batch, batch_size=graphs.num_graphs)
+        nodes, wholes = [], []
+        for network, matrix in zip(self.networks, adjacency_and_diffusion(graphs, self.teleport), strict=True):
+            of_nodes, of_graphs = network(x, matrix, is_node)
+            nodes.append(self.node_head(of_nodes[is_node]))
+            wholes.append(self.graph_head(of_graphs))
+        return nodes, wholes, graphs.batch
+
+    def forward(self, graphs: Batch) -> Tensor:
+        """Return the graphs' representations, ``[B, width]``. The callback composes batches from them."""
+        _, (first, second), _ = self.encode_views(graphs)
+        return first + second
+
+    def training_step(self, graphs: Batch, batch_idx: int) -> Tensor:
+        nodes, wholes, graph_of = self.encode_views(graphs)
+        loss = local_global_loss(nodes[0], wholes[1], graph_of) + local_global_loss(nodes[1], wholes[0], graph_of)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=graphs.num_graphs, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+
+class GCN(nn.Module):
+    """Graph convolutions, one after the other.
+
+    Args:
+        n_features: Features of a node.
+        width: Outputs of a layer.
+        n_layers: Number of layers.
+    """
+
+    def __init__(self, n_features: int, width: int, n_layers: int) -> None:
+        super().__init__()
+        inputs = [n_features, *[width] * (n_layers - 1)]
+        self.layers = nn.ModuleList(GraphConvolution(n_inputs, width) for n_inputs in inputs)
+
+    def forward(self, x: Tensor, matrix: Tensor, is_node: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last layer's nodes ``[B, n, width]``, and each layer's sums over nodes ``[B, n_layers * width]``.
+
+        Args:
+            x: Floats ``[B, n, n_features]``, padded to the largest graph.
+            matrix: Floats ``[B, n, n]``: what each node takes from the others.
+            is_node: bool ``[B, n]``, false where a graph is padded.
+        """
+        sums = []
+        for layer in self.layers:
+            x = layer(x, matrix)
+            sums.append((x.float() * is_node[:, :, None]).sum(dim=1))
+        return x, torch.cat(sums, dim=1)
+
+
+class GraphConvolution(nn.Linear):
+    """Computes ``PReLU(matrix @ x @ weight + bias)``, initialised as in the public code.
+
+    Args:
+        n_inputs: Width of the inputs.
+        width: Width of the outputs.
+    """
+
+    def __init__(self, n_inputs: int, width: int) -> None:
+        super().__init__(n_inputs, width)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.activation = nn.PReLU()
+
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:  # type: ignore[override]
+        """Return floats ``[B, n, width]`` for ``x``, ``[B, n, n_inputs]``, and ``matrix``, ``[B, n, n]``."""
+        outputs: Tensor = self.activation(matrix @ F.linear(x, self.weight) + self.bias)
+        return outputs
+
+
+class Head(nn.Module):
+    """Three linear layers with PReLU, and a linear shortcut around them.
+
+    Args:
+        n_inputs: Width of the inputs.
+        width: Width of the outputs.
+    """
+
+    def __init__(self, n_inputs: int, width: int) -> None:
+        super().__init__()
+        layers = (nn.Linear(n_inputs, width), nn.Linear(width, width), nn.Linear(width, width))
+        self.layers = nn.Sequential(*(each for layer in layers for each in (layer, nn.PReLU())))
+        self.shortcut = nn.Linear(n_inputs, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return floats ``[..., width]`` for floats ``[..., n_inputs]``."""
+        outputs: Tensor = self.layers(x) + self.shortcut(x)
+        return outputs
+
+
+def adjacency_and_diffusion(graphs: Batch, teleport: float) -> tuple[Tensor, Tensor]:
+    """Return the two views of each graph as matrices.
+
+    Args:
+        graphs: A batch of undirected graphs.
+        teleport: PageRank's probability to start again.
+
+    Returns:
+        Floats ``[B, n, n]``, padded to the largest graph: the adjacency with self-loops, symmetrically normalised, and
+        its diffusion ``teleport * (I - (1 - teleport) * adjacency)^-1``.
+    """
+    with torch.autocast(graphs.x.device.type, enabled=False):  # no inverse in half precision
+        adjacency = to_dense_adj(graphs.edge_index, graphs.batch, batch_size=graphs.num_graphs).clamp_max(1)
+        identity = torch.eye(adjacency.shape[1], device=adjacency.device)
+        adjacency = adjacency + identity
+        scale = adjacency.sum(dim=2).rsqrt()
+        adjacency = scale[:, :, None] * adjacency * scale[:, None, :]
+        return adjacency, teleport * torch.linalg.inv(identity - (1 - teleport) * adjacency)
+
+
+def local_global_loss(nodes: Tensor, wholes: Tensor, graph_of: Tensor) -> Tensor:
+    """Compute the Jensen-Shannon estimate of how much nodes tell about their graphs, with a minus sign.
+
+    Args:
+        nodes: Floats ``[n_nodes, d]``, nodes of one view.
+        wholes: Floats ``[B, d]``, graphs of the other view.
+        graph_of: int64 ``[n_nodes]``: which graph each node belongs to.
+
+    Returns:
+        A differentiable scalar: the mean over negative pairs, minus the mean over positive pairs.
+    """
+    scores = (nodes @ wholes.T).float()
+    is_positive = graph_of[:, None] == torch.arange(len(wholes), device=nodes.device)
+    # softplus(-s) + s is softplus(s); the constants log 2 of both parts are left out.
+    return F.softplus(scores[~is_positive]).mean() + F.softplus(-scores[is_positive]).mean()

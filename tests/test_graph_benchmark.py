@@ -1,0 +1,96 @@
+"""The benchmark of the graph recipes: its arms, resuming, and a table that pairs seeds and folds."""
+
+import numpy as np
+import pytest
+import torch
+from graph_parts import cycle, star, write_tu
+from scipy import stats
+from torch_geometric.data import Data
+
+from benchmarks import csv_files
+from benchmarks.recipes import graphs, graphs_table
+from bs_lightning import Composer
+
+SETTINGS = {"loss": "infonce", "batch_size": 8, "epochs": 3}
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A TU dataset of cycles and stars, without node labels."""
+    made = [Data(edge_index=(cycle, star)[i % 2](5 + i % 3), num_nodes=5 + i % 3) for i in range(42)]
+    for i, graph in enumerate(made):
+        graph.y = torch.tensor([i % 2])
+    write_tu(tmp_path / "MUTAG", made, n_node_labels=0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("model", ["graphcl", "mvgrl"])
+def test_a_whole_run(model, data_dir, tmp_path):
+    """Runs that the file holds are not repeated, and the folder of the raw data is not written to."""
+    settings = SETTINGS if model == "graphcl" else {**SETTINGS, "loss": "jsd", "n_layers": 2, "width": 8}
+    given = (model, ["MUTAG"], ["knn", "untrained"], 1, settings, data_dir, tmp_path / "results.csv")
+    rows = list(graphs.run_missing(*given))
+    assert [row["arm"] for row in rows] == ["knn", "untrained"]
+    assert list(graphs.run_missing(*given)) == []
+    for row in csv_files.read(tmp_path / "results.csv"):
+        folds = [float(row[f"fold/{fold}"]) for fold in range(10)]
+        assert float(row["result/accuracy"]) == pytest.approx(np.mean(folds), abs=1e-5)
+    assert rows[0]["last_epoch/epochs"] == 3
+    assert [path.name for path in (data_dir / "MUTAG").iterdir()] == ["raw"]
+    assert "### " + model in "\n".join(graphs_table.tables([tmp_path / "results.csv"]))
+
+
+def test_fixed_batches_stay_and_uniform_batches_change(data_dir, monkeypatch):
+    served = {}
+
+    class Keeps(graphs.LastBatches):
+        def on_train_epoch_end(self, trainer, module):
+            served.setdefault(arm, []).append([batch.tolist() for batch in self.batches])
+
+    monkeypatch.setattr(graphs, "LastBatches", Keeps)
+    for arm in ("fixed", "uniform"):
+        made = graphs.load(data_dir, "MUTAG", with_degrees=False)
+        graphs.train(*graphs.make("graphcl", made, SETTINGS), arm, 3, None)
+    for epochs in served.values():
+        assert all(sorted(sum(batches, [])) == list(range(42)) for batches in epochs)
+    assert served["fixed"][0] == served["fixed"][1] == served["fixed"][2]
+    assert served["uniform"][0] != served["uniform"][1]
+
+
+@pytest.mark.parametrize("loss", graphs.LOSSES)
+def test_every_loss_is_low_for_pairs_that_are_alike(loss):
+    first, other = torch.eye(8), torch.eye(8).roll(1, 0)
+    assert graphs.LOSSES[loss]()(first, first) < graphs.LOSSES[loss]()(first, other)
+
+
+def test_nearest_with_replacement():
+    """Each batch is an instance and its nearest."""
+    composer = graphs.NearestWithReplacement()
+    assert isinstance(composer, Composer)
+    angles = torch.linspace(0, 3, 12)
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    batches = composer(embeddings, 4, seed=0, epoch=0)
+    assert batches.shape == (3, 4)
+    for root, *others in batches.tolist():
+        nearest = sorted(set(range(12)) - {root}, key=lambda i: abs(i - root))
+        assert {abs(i - root) for i in others} == {abs(i - root) for i in nearest[:3]}
+
+
+def test_degrees_are_features_of_mvgrl(data_dir):
+    plain, with_degrees = (graphs.load(data_dir, "MUTAG", with_degrees=flag) for flag in (False, True))
+    assert plain[1].x is None
+    assert with_degrees[1].x.argmax(dim=1).tolist() == [5, 1, 1, 1, 1, 1]  # a star of six nodes
+
+
+def test_the_table_pairs_seeds_and_folds(tmp_path):
+    path, generator = tmp_path / "results.csv", np.random.default_rng(0)
+    accuracies = {arm: generator.uniform(0.5, 1, size=(3, 10)) for arm in ("uniform", "knn")}
+    for arm, values in accuracies.items():
+        for seed in (0, 1, 2) if arm == "uniform" else (2, 1, 0):
+            row = {**graphs.identity("graphcl", "MUTAG", arm, seed, SETTINGS), "result/accuracy": values[seed].mean()}
+            csv_files.append(path, row | {f"fold/{fold}": float(value) for fold, value in enumerate(values[seed])})
+    printed = "\n".join(graphs_table.tables([path]))
+    by_seed = 100 * (accuracies["knn"] - accuracies["uniform"]).mean(axis=1)
+    low, high = stats.t.interval(0.95, 2, by_seed.mean(), stats.sem(by_seed))
+    assert f"| {by_seed.mean():+.2f} ± {(high - low) / 2:.2f} |" in printed
+    assert "| 86.46 |" in printed  # the paper's kNN sampler
