@@ -190,6 +190,4 @@ class TextPairs(Text):
         return self.pairs[:, indices]
 
     def reference(self) -> Tensor:
-        # As the model sees them, words are weighted by how rare they are in all sentences at hand.
-        n_texts = len(self.texts)
-        return tf_idf((*self.texts, *unlabeled(self.folder)))[:n_texts].unflatten(0, (2, -1)).movedim(0, 1)
+        return tf_idf(self.texts).unflatten(0, (2, -1)).movedim(0, 1)
