@@ -4,6 +4,8 @@
         --results results.csv
     python -m benchmarks.training table --results benchmarks/training/results/*.csv
     python -m benchmarks.training overview --results benchmarks/training/results/*.csv
+    python -m benchmarks.training worth --results benchmarks/training/results/*.csv
+    python -m benchmarks.training loss --results benchmarks/training/results/*.csv --out loss.png
     python -m benchmarks.training plot --results benchmarks/training/results/*.csv --out plot.png
     python -m benchmarks.training why --results benchmarks/training/results/*.csv --out why.png
     python -m benchmarks.training list
@@ -38,6 +40,10 @@ def main() -> None:
         print("\n".join(report.overview(args.results, args.compare_with)))
     elif args.command == "plot":
         report.plot(args.results).savefig(args.out)
+    elif args.command == "worth":
+        print("\n".join(report.worth(args.results)))
+    elif args.command == "loss":
+        report.plot_loss(args.results).savefig(args.out)
     elif args.command == "why":
         report.plot_uniformity(args.results).savefig(args.out)
     else:
@@ -71,6 +77,8 @@ def arguments() -> argparse.Namespace:
     for name, words in (
         ("table", "print all measures as markdown"),
         ("overview", "print the main results as markdown"),
+        ("worth", "print what arms gain beside larger uniform batches, as markdown"),
+        ("loss", "draw what arms gain against the loss of uniform batches"),
         ("plot", "draw the main results of each task at its default settings"),
         ("why", "draw what each arm gains against how it changes uniformity"),
     ):
@@ -84,7 +92,7 @@ def arguments() -> argparse.Namespace:
                 metavar="ARM",
                 help="print the other arms' differences to this arm",
             )
-        else:
+        elif name != "worth":
             command.add_argument("--out", required=True, type=Path, help="PNG file")
     commands.add_parser("list", help="print the tasks, their settings, and the arms")
     args = parser.parse_args()

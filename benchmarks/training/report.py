@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNIFORM = "uniform"  # plots show differences to this arm; tables do by default
-NAMED = {"pool10", "pool20", "knn", "masked", "oracle-uniform", "weighted", "weighted-pool10"}  # in plots
+NAMED = {"pool10", "pool20", "all-near", "own-all", "own-auto", "auto", "reference-all", "weighted", "weighted-all"}
+COMPOSED = {"pool10": "o", "pool20": "s", "all-near": "^", "own-all": "D", "auto": "v", "own-auto": "P"}  # by loss
 MIN_SEEDS = 3  # in plots: the intervals of two seeds are too wide to show
 SECTIONS = {
     "result/": "Results",
@@ -90,6 +91,31 @@ def overview(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
         yield heading(settings)
         main = [f"result/{name}" for name in TASKS[settings["task"]].main]
         yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)], other) + "\n"
+
+
+def worth(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield markdown: for each task, what arms gain beside what uniform batches of two to eight times the size gain.
+
+    All are compared with uniform batches of the task's own size by seed, after as many steps.
+    """
+    found = studies(paths)
+    for settings, rows in found:
+        task = TASKS[settings["task"]]
+        size = task.defaults["batch_size"]
+        larger = {
+            f"{UNIFORM}, {int(other['batch_size']) // size} x": each
+            for other, each in found
+            if other["task"] == settings["task"]
+            and other["batch_size"] != str(size)
+            and has_defaults(other | {"batch_size": str(size)})
+        }
+        if not has_defaults(settings) or not larger:
+            continue
+        together = [row for row in rows if row["arm"] in (UNIFORM, *NAMED)]
+        for name, each in larger.items():
+            together += [row | {"arm": name} for row in each if row["arm"] == UNIFORM]
+        yield heading(settings)
+        yield table(together, [f"result/{name}" for name in task.main], ["seconds/train"], UNIFORM) + "\n"
 
 
 def heading(settings: dict[str, str]) -> str:
@@ -165,13 +191,47 @@ def plot_uniformity(paths: Sequence[Path]) -> "Figure":
             if gain and change:
                 points[arm] = change[0], 100 * gain[0]
         x, y = np.array(list(points.values())).T
-        kinds = ["C1" if arm != UNIFORM and ARMS[arm].loss != "nt-xent" else "C0" for arm in points]
+        kinds = ["C1" if arm != UNIFORM and ARMS[arm].loss is not None else "C0" for arm in points]
         axes.scatter(x, y, c=kinds, s=16)
         for arm in NAMED & points.keys():
             axes.annotate(arm, points[arm], xytext=(4, 2), textcoords="offset points", fontsize=7)
         axes.set_title(f"{settings['task']}, Spearman {stats.spearmanr(x, y).statistic:.2f}", fontsize="medium")
         axes.set(xlabel="uniformity: change (lower is better)", ylabel=f"{measure}: points above {UNIFORM}")
         axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_loss(paths: Sequence[Path]) -> "Figure":
+    """Draw what composed batches gain against the loss of uniform batches at the end of training.
+
+    A point is an arm in a task at its default settings, for the main measure of the task.
+    """
+    shown, _ = drawn(paths)
+    figure, (axes,) = figure_of(shown[:1], (7, 4.5))
+    axes.axhline(0, color="0.6", linewidth=1)
+    for number, (settings, rows) in enumerate(shown):
+        measure = f"result/{TASKS[settings['task']].main[0]}"
+        losses = by_seed(rows, UNIFORM, "batch/loss")
+        x = max(float(np.mean(list(losses.values()))), 1e-4)
+        for arm, marker in COMPOSED.items():
+            gain = drawn_difference(rows, arm, measure)
+            if gain:
+                shifted = x * 1.06 ** list(COMPOSED).index(arm)  # so that intervals do not cover each other
+                axes.errorbar(
+                    shifted,
+                    100 * gain[0],
+                    yerr=100 * gain[1],
+                    fmt=marker,
+                    color=f"C{number}",
+                    markersize=5,
+                    elinewidth=1,
+                )
+        axes.plot([], [], "o", color=f"C{number}", label=settings["task"])
+    for arm, marker in COMPOSED.items():
+        axes.plot([], [], marker, color="0.3", label=arm)
+    axes.set(xscale="log", xlabel="loss of uniform batches at the end of training", ylabel=f"points above {UNIFORM}")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.grid(alpha=0.3)
     return figure
 
 
