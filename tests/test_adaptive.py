@@ -38,7 +38,9 @@ def test_a_pool_is_never_larger_than_the_data():
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
-    assert sizes([0.01, math.nan, math.inf]) == [4, 4, 4]
+    assert sizes([0.01, math.nan, math.inf]) == [4, 16, 64]  # the finite loss before
+    assert sizes([math.nan, math.nan]) == [0, 0]
+    assert sizes([0.01, math.nan, 5.0]) == [4, 16, 4]
 
 
 def test_without_a_loss_nothing_changes():
@@ -63,11 +65,21 @@ def test_the_end_of_an_epoch_makes_no_small_pool():
     assert pools.next_pool(10, 15, LAYOUT) == (slice(10, 15), 15)
 
 
-def test_processes_share_one_mean():
-    pools = AdaptivePools(0.1, mean=lambda loss: loss * 0 + 0.05)
-    pools.observe(torch.tensor(7.0))
+def test_a_pool_that_the_epochs_end_made_small_says_nothing():
+    pools = AdaptivePools(0.1)
+    pools.n_batches = 64.0
+    pools.next_pool(0, 10, LAYOUT)  # ten batches are left
+    pools.observe(torch.tensor(0.001))
     pools.next_pool(0, 1000, LAYOUT)
-    assert pools.n_batches == pytest.approx(4.0)
+    assert pools.n_batches == 64
+
+
+def test_a_pool_is_never_larger_than_the_epoch():
+    pools = AdaptivePools(0.1)
+    for _ in range(9):
+        pools.observe(torch.tensor(1e-6))
+        pools.next_pool(0, 10, LAYOUT)  # limit_train_batches=10
+    assert pools.n_batches == 10
 
 
 @pytest.mark.parametrize(
@@ -139,11 +151,10 @@ def test_logs_the_pool_size():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_takes_the_loss_as_the_model_computed_it(accumulate):
-    callback, seen = auto(), []
-    observe = callback._adaptive.observe
-    callback._adaptive.observe = lambda loss: (seen.append(float(loss)), observe(loss))
-    fit(Settles(lambda step: 2.0), Data(8, 100), callback, accumulate_grad_batches=accumulate)
+def test_takes_the_loss_as_the_model_computed_it(accumulate, monkeypatch):
+    seen = []
+    monkeypatch.setattr(AdaptivePools, "observe", lambda self, loss: seen.append(float(loss)))
+    fit(Settles(lambda step: 2.0), Data(8, 100), auto(), accumulate_grad_batches=accumulate)
     assert seen == [2.0] * 24
 
 
@@ -161,6 +172,26 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     whole, size = run()
     for step in (55, 64, 90, 120):
         assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == (whole[step:], size)
+
+
+def test_a_second_fit_starts_with_uniform_batches():
+    callback = auto()
+    fit(Settles(lambda step: 0.001), Data(8, 400), callback, max_epochs=3)
+    assert callback._adaptive.n_batches > 10
+    again = Settles(lambda step: 3.0)
+    fit(again, Data(8, 400), callback, max_epochs=2)
+    assert composed(again, 1) < 0.2
+
+
+def test_a_state_without_recycled_rows_is_no_state_of_recycled_rows(tmp_path):
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    fit(Settles(lambda step: 1.0), Data(8, 100), auto(), saves, enable_checkpointing=True, max_epochs=1)
+
+    class Returns(Settles):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) | {"embeddings": self(batch).detach()}
+
+    fit(Returns(lambda step: 1.0), Data(8, 100), auto(recycle=True), ckpt_path=tmp_path / "step=5.ckpt")
 
 
 def test_needs_a_loss():

@@ -116,7 +116,7 @@ def test_two_sides_groups_and_rules(tmp_path, per_rank):
         assert len({index // 3 for index in batch}) == 8  # groups are kept apart across the processes
     assert ranks[0]["masks"] == ranks[1]["masks"]
     pairs = {tuple(pair) for mask in ranks[0]["masks"] for pair in mask}
-    assert any((b, a) not in pairs for a, b in pairs) or len(pairs) > 20  # the own rule has a direction
+    assert any((b, a) not in pairs for a, b in pairs)  # the own rule has a direction
     assert pairs
 
 

@@ -70,7 +70,7 @@ def test_zero_rows_stay_zero_and_are_warned_of():
 
 
 def test_a_collapsed_model_is_warned_of():
-    with pytest.warns(UserWarning, match="all equal: the model has collapsed"):
+    with pytest.warns(UserWarning, match="are equal: the model has collapsed"):
         run(data=torch.ones(20, 4) * torch.arange(1, 21)[:, None])
 
 

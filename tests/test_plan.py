@@ -232,11 +232,12 @@ def test_refuses_a_planners_pairs(pairs, error, words):
 
 def test_takes_a_planners_pairs_of_any_integers():
     def planner(indices, *, seed, epoch):
-        return PlannedPool(np.arange(len(indices)).reshape(-1, 10), np.uint8([[0, 29]]))
+        return PlannedPool(np.arange(len(indices)).reshape(-1, 10), np.uint8([[0, 9], [0, 29]]))
 
     plan = EpochPlan(BatchLayout(30, 10), seed=0, epoch=0, planning=Planning(planner, Pools(30)))
     (batches,) = plan
-    assert plan.pairs(0).tolist() == [[batches[0][0], batches[2][9]]]
+    assert plan.pairs(0).tolist() == [[batches[0][0], batches[0][9]]]  # the others do not meet
+    assert plan.pairs(2).shape == (0, 2)
 
 
 def test_refuses_a_pool_smaller_than_a_global_batch():

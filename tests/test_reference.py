@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, Points, fit, same_cluster_share, walker
 
-from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, encode_dataset, reference
-from bs_lightning.plugin.planner import TrainerPlanner
+from bs_lightning import (
+    BatchSamplerCallback,
+    ExactGraph,
+    RandomCandidateGraph,
+    RWRComposer,
+    encode_dataset,
+    reference,
+)
 
 
 class Indexed(torch.utils.data.Dataset):
@@ -67,6 +74,8 @@ def test_a_failure_leaves_an_earlier_file_and_nothing_else(tmp_path):
     ("change", "error", "words"),
     [
         ({"path": "reference.bin"}, ValueError, r"path must end in .npy, the format of numpy.save, got reference.bin"),
+        ({"path": "nowhere/reference.npy"}, ValueError, "path must lie in a folder that exists"),
+        ({"dataset": torch.empty(0, 4)}, ValueError, "dataset must hold at least one instance"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"dataset": iter([])}, TypeError, "dataset"),
         ({"shuffle": True}, ValueError, "shuffle"),
@@ -103,7 +112,7 @@ def test_composes_from_the_reference_and_encodes_nothing(kind):
     assert same_cluster_share(model.epochs[2]) > 0.25
 
 
-def test_one_graph_of_all_data_serves_all_epochs(monkeypatch):
+def test_one_graph_of_all_data_serves_all_epochs():
     sizes = []
 
     class Counts(ExactGraph):
@@ -111,13 +120,37 @@ def test_one_graph_of_all_data_serves_all_epochs(monkeypatch):
             sizes.append(len(embeddings))
             return super().__call__(embeddings, seed=seed)
 
-    monkeypatch.setattr(TrainerPlanner, "rehearse", lambda *args, **kwargs: None)
     model = Unasked()
-    composer = RWRComposer(Counts(5))
-    fit(model, Guided(8, 100), walker("all", composer=composer, from_reference=True), max_epochs=3)
-    assert sizes == [100]
+    callback = walker("all", composer=RWRComposer(Counts(5)), from_reference=True, warmup_epochs=1)
+    fit(model, Guided(8, 100), callback, max_epochs=4)
+    assert sizes == [96, 100]  # the rehearsal of random embeddings, and the one graph
+    del model.epochs[0]
     assert len({tuple(batch) for batch in model.batches}) == 36  # other walks each epoch
-    assert same_cluster_share(model.epochs[2]) > 0.5
+    assert same_cluster_share(model.epochs[3]) > 0.5
+
+
+def test_a_resumed_run_builds_the_same_graph(tmp_path):
+    def run(**kwargs):
+        model = Unasked()
+        composer = RWRComposer(RandomCandidateGraph(20, 5))  # random, by its seed
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=14, save_top_k=-1, filename="{step}")
+        callback = walker("all", composer=composer, from_reference=True, warmup_epochs=1)
+        fit(model, Guided(8, 100, seed=3), callback, saves, enable_checkpointing=True, max_epochs=4, **kwargs)
+        return model.batches
+
+    assert run(ckpt_path=tmp_path / "step=14.ckpt" if (whole := run()) else None) == whole[14:]
+
+
+def test_new_data_get_a_new_graph():
+    class Growing(Guided):
+        def train_dataset(self):
+            self.n += 8
+            return Points(self.n)
+
+    model = Unasked()
+    callback = walker("all", from_reference=True)
+    fit(model, Growing(8, 92), callback, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert max(index for batch in model.epochs[2] for index in batch) > 105
 
 
 def test_masks_from_the_fixed_graph_name_the_right_instances():

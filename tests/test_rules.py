@@ -44,9 +44,10 @@ def test_above_positive(limit):
         for column, j in enumerate(batch):
             if i != j:
                 assert mask[row, column] == literal_above_positive(embeddings, i, j, **limit)
-    anchors, others = np.repeat(batch, 5), np.tile(batch, 5)
-    different = anchors != others
-    assert np.array_equal(rule.between(anchors, others)[different], mask.flatten().numpy()[different])
+    forward, backward = rule.along(batch, np.tile(batch, (5, 1)))
+    different = ~np.eye(5, dtype=bool)
+    assert np.array_equal(forward[different], mask.numpy()[different])
+    assert np.array_equal(backward[different], mask.numpy().T[different])
     assert not torch.equal(mask, mask.T)  # the rule has a direction
 
 
@@ -55,20 +56,37 @@ def test_above_similarity_of_one_side():
     rule = MoreSimilar(embeddings.numpy(), AboveSimilarity(0.2))
     unit = torch.nn.functional.normalize(embeddings, dim=1)
     assert torch.equal(rule.in_batch(np.arange(12)), unit @ unit.T > 0.2)
-    assert rule.between(np.array([1, 2]), np.array([4, 9])).tolist() == [
-        bool(unit[1] @ unit[4] > 0.2),
-        bool(unit[2] @ unit[9] > 0.2),
-    ]
+    forward, backward = rule.along(np.array([1, 2]), np.array([[4], [9]]))
+    assert forward.tolist() == backward.tolist() == [[bool(unit[1] @ unit[4] > 0.2)], [bool(unit[2] @ unit[9] > 0.2)]]
 
 
-def test_many_pairs_are_read_in_parts(monkeypatch):
+@pytest.mark.parametrize("every_side", [False, True])
+def test_edges_are_read_in_parts(monkeypatch, every_side):
     embeddings = sides(40)
+    rule = MoreSimilar(embeddings, AbovePositive(every_side=every_side))
+    nodes, neighbors = np.arange(40), np.random.default_rng(0).integers(0, 40, (40, 7))
+    expected = rule.along(nodes, neighbors)
+    monkeypatch.setattr("bs_lightning.rules._CHUNK_ENTRIES", 300)
+    assert all(np.array_equal(one, other) for one, other in zip(rule.along(nodes, neighbors), expected, strict=True))
+    assert rule.along(nodes[:0], neighbors[:0])[0].shape == (0, 7)
+
+
+def test_a_tie_is_marked_neither_in_a_batch_nor_along_an_edge():
+    """Where a document occurs twice, rounding would decide."""
+    first, document = sides(200, dim=64)[:, 0], sides(200, dim=64, seed=1)[:, 1]
+    embeddings = torch.stack([first.repeat(2, 1), document.repeat(2, 1)], dim=1)
+    embeddings[200:, 0] = sides(200, dim=64, seed=2)[:, 0]
     rule = MoreSimilar(embeddings)
-    anchors, others = np.divmod(np.arange(1600), 40)
-    expected = rule.between(anchors, others)
-    monkeypatch.setattr("bs_lightning.rules._CHUNK_ENTRIES", 100)
-    assert np.array_equal(rule.between(anchors, others), expected)
-    assert rule.between(anchors[:0], others[:0]).shape == (0,)
+    twins = np.arange(400).reshape(2, 200).T
+    assert not rule.in_batch(twins.ravel())[torch.arange(0, 400, 2), torch.arange(1, 400, 2)].any()
+    assert not rule.along(twins[:, 0], twins[:, 1:])[0].any()
+
+
+def test_a_mask_is_the_same_under_autocast():
+    rule = MoreSimilar(sides(200, dim=64))
+    expected = rule.in_batch(np.arange(200))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rule.in_batch(np.arange(200)), expected)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=20))
@@ -76,8 +94,8 @@ def test_same_group(groups):
     rule, size = SameGroup(groups), len(groups)
     everything = np.arange(size)
     assert rule.in_batch(everything).tolist() == [[a == b for b in groups] for a in groups]
-    anchors, others = np.divmod(np.arange(size**2), size)
-    assert rule.between(anchors, others).tolist() == rule.in_batch(everything).flatten().tolist()
+    forward, backward = rule.along(everything, np.tile(everything, (size, 1)))
+    assert forward.tolist() == backward.tolist() == rule.in_batch(everything).tolist()
 
 
 def test_an_edge_is_marked_if_a_rule_marks_one_of_its_directions():
@@ -144,7 +162,7 @@ def test_walks_take_no_edge_that_a_rule_marks():
         (lambda: AbovePositive(margin=3), ValueError, "margin must lie in [-2, 2]"),
         (lambda: AbovePositive(factor=0), ValueError, "factor must be above 0, got 0"),
         (lambda: AboveSimilarity(1.5), ValueError, "threshold must lie in [-1, 1], as cosine similarities do, got 1.5"),
-        (lambda: MoreSimilar(sides(4)[:, 0]), ValueError, "needs embeddings with two sides, [N, 2, d], got [1, 6]"),
+        (lambda: MoreSimilar(sides(4)[:, 0]), ValueError, "needs embeddings with two sides, [N, 2, d], got [4, 6]"),
         (lambda: SameGroup([0.5, 1.0]), TypeError, "groups must hold integers, got dtype float64"),
         (lambda: SameGroup([[0, 1]]), ValueError, "groups must have shape [N], one integer for each instance"),
     ],
@@ -302,9 +320,50 @@ def test_the_callback_refuses(kwargs, error, words):
         BatchSamplerCallback(**kwargs)
 
 
+def test_own_rule_of_recycled_sides():
+    """Before the first rows are there, nobody knows how many sides they will have."""
+
+    class Returns(TwoSides):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx), "embeddings": self.embed(batch)}
+
+    for warmup_epochs in (0, 1):
+        model = Returns()
+        fit(model, Data(), walker(own_rule=AbovePositive(), recycle=True, warmup_epochs=warmup_epochs), max_epochs=3)
+        assert not any(mask.any() for _, mask in model.seen[:12])
+        assert any(mask.any() for _, mask in model.seen[24:])
+
+
+@pytest.mark.parametrize("kind", [{"pool_size": 32}, {"pool_size": None, "refresh_every": 5}], ids=str)
+def test_pairs_of_batches_that_share_instances_come_back(tmp_path, kind):
+    def run(**kwargs):
+        torch.manual_seed(0)
+        model = TwoSides()
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        composer = RWRComposer(ExactGraph(5), replacement=True)
+        callback = walker(composer=composer, own_rule=AbovePositive(), mask_nearest=3, **kind)
+        fit(model, Data(seed=1), callback, saves, enable_checkpointing=True, max_epochs=1, **kwargs)
+        return model.seen
+
+    whole, resumed = run(), run(ckpt_path=tmp_path / "step=2.ckpt")
+    assert any(mask.any() for _, mask in whole)
+    for (batch, mask), (other_batch, other_mask) in zip(whole[2:], resumed, strict=True):
+        assert np.array_equal(batch, other_batch)
+        assert torch.equal(mask, other_mask)
+
+
 def test_own_rule_needs_two_sides():
     with pytest.raises(ValueError, match=r"AbovePositive\(.*\) needs embeddings with two sides"):
         fit(Model(), Data(), walker(own_rule=AbovePositive(), warmup_epochs=1))
+
+
+def test_a_reference_of_one_side_needs_a_threshold():
+    class OneSided(Data):
+        def reference_embeddings(self):
+            return sides(self.n)[:, 0]
+
+    with pytest.raises(RuntimeError, match=r"give reference_rule=AboveSimilarity\(threshold\)"):
+        fit(Asks(), OneSided(), walker())
 
 
 class ShortGroups(Data):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, pool_order, walker
 
-from bs_lightning import PoolBatchSampler, RWRComposer
+from bs_lightning import ExactGraph, PoolBatchSampler, RWRComposer
 from bs_lightning.separate import separate, separate_order
 
 
@@ -55,7 +55,7 @@ def test_separates_the_remainder_too(drawn, rest, seed):
 
 def test_exchanges_nothing_where_nothing_repeats():
     batches = np.arange(12).reshape(3, 4)
-    assert separate(batches, np.arange(12) // 1, seed=0) is batches
+    assert separate(batches, np.arange(12), seed=0) is batches
 
 
 def test_exchanges_no_more_than_it_must():
@@ -105,6 +105,47 @@ def test_a_resumed_epoch_goes_on(tmp_path):
     assert run(ckpt_path=tmp_path / "step=5.ckpt" if (whole := run()) else None) == whole[5:]
 
 
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_refuses_to_go_on_with_other_groups(tmp_path, warmup_epochs):
+    def run(separate_groups, **kwargs):
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+        data = Grouped(8, 100, separate_groups=separate_groups, seed=3)
+        callback = walker(24, warmup_epochs=warmup_epochs)
+        fit(Model(), data, callback, saves, enable_checkpointing=True, max_epochs=1, **kwargs)
+
+    run(False)
+    with pytest.raises(ValueError, match="in the middle of an epoch with different groups"):
+        run(True, ckpt_path=tmp_path / "step=5.ckpt")
+
+
+def test_instances_that_were_exchanged_are_masked_too():
+    class Asks(Model):
+        marked = 0
+
+        def training_step(self, batch, batch_idx):
+            data = self.trainer.datamodule
+            trained, mask = data.trained_batch(), data.likely_false_negatives()
+            near = [pools[-1][index] for index in trained.tolist()]
+            for row, i in enumerate(trained.tolist()):
+                for column, j in enumerate(trained.tolist()):
+                    expected = i != j and j in near[row] and i in near[column]
+                    assert mask[row, column] == (expected or (i != j and i // 5 == j // 5))
+                    Asks.marked += expected
+            return super().training_step(batch, batch_idx)
+
+    pools = []
+
+    class Keeps(RWRComposer):
+        def __call__(self, embeddings, batch_size, *, indices, **kwargs):
+            batches = super().__call__(embeddings, batch_size, **kwargs)
+            pools.append({int(i): set(indices[row].tolist()) for i, row in zip(indices, self.neighbors, strict=True)})
+            return batches
+
+    callback = walker(48, composer=Keeps(ExactGraph(5)), mask_nearest=5)
+    fit(Asks(), Grouped(8, 96, separate_groups=True), callback, max_epochs=1)
+    assert Asks.marked > 20
+
+
 class OneGroup(Data):
     def train_groups(self):
         return np.minimum(np.arange(self.n), 80)  # 20 instances of group 80
@@ -118,11 +159,11 @@ def test_refuses_a_group_that_is_too_large():
 
 
 def test_refuses_batches_that_share_instances():
-    callback = walker(composer=RWRComposer(replacement=True))
+    callback = walker(composer=RWRComposer(replacement=True), warmup_epochs=1)
     with pytest.raises(ValueError, match="separate_groups=True needs batches that share no instances"):
         fit(Model(), Grouped(8, 100, separate_groups=True), callback)
 
 
 def test_refuses_groups_of_another_length():
-    with pytest.raises(ValueError, match="separate_groups must have length 20, got 19"):
-        PoolBatchSampler(20, 5, separate_groups=np.arange(19))
+    with pytest.raises(ValueError, match="groups must have length 20, got 19"):
+        PoolBatchSampler(20, 5, groups=np.arange(19))

@@ -1,7 +1,6 @@
 """Adaptive pools: a pool size that follows the training loss, so that batches are as hard as the model can use."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ class AdaptivePools:
 
     Args:
         target_loss: The training loss to hold, above 0.
-        mean: Averages a number over all processes. ``None`` is for one process.
 
     Attributes:
         n_batches: Batches in a pool, from 1 for uniform batches; not rounded.
@@ -43,14 +41,14 @@ class AdaptivePools:
         ((slice(0, 3, None), 3), True)
     """
 
-    def __init__(self, target_loss: float, mean: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, target_loss: float) -> None:
         if not 0 < check_number("target_loss", target_loss) < math.inf:
             raise ValueError(f"target_loss must be above 0 and finite, got {target_loss}. Try 0.05.")
         self.target_loss = target_loss
         self.n_batches = 1.0
-        self._mean = mean
-        self._loss = torch.tensor(0.0)
+        self._loss = torch.tensor(torch.nan)
         self._n_observed = 0
+        self._n_served = 0
 
     @property
     def composes(self) -> bool:
@@ -58,16 +56,17 @@ class AdaptivePools:
         return self.n_batches >= 2
 
     def observe(self, loss: Tensor) -> None:
-        """Note the loss of a batch.
+        """Note the loss of a batch. A loss that is not finite counts for nothing.
 
         Args:
-            loss: A scalar. It may be on any device, which is not waited for.
+            loss: A scalar, the mean over all processes. It may be on any device, which is not waited for.
         """
         self._n_observed += 1
         share = 1 / min(self._n_observed, _WINDOW)
         loss = loss.detach().float()
-        self._loss = self._loss.to(loss.device)
-        self._loss = self._loss + share * (loss - self._loss)
+        before = self._loss.to(loss.device)
+        before = torch.where(before.isfinite(), before, loss)
+        self._loss = torch.where(loss.isfinite(), before + share * (loss - before), before)
 
     def check(self, layout: BatchLayout) -> None:
         """Accept every layout.
@@ -77,7 +76,7 @@ class AdaptivePools:
         """
 
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """Choose the next pool's size from the loss, and return the pool. Every process must call it.
+        """Choose the next pool's size from the loss, and return the pool.
 
         Args:
             start: The number of the next batch to serve.
@@ -87,16 +86,18 @@ class AdaptivePools:
         Returns:
             The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
         """
-        if self._n_observed:
-            loss = float(self._loss if self._mean is None else self._mean(self._loss))
+        # A pool that the epoch's end made much smaller says nothing of the pools of this size.
+        if self._n_observed and (not self.composes or self._n_served > self.n_batches / 2):
+            loss = float(self._loss)
             if math.isfinite(loss):
                 factor = min(max((self.target_loss / max(loss, 1e-12)) ** 2, 1 / _MOST), _MOST)
-                self.n_batches = min(max(self.n_batches * factor, 1.0), float(layout.n_full))
-            self._n_observed = 0
+                self.n_batches = min(max(self.n_batches * factor, 1.0), float(stop))
+        self._n_observed = 0
         size = round(self.n_batches) if self.composes else _UNIFORM_STRETCH
         end = min(start + size, stop)
         if stop - end < size / 2:  # no small pool at the epoch's end: its batches would be easier
             end = stop
+        self._n_served = end - start
         return slice(start, end), end
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +106,12 @@ class AdaptivePools:
         Returns:
             Tensors and plain Python values.
         """
-        return {"n_batches": self.n_batches, "loss": self._loss.cpu(), "n_observed": self._n_observed}
+        return {
+            "n_batches": self.n_batches,
+            "loss": self._loss.cpu(),
+            "n_observed": self._n_observed,
+            "n_served": self._n_served,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state from a checkpoint.
@@ -116,3 +122,4 @@ class AdaptivePools:
         self.n_batches = float(state_dict["n_batches"])
         self._loss = state_dict["loss"]
         self._n_observed = int(state_dict["n_observed"])
+        self._n_served = int(state_dict["n_served"])

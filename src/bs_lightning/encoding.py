@@ -76,7 +76,7 @@ def encode(
     unit_rows_(embeddings)
     # Two equal embeddings prove nothing: the dataset may hold an instance twice.
     if len(embeddings) > 2 and torch.allclose(embeddings, embeddings[:1], atol=1e-6):
-        _warn_once("A pool's embeddings are all equal: the model has collapsed. Batches are random.")
+        _warn_once("All embeddings are equal: the model has collapsed. Batches composed from them are random.")
     return embeddings
 
 

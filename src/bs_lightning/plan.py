@@ -16,6 +16,7 @@ from bs_lightning._types import Batches, Indices, Order, Pairs
 from bs_lightning.layout import BatchLayout
 from bs_lightning.separate import separate, separate_order
 
+_BATCHES_AT_ONCE = 256  # batches whose pairs are looked for together
 NO_PAIRS: Pairs = np.empty((0, 2), dtype=np.int64)
 
 
@@ -301,6 +302,7 @@ class EpochPlan:
         self.planning = planning
         self.pool = pool
         self.groups = groups
+        self._sorted: tuple[Pool, Pairs, Indices] | None = None
         self._order = permutation(layout.n_instances, seed, epoch)
         if groups is not None:
             self._order = separate_order(self._order, groups, layout.global_batch_size, pool_seed(seed, epoch, 0))
@@ -323,15 +325,24 @@ class EpochPlan:
         return self._order[batch * size : (batch + 1) * size]
 
     def pairs(self, batch: int) -> Pairs:
-        """Return the likely false negatives of the pool that serves a batch.
+        """Return the likely false negatives of a batch, by the planner.
 
         Args:
             batch: The batch's number in the epoch.
 
         Returns:
-            Pairs of dataset indices, int64 ``[m, 2]``.
+            Pairs of dataset indices, int64 ``[m, 2]``. Where batches may share instances, pairs of other batches of the
+            pool are among them.
         """
-        return self.pool.pairs if self.pool is not None and self.pool.serves(self.epoch, batch) else NO_PAIRS
+        pool = self.pool
+        if pool is None or not pool.serves(self.epoch, batch):
+            return NO_PAIRS
+        if pool.replacement:
+            return pool.pairs
+        if self._sorted is None or self._sorted[0] is not pool:
+            self._sorted = pool, *_by_batch(pool)
+        _, pairs, starts = self._sorted
+        return pairs[starts[batch - pool.start] : starts[batch - pool.start + 1]]
 
     def __iter__(self) -> Iterator[list[Order]]:
         """Plan each pool and yield its batches that are still to be served."""
@@ -364,11 +375,9 @@ class EpochPlan:
         positions: Order = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
         if self.groups is not None:
             positions = separate(positions, self.groups[indices], pool_seed(self.seed, self.epoch, start))
-        batches = indices[positions[: end - start]]
-        pairs = indices[_check_pairs(planned.pairs, len(indices))]
-        if len(batches) < len(positions):  # a checkpoint holds only the pairs whose batches are served
-            pairs = pairs[np.isin(pairs, batches).all(axis=1)]
-        return Pool(self.epoch, start, batches, pairs, planning.replacement)
+        positions = positions[: end - start]
+        pairs = _meeting(_check_pairs(planned.pairs, len(indices)), positions, len(indices), planning.replacement)
+        return Pool(self.epoch, start, indices[positions], indices[pairs], planning.replacement)
 
 
 def check_batches(batches: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> Batches:
@@ -429,6 +438,39 @@ def _check_pairs(pairs: ArrayLike, pool_size: int) -> NDArray[np.integer[Any]]:
             f"plan_pool must return pairs of shape [m, 2] with positions in [0, {pool_size}), got {array.tolist()}."
         )
     return array
+
+
+def _meeting(
+    pairs: NDArray[np.integer[Any]], batches: Order, pool_size: int, replacement: bool
+) -> NDArray[np.integer[Any]]:
+    """Return the pairs whose two instances meet in a batch. Only these are served, and saved."""
+    kept: NDArray[np.integer[Any]]
+    if not len(pairs):
+        return pairs
+    if not replacement:
+        batch_of = np.full(pool_size, -1)
+        batch_of[batches] = np.arange(len(batches))[:, None]
+        first, second = batch_of[pairs].T
+        kept = pairs[(first == second) & (first >= 0)]
+        return kept
+    found = np.zeros(len(pairs), dtype=np.bool_)
+    for start in range(0, len(batches), _BATCHES_AT_ONCE):
+        some = batches[start : start + _BATCHES_AT_ONCE]
+        holds = np.zeros((pool_size, len(some)), dtype=np.bool_)
+        holds[some, np.arange(len(some))[:, None]] = True
+        bits = np.packbits(holds, axis=1)
+        found |= (bits[pairs[:, 0]] & bits[pairs[:, 1]]).any(axis=1)
+    kept = pairs[found]
+    return kept
+
+
+def _by_batch(pool: Pool) -> tuple[Pairs, Indices]:
+    """Return a pool's pairs in the order of the batches that hold them, and where each batch's pairs start."""
+    instances = pool.batches.ravel()
+    order = np.argsort(instances)
+    batch = order[np.searchsorted(instances, pool.pairs[:, 0], sorter=order)] // pool.batches.shape[1]
+    by_batch = np.argsort(batch, kind="stable")
+    return pool.pairs[by_batch], np.searchsorted(batch[by_batch], np.arange(len(pool.batches) + 1))
 
 
 def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:

@@ -54,8 +54,8 @@ def encode_dataset(
 
     Raises:
         TypeError: If the dataset is iterable-style, or ``embed`` does not return floats.
-        ValueError: If ``path`` does not end in ``.npy``, ``batch_size`` is below 1, or an embedding is not finite. The
-            message then names the dataset index.
+        ValueError: If ``path`` does not end in ``.npy`` or its folder does not exist, ``batch_size`` is below 1, the
+            dataset is empty, or an embedding is not finite. The message then names the dataset index.
 
     Example:
         >>> import tempfile
@@ -74,6 +74,10 @@ def encode_dataset(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     check_map_style(dataset, "dataset")
     size = len(dataset)  # type: ignore[arg-type]
+    if size == 0:
+        raise ValueError("dataset must hold at least one instance, got an empty one.")
+    if not path.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {path}. Create {path.parent} first.")
     has_embed = callable(getattr(type(module), "embed", None))
     encoder: Callable[..., Any] = embed or (module.embed if has_embed else module)  # type: ignore[assignment]
     if device is None:

@@ -16,10 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer_array, check_number
-from bs_lightning._embeddings import first_not_finite, unit_rows
+from bs_lightning._embeddings import first_not_finite, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
 _CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
+_TIE = 1e-6  # cosines that differ by less are equal but for rounding
 
 
 class Rule(Protocol):
@@ -37,15 +38,15 @@ class Rule(Protocol):
         """
         ...
 
-    def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
-        """Mark the pairs ``(anchors[i], others[i])``.
+    def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Mark the edges of a graph, in both directions.
 
         Args:
-            anchors: Dataset indices, int64 ``[m]``.
-            others: Dataset indices, int64 ``[m]``.
+            nodes: Dataset indices, int64 ``[n]``.
+            neighbors: Dataset indices of each node's neighbours, int64 ``[n, K]``.
 
         Returns:
-            bool of shape ``[m]``.
+            Two arrays, bool ``[n, K]``: the pairs (node, neighbour), and the pairs (neighbour, node).
         """
         ...
 
@@ -100,15 +101,7 @@ class AbovePositive:
 
         Returns:
             float32 of shape ``[B]``.
-
-        Raises:
-            ValueError: If there is only one side.
         """
-        if unit.ndim != 3:
-            raise ValueError(
-                f"{self} needs embeddings with two sides, [N, 2, d], got {list(unit.shape)}: one side has no positive "
-                "to compare with. Give both sides, or use AboveSimilarity(threshold)."
-            )
         return self.factor * (unit[:, 0] * unit[:, 1]).sum(dim=1) + self.margin
 
 
@@ -172,13 +165,15 @@ class SameGroup:
         own = torch.from_numpy(self.groups[batch]).to(device)
         return own[:, None] == own
 
-    def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
-        same: NDArray[np.bool_] = self.groups[anchors] == self.groups[others]
-        return same
+    def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        same = self.groups[nodes][:, None] == self.groups[neighbors]
+        return same, same
 
 
 class MoreSimilar:
-    """Marks the pairs whose similarity in given embeddings exceeds a limit.
+    """Marks the pairs whose similarity in given embeddings exceeds a limit. A tie is not marked.
+
+    So where the dataset holds a document twice, its two copies are not marked by this rule alone. Give them a group.
 
     Args:
         embeddings: Floats of shape ``[N, d]``, or ``[N, 2, d]`` for two sides; rows of any length. A
@@ -192,8 +187,8 @@ class MoreSimilar:
         >>> import numpy as np
         >>> from bs_lightning.rules import AboveSimilarity, MoreSimilar
         >>> rule = MoreSimilar(np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), AboveSimilarity(0.5))
-        >>> rule.between(np.array([0, 0]), np.array([1, 2]))
-        array([ True, False])
+        >>> rule.in_batch(np.array([0, 1, 2])).int().tolist()
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
     Source: GISTEmbed, arXiv 2402.16829, where a second model guides the choice of negatives.
     """
@@ -201,38 +196,54 @@ class MoreSimilar:
     def __init__(self, embeddings: Embeddings, limit: Limit | None = None) -> None:
         self.embeddings = embeddings
         self.limit = AbovePositive() if limit is None else limit
+        needs_two_sides = isinstance(self.limit, AbovePositive)
+        if needs_two_sides and embeddings.ndim != 3:
+            raise ValueError(
+                f"{self.limit} needs embeddings with two sides, [N, 2, d], got {list(embeddings.shape)}: one side has "
+                "no positive to compare with. Give both sides, or use AboveSimilarity(threshold)."
+            )
         self._every_side = isinstance(self.limit, AbovePositive) and self.limit.every_side
-        self.limit(self._unit(np.zeros(1, dtype=np.int64)))
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
-        unit = self._unit(batch).to(device)
-        limit = self.limit(unit)[:, None]
-        if unit.ndim == 2:
-            return unit @ unit.T > limit
-        first, second = unit.unbind(1)
-        marked = first @ second.T > limit
-        if self._every_side:
-            for left, right in ((second, first), (first, first), (second, second)):
-                marked |= left @ right.T > limit
-        return marked
+        unit = self._unit(batch).to(device or "cpu")
+        with torch.autocast(unit.device.type, enabled=False):  # bfloat16 would round most differences away
+            limit = self.limit(unit)[:, None] + _TIE
+            if unit.ndim == 2:
+                return unit @ unit.T > limit
+            first, second = unit.unbind(1)
+            marked = first @ second.T > limit
+            if self._every_side:
+                for left, right in ((second, first), (first, first), (second, second)):
+                    marked |= left @ right.T > limit
+            return marked
 
-    def between(self, anchors: Indices, others: Indices) -> NDArray[np.bool_]:
-        width = int(np.prod(self.embeddings.shape[1:]))
-        marked = []
-        for start in range(0, len(anchors), rows := max(1, _CHUNK_ENTRIES // width)):
-            anchor, other = self._unit(anchors[start : start + rows]), self._unit(others[start : start + rows])
-            if anchor.ndim == 2:
-                similarity = (anchor * other).sum(dim=1)
+    def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        n_numbers = neighbors.shape[1] * int(np.prod(self.embeddings.shape[1:]))  # of one node's neighbours
+        forward, backward = np.zeros(neighbors.shape, dtype=np.bool_), np.zeros(neighbors.shape, dtype=np.bool_)
+        for start in range(0, len(nodes), n := max(1, _CHUNK_ENTRIES // n_numbers)):
+            rows = slice(start, start + n)
+            # Each row is read and scaled once, however many edges it has.
+            read, positions = np.unique(
+                np.concatenate([nodes[rows, None], neighbors[rows]], axis=1), return_inverse=True
+            )
+            unit = self._unit(read)
+            limits = self.limit(unit) + _TIE
+            at = torch.from_numpy(positions.reshape(-1, neighbors.shape[1] + 1)).to(unit.device)
+            node, near = unit[at[:, :1]], unit[at[:, 1:]]
+            if unit.ndim == 2:
+                out = back = (node * near).sum(dim=-1)
             elif self._every_side:
-                similarity = (anchor @ other.mT).amax(dim=(1, 2))
+                out = back = (node @ near.mT).amax(dim=(-2, -1))
             else:
-                similarity = (anchor[:, 0] * other[:, 1]).sum(dim=1)
-            marked.append(similarity > self.limit(anchor))
-        return torch.cat(marked).cpu().numpy() if marked else np.empty(0, dtype=np.bool_)
+                out = (node[:, :, 0] * near[:, :, 1]).sum(dim=-1)
+                back = (near[:, :, 0] * node[:, :, 1]).sum(dim=-1)
+            forward[rows] = (out > limits[at[:, :1]]).cpu().numpy()
+            backward[rows] = (back > limits[at[:, 1:]]).cpu().numpy()
+        return forward, backward
 
     def _unit(self, indices: Indices) -> Tensor:
         """Return rows of length 1, float32."""
-        return unit_rows(as_float_tensor(self.embeddings, indices))
+        return unit_rows_(as_float_tensor(self.embeddings, indices))
 
 
 def either_way(rules: Iterable[Rule], indices: Indices, neighbors: Neighbors) -> NDArray[np.bool_]:
@@ -255,10 +266,9 @@ def either_way(rules: Iterable[Rule], indices: Indices, neighbors: Neighbors) ->
                [1, 0]])
     """
     marked = np.zeros(neighbors.shape, dtype=np.bool_)
-    anchors, others = np.repeat(indices, neighbors.shape[1]), indices[neighbors].ravel()
     for rule in rules:
-        both = rule.between(anchors, others) | rule.between(others, anchors)
-        marked |= both.reshape(marked.shape)
+        forward, backward = rule.along(indices, indices[neighbors])
+        marked |= forward | backward
     return marked
 
 
@@ -270,7 +280,7 @@ def as_float_tensor(embeddings: Embeddings, indices: Indices) -> Tensor:
         indices: The rows to read, int64 ``[n]``.
 
     Returns:
-        float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the device of the tensor; of an array, on the CPU.
+        A copy, float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the device of the tensor; of an array, on the CPU.
     """
     if isinstance(embeddings, Tensor):
         return embeddings[torch.from_numpy(indices).to(embeddings.device)].detach().float()

@@ -1,5 +1,6 @@
 """Batch sampler: an epoch's plan as a ``torch.utils.data.BatchSampler``."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class PoolBatchSampler(BatchSampler):
         drop_last: ``False`` serves the remainder as a smaller, uniform batch at the end.
         seed: The same seed gives the same pools.
         rules: Which pairs of a batch are likely false negatives, beside those that the planner finds.
-        separate_groups: Each instance's group, integers ``[N]``. No batch holds two instances of a group.
+        groups: Each instance's group, integers ``[N]``. No batch holds two instances of a group.
         rank: This process's number.
         world_size: Number of processes. Each serves its own slice of every global batch.
 
@@ -57,7 +58,7 @@ class PoolBatchSampler(BatchSampler):
         drop_last: bool = True,
         seed: int = 0,
         rules: Sequence[Rule] = (),
-        separate_groups: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -71,11 +72,13 @@ class PoolBatchSampler(BatchSampler):
         if not 0 <= self.rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
         self.rules = tuple(rules)
-        self.groups = None if separate_groups is None else check_groups(separate_groups)
+        self.groups = None if groups is None else check_groups(groups)
+        self.groups_digest = 0
         if self.groups is not None:
             if len(self.groups) != n_instances:
-                raise ValueError(f"separate_groups must have length {n_instances}, got {len(self.groups)}.")
+                raise ValueError(f"groups must have length {n_instances}, got {len(self.groups)}.")
             check_separable(self.groups, self.layout.n_full)
+            self.groups_digest = zlib.crc32(self.groups.tobytes()) + 1
         self.planning = planning
         self.seed = check_seed(seed)
         self.epoch = 0
@@ -229,6 +232,7 @@ class PoolBatchSampler(BatchSampler):
             stop=len(self) if plan is None or plan.epoch != self.epoch else plan.stop,
             in_pool=plan is not None and plan.pool is not None and plan.pool.epoch == self.epoch,
             pool=None if plan is None else plan.pool,
+            groups=self.groups_digest,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,7 +248,7 @@ class PoolBatchSampler(BatchSampler):
         """
         state = SamplerState.from_dict(state_dict)
         if state.mid_epoch:
-            state.check_same_batches(self.layout)
+            state.check_same_batches(self.layout, self.groups_digest)
             state.check_position(state.epoch, state.served)
         self._loaded = state
         self.seed = state.seed

@@ -54,20 +54,27 @@ def separate(batches: Order, groups: Indices, seed: int) -> Order:
     batches = batches.copy()
     rng = np.random.default_rng(seed)
     n_batches, size = batches.shape
+    held = _batches_of(numbers, batches, {int(numbers[batches[place]]) for place in repeated})
     for batch, column in repeated:
         here = numbers[batches[batch]]
         group = here[column]
         if (here == group).sum() < 2:
             continue  # an earlier exchange took the other instance away
-        for other in (batch + 1 + rng.permutation(n_batches - 1)) % n_batches:
-            there = numbers[batches[other]]
-            if group not in there:
-                break
-        counts = np.bincount(there)
-        helps = ~np.isin(there, here) | (counts[there] > 1)
+        other = int(rng.integers(n_batches))
+        while other in held[int(group)]:
+            other = (other + 1) % n_batches
+        there = numbers[batches[other]]
+        _, which, counts = np.unique(there, return_inverse=True, return_counts=True)
+        helps = ~np.isin(there, here) | (counts[which.reshape(-1)] > 1)
         start = rng.integers(size)
         taken = (start + int(np.roll(helps, -start).argmax())) % size
+        brought = int(there[taken])
         batches[batch, column], batches[other, taken] = batches[other, taken], batches[batch, column]
+        held[int(group)].add(other)
+        if brought in held:
+            held[brought].add(batch)
+            if (there == brought).sum() == 1:
+                held[brought].discard(other)
     return separate(batches, groups, seed + 1)  # what came in exchange may repeat a group of its own
 
 
@@ -93,6 +100,16 @@ def separate_order(order: Order, groups: Indices, batch_size: int, seed: int) ->
         taken = int((~np.isin(groups[batch], groups[rest])).argmax())
         rest[column], batch[taken] = batch[taken], rest[column]
     return np.concatenate([full.ravel(), rest])
+
+
+def _batches_of(numbers: Indices, batches: Order, groups: set[int]) -> dict[int, set[int]]:
+    """Return the batches that hold each of some groups."""
+    held: dict[int, set[int]] = {group: set() for group in groups}
+    of_batches = numbers[batches]
+    wanted = np.isin(of_batches, list(groups))
+    for batch, column in zip(*np.nonzero(wanted), strict=True):
+        held[int(of_batches[batch, column])].add(int(batch))
+    return held
 
 
 def _repeated(groups: Indices) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Pool
 
 FORMAT = 2
-_COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "served", "stop")
+_COUNTS = ("seed", "n_instances", "global_batch_size", "n_batches", "epoch", "served", "stop", "groups")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SamplerState:
         stop: Number of batches after which that epoch ends, at most ``n_batches``.
         in_pool: Whether a pool is being served. ``False`` in uniform epochs, and while a pool is being planned.
         pool: The pool being served, or the last one; ``None`` if no pool was planned yet.
+        groups: A digest of the groups that are kept apart, 0 if none are.
 
     Example:
         >>> from bs_lightning import PoolBatchSampler
@@ -49,6 +50,7 @@ class SamplerState:
     stop: int
     in_pool: bool
     pool: Pool | None
+    groups: int = 0
 
     @property
     def mid_epoch(self) -> bool:
@@ -100,15 +102,23 @@ class SamplerState:
         pool = None if _value(state, "pool", dict, type(None)) is None else _pool_from_dict(state["pool"])
         return cls(**counts, in_pool=_value(state, "in_pool", bool), pool=pool)
 
-    def check_same_batches(self, layout: BatchLayout) -> None:
+    def check_same_batches(self, layout: BatchLayout, groups: int) -> None:
         """Refuse to go on within an epoch if its batches had a different size or were cut from different data.
 
         Args:
             layout: The current epoch's sizes.
+            groups: The current digest of the groups that are kept apart.
 
         Raises:
-            ValueError: If a size differs. The message names the size, its old and its new value.
+            ValueError: If a size differs. The message names the size, its old and its new value. Or if different groups
+                were kept apart.
         """
+        if self.groups != groups:
+            raise ValueError(
+                "The checkpoint was taken in the middle of an epoch with different groups, or with a different "
+                "separate_groups: instances would be lost or repeated. Resume with the same, or from a checkpoint that "
+                "was taken between two epochs."
+            )
         for name in ("n_instances", "global_batch_size"):
             was, now = getattr(self, name), getattr(layout, name)
             if was != now:

@@ -122,7 +122,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         if state is not None:
             # With larger batches Lightning may take the epoch for ended, and would begin it again.
             if start > 0 or (state.epoch == self.epoch and state.mid_epoch):
-                state.check_same_batches(self.layout)
+                state.check_same_batches(self.layout, self.groups_digest)
             if start > 0:
                 state.check_position(self.epoch, start)
             if start > 0 and state.epoch != self.epoch:

@@ -155,10 +155,10 @@ class BatchSamplerCallback(Callback):
         self.warmup_epochs = warmup_epochs
         self.target_loss = target_loss
         self._adaptive: AdaptivePools | None = None
-        if pool_size == "auto":
-            self._adaptive = AdaptivePools(0.05 if target_loss is None else target_loss, self._mean_over_processes)
-        elif target_loss is not None:
-            raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
+        if target_loss is not None:
+            AdaptivePools(target_loss)  # raises before training
+            if pool_size != "auto":
+                raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
         self.refresh_every = refresh_every
         self.recycle = recycle
         self.mask_nearest = mask_nearest
@@ -204,7 +204,7 @@ class BatchSamplerCallback(Callback):
         return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
 
     def resolve_pool_size(self, trainer: Trainer, layout: BatchLayout) -> int:
-        """Return the current epoch's pool size in instances.
+        """Return the current epoch's pool size in instances. With ``pool_size="auto"`` nobody asks for it.
 
         Args:
             trainer: The Trainer, in its setup or at the start of an epoch.
@@ -244,6 +244,11 @@ class BatchSamplerCallback(Callback):
         """
         assert self._planner is not None
         self._planner.attach(data, layout)
+        if data.separate_groups and self.composer.replacement:
+            raise ValueError(
+                "separate_groups=True needs batches that share no instances, but the composer has replacement=True: "
+                f"{self.composer!r}."
+            )
         if self._adaptive is not None and self.target_loss is None:
             has_rule = self.own_rule is not None or bool(data.false_negative_rules)
             self._adaptive.target_loss = 0.3 if has_rule else 0.05
@@ -278,10 +283,6 @@ class BatchSamplerCallback(Callback):
             return self._planner.plan_uniform(indices)
         return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
 
-    def _mean_over_processes(self, value: Tensor) -> Tensor:
-        assert self._planner is not None
-        return self._planner.trainer.strategy.reduce(value, reduce_op="mean")
-
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -310,6 +311,8 @@ class BatchSamplerCallback(Callback):
             source = ReferenceEmbeddings(trainer, self.per_rank)
         else:
             source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
+        if self.pool_size == "auto":
+            self._adaptive = AdaptivePools(0.05 if self.target_loss is None else self.target_loss)
         self._planner = TrainerPlanner(
             trainer,
             source,
@@ -337,6 +340,9 @@ class BatchSamplerCallback(Callback):
             warmup_epochs=self.warmup_epochs,
             pool_size=self.pool_size,
             target_loss=self.target_loss,
+            own_rule=self.own_rule,
+            from_reference=self.from_reference,
+            groups=sampler.groups_digest,
             refresh_every=self.refresh_every,
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
@@ -385,8 +391,10 @@ class BatchSamplerCallback(Callback):
                     'pool_size="auto" needs training_step to return the loss, also with manual optimization, got '
                     f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
                 )
-            # Lightning has divided the loss by the number of batches whose gradients it accumulates.
-            self._adaptive.observe(loss * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
+            # Lightning has divided the loss by the number of batches whose gradients it accumulates. The mean is taken
+            # at each step, so that the state of one process is the state of all.
+            times = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._adaptive.observe(trainer.strategy.reduce(loss.detach() * times, reduce_op="mean"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._planner is not None
@@ -410,8 +418,9 @@ class BatchSamplerCallback(Callback):
         return state if self._adaptive is None else state | {"adaptive": self._adaptive.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        of_source = {name: value for name, value in state_dict.items() if name != "adaptive"}
         if self._planner is not None:
-            self._planner.source.load_state_dict(state_dict)
+            self._planner.source.load_state_dict(of_source)
         if self._adaptive is not None and "adaptive" in state_dict:
             self._adaptive.load_state_dict(state_dict["adaptive"])
 

@@ -194,8 +194,8 @@ class BatchSamplerDataModule(LightningDataModule):
     def train_groups(self) -> Tensor | Sequence[int] | None:
         """Return each instance's group: instances of a group are never each other's negatives.
 
-        A group is one product, caption, sentence or document, or an instance that the dataset holds twice. Loss and
-        graph leave the pairs of a group out: see :meth:`likely_false_negatives`.
+        A group is one product, caption, sentence or document, or an instance that the dataset holds twice. Walks take
+        no edge within a group. The loss leaves its pairs out if you pass it :meth:`likely_false_negatives`.
 
         Returns:
             Integers of shape ``[N]``; ``None``, the default, if there are no groups.
@@ -257,7 +257,7 @@ class BatchSamplerDataModule(LightningDataModule):
             drop_last=self.drop_last,
             seed=self._resolve_seed(),
             rules=self._rules,
-            separate_groups=groups if self.separate_groups else None,
+            groups=groups if self.separate_groups else None,
             rank=ranks["rank"] if ranks else 0,
             world_size=ranks["num_replicas"] if ranks else 1,
         )
@@ -312,6 +312,11 @@ class BatchSamplerDataModule(LightningDataModule):
             "likely_false_negatives", None if sampler is None else sampler.likely_false_negatives(device)
         )
         if not self._rules and (self._planner is None or not self._planner.finds_false_negatives):
+            if self._reference is not None:
+                raise RuntimeError(
+                    "likely_false_negatives() needs a rule for reference_embeddings() of one side: give "
+                    "reference_rule=AboveSimilarity(threshold), such as 0.9, to your DataModule's super().__init__()."
+                )
             raise RuntimeError(
                 "likely_false_negatives() needs a rule: override train_groups() or reference_embeddings(), or give "
                 "BatchSamplerCallback(mask_nearest=...), such as 5, or BatchSamplerCallback(own_rule=AbovePositive())."

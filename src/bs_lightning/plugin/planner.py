@@ -23,7 +23,7 @@ from bs_lightning.metrics import (
     in_batch_hardness,
     negatives_above_positive,
 )
-from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, permutation
+from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, permutation, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
 from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings, check_length
@@ -95,6 +95,7 @@ class TrainerPlanner:
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
         self._rules = data.false_negative_rules
+        self._whole_graph = None
         labels = data.train_labels()
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
@@ -123,7 +124,10 @@ class TrainerPlanner:
                     composer = copy.deepcopy(self._composer)
                 except Exception:  # whatever a user's object raises
                     return
-                self._compose(random.to(embeddings.device), np.arange(size), seed=0, epoch=epoch, composer=composer)
+                random = random.to(embeddings.device)
+                # The sides of recycled embeddings are not known yet.
+                own_rule = self._own_rule if embeddings.any() else None
+                self._compose(random, np.arange(size), 0, epoch, composer=composer, own_rule=own_rule)
 
     def describe_uniform(self, epoch: int) -> None:
         """Note for the log what two uniform batches are like, with the model as it is.
@@ -135,9 +139,9 @@ class TrainerPlanner:
         embeddings = self.source.read(indices)
         if self._per_rank:
             indices = own_share(self.trainer, indices)
-        log: dict[str, float] = {}
+        log = {"batch_sampler/pool_size": float(self.layout.global_batch_size)}
         if len(embeddings) and embeddings.any():
-            log = self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
+            log |= self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
         self._log = log if self._per_rank else self.trainer.strategy.broadcast(log)
         self._n_batches = 2
         self.source.end_epoch()
@@ -203,7 +207,7 @@ class TrainerPlanner:
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
-                composed = self._compose(embeddings, indices, seed, epoch)
+                composed = self._plan_share(embeddings, indices, seed, epoch)
         return self.trainer.strategy.broadcast(composed)  # type: ignore[no-any-return]
 
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
@@ -211,36 +215,49 @@ class TrainerPlanner:
         trainer = self.trainer
         with failing_together(trainer):
             share = own_share(trainer, indices)
-            composed = self._compose(embeddings, share, seed + trainer.global_rank, epoch)
+            composed = self._plan_share(embeddings, share, seed + trainer.global_rank, epoch)
         pools = gather(trainer, composed.pool)
         starts = range(0, len(indices), len(share))
         batches = np.concatenate([pool.batches + start for pool, start in zip(pools, starts, strict=True)], axis=1)
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
 
+    def _plan_share(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+        """Compose batches in this process alone, with the callback's own composer and rule."""
+        own_rule = self._own_rule if embeddings.any() else None  # a bank without rows does not know how many sides
+        with isolated_rng(), isolated_threads():
+            neighbors = self._fixed_neighbors(indices)
+        return self._compose(
+            embeddings, indices, seed, epoch, composer=self._composer, own_rule=own_rule, neighbors=neighbors
+        )
+
     def _compose(
-        self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, composer: Composer | None = None
+        self,
+        embeddings: Tensor,
+        indices: Indices,
+        seed: int,
+        epoch: int,
+        *,
+        composer: Composer,
+        own_rule: AbovePositive | None,
+        neighbors: Neighbors | None = None,
     ) -> _Composed:
         """Compose batches in this process alone."""
-        composer = self._composer if composer is None else composer
-        own = None if self._own_rule is None else MoreSimilar(embeddings, self._own_rule)
+        own = None if own_rule is None else MoreSimilar(embeddings, own_rule)
+        offered = self._offered(indices, own) | {"neighbors": neighbors}
+        more = {name: value for name, value in offered.items() if name in self._asked}
         start = time.perf_counter()
         with isolated_rng(), isolated_threads():
-            more = {name: value for name, value in self._offered(indices, own, seed).items() if name in self._asked}
             returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
         pairs = NO_PAIRS
         if composer.neighbors is not None:
             pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
-        if not composer.replacement:  # a checkpoint holds only the pairs that meet in a batch
-            batch_of = np.empty(len(indices), dtype=np.int64)
-            batch_of[batches] = np.arange(len(batches))[:, None]
-            pairs = pairs[batch_of[pairs[:, 0]] == batch_of[pairs[:, 1]]]
         return _Composed(PlannedPool(batches, pairs), self._describe(embeddings, indices, batches), seconds)
 
-    def _offered(self, indices: Indices, own: Rule | None, seed: int) -> dict[str, Any]:
-        """Return what composers may ask for beside embeddings."""
+    def _offered(self, indices: Indices, own: Rule | None) -> dict[str, Any]:
+        """Return what composers may ask for beside embeddings and a graph."""
         positions = np.arange(len(indices))
 
         def mark(neighbors: Neighbors) -> NDArray[np.bool_]:
@@ -251,21 +268,21 @@ class TrainerPlanner:
             "indices": indices,
             "labels": None if self._labels is None else self._labels[torch.from_numpy(indices)],
             "likely_false_negatives": mark if self._rules or own is not None else None,
-            "neighbors": self._fixed_neighbors(indices, seed),
         }
 
-    def _fixed_neighbors(self, indices: Indices, seed: int) -> Neighbors | None:
+    def _fixed_neighbors(self, indices: Indices) -> Neighbors | None:
         """Return a pool's part of the graph of the whole dataset, if embeddings stay the same and a pool is that large.
 
-        The graph is built once.
+        The graph is built once. Its seed is the data's, so that a resumed run builds the same graph.
         """
         composer, layout = self._composer, self.layout
         whole = layout.n_full * layout.global_batch_size
         if not (isinstance(self.source, ReferenceEmbeddings) and isinstance(composer, RWRComposer)):
             return None
-        if self._per_rank or len(indices) < whole or not indices.any():  # a rehearsal's indices are made up
+        if self._per_rank or len(indices) < whole:
             return None
         if self._whole_graph is None:
+            seed = pool_seed(self.trainer.datamodule.train_sampler.seed, 0, 0)
             self._whole_graph = composer.graph(self.source.read(np.arange(layout.n_instances)), seed=seed)
         return restricted(self._whole_graph, indices)
 
@@ -277,12 +294,10 @@ class TrainerPlanner:
             known = ~similar_to_nothing(embeddings).cpu().numpy()  # the neighbours of an all-zero row are random
             found.append(near[known[near].all(axis=1)])
         if own is not None:
-            anchors, others = (
-                np.repeat(np.arange(len(neighbors)), neighbors.shape[1]),
-                neighbors.ravel().astype(np.int64),
-            )
-            for first, second in ((anchors, others), (others, anchors)):
-                marked = own.between(first, second) & (first != second)
+            anchors = np.broadcast_to(np.arange(len(neighbors))[:, None], neighbors.shape)
+            forward, backward = own.along(np.arange(len(neighbors)), neighbors.astype(np.int64))
+            for first, second, marked in ((anchors, neighbors, forward), (neighbors, anchors, backward)):
+                marked = marked & (first != second)
                 found.append(np.stack([first[marked], second[marked]], axis=1))
         return np.unique(np.concatenate(found), axis=0)
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bs_lightning._embeddings import unit_rows
+from bs_lightning._embeddings import unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.encoding import encode
@@ -284,7 +284,7 @@ class ReferenceEmbeddings:
             indices = own_share(self._trainer, indices)
         elif not self._trainer.is_global_zero:
             return torch.empty(0)  # a different process composes
-        return unit_rows(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+        return unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
 
     def keep(self, outputs: Any) -> None:
         pass
