@@ -493,7 +493,7 @@ def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
         1.0
     """
     similarity = torch.nn.functional.cosine_similarity(first.float(), second.float())
-    return float(require("scipy.stats").spearmanr(similarity.cpu().numpy(), scores).statistic)
+    return float(require("scipy.stats").spearmanr(similarity.detach().cpu().numpy(), scores).statistic)
 
 
 def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor) -> dict[str, float]:
