@@ -75,13 +75,16 @@ def test_two_processes_train_as_one(recipe, tmp_path):
 def test_a_run_that_is_resumed_in_mid_epoch_ends_as_the_uninterrupted_run(recipe, tmp_path):
     def run(ckpt_path=None, **kwargs):
         model, data = build(recipe, tmp_path)
-        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         made = trainer(saved, walker(32), enable_checkpointing=True, **kwargs)
         made.fit(model, datamodule=data, ckpt_path=ckpt_path)
         return {name: value.clone() for name, value in model.state_dict().items()}
 
     expected = run()
     assert_equal(run(tmp_path / "step=5.ckpt"), expected)
+    if recipe == "simcse":  # as the docs say
+        loaded = SimCSE.load_from_checkpoint(tmp_path / "step=24.ckpt", model=bert())
+        assert loaded.state_dict().keys() == expected.keys()
 
 
 @recipes
@@ -101,6 +104,21 @@ def test_equal_instances_are_no_negatives(recipe, tmp_path):
     noted = Losses()
     trainer(noted, max_epochs=1, num_sanity_val_steps=0, limit_val_batches=0).fit(model, datamodule=data)
     assert noted.losses == [0, 0]
+
+
+@recipes
+def test_training_may_have_no_end_and_no_validation(recipe, tmp_path):
+    model, data = build(recipe, tmp_path)
+    data.evaluate_on = ()
+    data.validation_pairs = None
+
+    class Stop(Losses):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = True
+
+    made = trainer(Stop(), max_epochs=-1)
+    made.fit(model, datamodule=data)
+    assert made.optimizers[0].param_groups[0]["lr"] == model.learning_rate
 
 
 @recipes
@@ -305,6 +323,7 @@ def test_pairs_are_read(tmp_path):
         ("a\tb\nr0\t ", "line 2 must hold two texts that are not blank"),
         ("a\tb\n", "holds no pair"),
         ("subset\tscore\tsentence1\tsentence2\nx\t1\tr0\tr1\nx\t1\tr0", "line 3 must hold 4 fields"),
+        ("score\tsentence1\tsentence2\n", "holds no pair"),
         ("score\tsentence1\tsentence2\nhigh\tr0\tr1", "line 2: score must be a number, got 'high'"),
     ],
 )
@@ -391,3 +410,6 @@ def test_all_files_are_evaluated(tmp_path):
     first, second = (model(tokens(*side)) for side in zip(*PAIRS[:40], strict=True))
     assert found["val/spearman"] == found["scored/spearman"] == pytest.approx(spearman(first, second, range(40)))
     assert found["val/mrr"] == found["pairs/mrr"]
+    data.evaluate_on = ["a/pairs.tsv", "b/pairs.tsv"]
+    with pytest.raises(ValueError, match="different names"):
+        data.setup()

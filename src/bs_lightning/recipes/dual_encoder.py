@@ -101,7 +101,8 @@ class DualEncoder(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW, and its linear decay to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
-        decay = LinearLR(optimizer, 1, 0, total_iters=int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
+        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 

@@ -110,7 +110,8 @@ class SimCSE(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW without weight decay, and its linear decay to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0)
-        decay = LinearLR(optimizer, 1, 0, total_iters=int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
+        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 

@@ -153,7 +153,8 @@ def read_evaluation(path: str | Path) -> EvaluationPairs:
         The pairs, and the scores if there are any.
 
     Raises:
-        ValueError: If a line has a wrong number of fields, or a score is not a number. The message names the line.
+        ValueError: If a line has a wrong number of fields, or a score is not a number. The message names the line. Also
+            if there is no pair.
     """
     lines = _lines(path)
     names = lines[0].split("\t") if lines else []
@@ -175,6 +176,8 @@ def read_evaluation(path: str | Path) -> EvaluationPairs:
         except ValueError:
             raise ValueError(f"{_place(path, number)}: score must be a number, got {row['score']!r}.") from None
         pairs.append((row["sentence1"], row["sentence2"]))
+    if not pairs:
+        raise ValueError(f"{path} holds no pair. Give two sentences and a score a line.")
     return EvaluationPairs(Path(path).stem, pairs, scores)
 
 
@@ -414,7 +417,14 @@ class TextDataModule(BatchSamplerDataModule):
         self.evaluation: list[EvaluationPairs] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files of ``evaluate_on``."""
+        """Read the files of ``evaluate_on``.
+
+        Raises:
+            ValueError: If a file is not as :func:`read_evaluation` expects, or two files have one name.
+        """
+        names = [Path(path).stem for path in self.evaluate_on]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluate_on must hold files of different names, under which to log, got {names}.")
         self.evaluation = [read_evaluation(path) for path in self.evaluate_on]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
