@@ -499,7 +499,7 @@ def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
     Example:
         >>> import torch
         >>> from bs_lightning.recipes.texts import spearman
-        >>> spearman(torch.eye(2), torch.tensor([[1.0, 0], [1, 0]]), [5, 1])
+        >>> round(spearman(torch.eye(2), torch.tensor([[1.0, 0], [1, 0]]), [5, 1]), 3)
         1.0
     """
     similarity = torch.nn.functional.cosine_similarity(first.float(), second.float())
