@@ -1,0 +1,167 @@
+"""SimCSE, unsupervised: a sentence is its own positive pair, under two dropout masks.
+
+Source: Gao et al., "SimCSE: Simple contrastive learning of sentence embeddings", EMNLP 2021, arXiv 2104.08821. The
+settings are those of its public code, https://github.com/princeton-nlp/SimCSE, for BERT base. In addition, equal
+sentences are not each other's negatives here.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+
+from bs_lightning.losses import info_nce
+from bs_lightning.recipes.texts import (
+    Embedded,
+    Pooling,
+    TextDataModule,
+    TextEncoder,
+    Tokens,
+    evaluate,
+    read_sentences,
+    text_groups,
+)
+
+
+class SimCSE(LightningModule):
+    """Train sentence embeddings with dropout as the only augmentation.
+
+    ``model(tokens)`` gives embeddings to use and to evaluate. The loss compares these after a head, which is used in
+    training only, as in the public code. ``embed``, from which batches are composed, gives what the loss compares.
+
+    Args:
+        model: A Hugging Face model of texts, or its name or folder. It needs dropout.
+        pooling: ``"cls"`` or ``"mean"``; see :class:`~bs_lightning.recipes.texts.TextEncoder`.
+        temperature: What cosine similarities are divided by.
+        learning_rate: AdamW's, at the start. It falls linearly to zero.
+
+    Raises:
+        ImportError: If ``model`` is a name and transformers is not installed.
+        ValueError: If ``pooling`` is neither of them.
+
+    Example::
+
+        from bs_lightning import BatchSamplerCallback
+        from bs_lightning.recipes.simcse import SentenceData, SimCSE
+        from lightning import Trainer
+
+        name = "bert-base-uncased"
+        data = SentenceData("sentences.txt", name, evaluate_on=["STS12.tsv"])
+        trainer = Trainer(callbacks=BatchSamplerCallback(pool_size=6400, warmup_epochs=0), max_epochs=1)
+        trainer.fit(SimCSE(name), datamodule=data)
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        pooling: Pooling = "cls",
+        temperature: float = 0.05,
+        learning_rate: float = 3e-5,
+    ) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(model, pooling)
+        self.head = nn.Sequential(nn.Linear(self.encoder.width, self.encoder.width), nn.Tanh())
+        self.temperature = temperature
+        self.learning_rate = learning_rate
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return the embeddings of sentences, float32 ``[b, d]``."""
+        embeddings: Tensor = self.encoder(tokens)
+        return embeddings
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Return what the loss compares, floats ``[b, d]``."""
+        embeddings: Tensor = self.head(self(tokens))
+        return embeddings
+
+    def training_step(self, tokens: Tokens, batch_idx: int) -> Tensor:
+        """Embed each sentence twice, and compare the first embeddings with the second."""
+        twice = {name: torch.cat([values, values]) for name, values in tokens.items()}
+        first, second = self.embed(twice).chunk(2)
+        loss = info_nce(
+            first,
+            second,
+            temperature=self.temperature,
+            masked=self.trainer.datamodule.likely_false_negatives(),  # type: ignore[attr-defined]
+            symmetric=False,
+            gather=True,
+        )
+        self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the embeddings of the last validation."""
+        self.embedded: Embedded = defaultdict(list)
+
+    def validation_step(self, batch: tuple[Tokens, Tokens], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed both sentences of pairs."""
+        first, second = batch
+        self.embedded[dataloader_idx].append((self(first), self(second)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of :func:`~bs_lightning.recipes.texts.evaluate`."""
+        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)  # type: ignore[attr-defined]
+        self.log_dict(scores, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW without weight decay, and its linear decay to zero."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0)
+        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
+        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+class SentenceData(TextDataModule):
+    """Sentences to train on, and pairs to evaluate on.
+
+    Args:
+        sentences: The path of a text file with a sentence a line, a ``datasets.Dataset``, or strings. Blank lines are
+            dropped.
+        tokenizer: A Hugging Face tokenizer, or its name or folder.
+        batch_size: Sentences per batch and process.
+        column: The column of a ``datasets.Dataset``.
+        evaluate_on: Paths of tab-separated files, such as STS; see
+            :func:`~bs_lightning.recipes.texts.read_evaluation`.
+        max_length: Tokens that are kept of each sentence.
+        **kwargs: As for :class:`~bs_lightning.BatchSamplerDataModule`.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the tokenizer has no pad token.
+
+    Example::
+
+        SentenceData("sentences.txt", "bert-base-uncased", evaluate_on=["STS12.tsv", "SICK-R.tsv"], num_workers=4)
+    """
+
+    def __init__(
+        self,
+        sentences: Any,
+        tokenizer: Any,
+        batch_size: int = 64,
+        *,
+        column: str = "text",
+        evaluate_on: Sequence[str] = (),
+        max_length: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(tokenizer, batch_size, evaluate_on=evaluate_on, max_length=max_length, **kwargs)
+        self.source = sentences
+        self.column = column
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the sentences, and the files of ``evaluate_on``."""
+        super().setup(stage)
+        self.sentences = read_sentences(self.source, self.column)
+
+    def train_dataset(self) -> Any:
+        """Return the sentences."""
+        return self.sentences
+
+    def train_groups(self) -> Tensor:
+        """Return the same number for equal sentences."""
+        return text_groups(self.sentences)
