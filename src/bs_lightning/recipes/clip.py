@@ -96,7 +96,7 @@ class CLIP(LightningModule):
             images,
             texts,
             temperature=(-self.log_scale).exp(),
-            masked=self.trainer.datamodule.likely_false_negatives(),  # type: ignore[attr-defined]
+            masked=self.trainer.datamodule.likely_false_negatives(),
             gather=True,
         )
         self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
@@ -114,7 +114,7 @@ class CLIP(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log how well texts are found by images, and images by texts."""
         images, texts = (torch.cat(side) for side in zip(*self.embedded, strict=True))
-        groups = self.trainer.datamodule.validation_dataset.groups()[: len(images)]  # type: ignore[attr-defined]
+        groups = self.trainer.datamodule.validation_dataset.groups()[: len(images)]
         found = retrieval(images, texts, groups)
         self.log_dict({f"image_to_text/{name}": value for name, value in found.items()}, sync_dist=True)
         found = retrieval(texts, images, groups)

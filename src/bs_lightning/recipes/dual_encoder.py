@@ -79,7 +79,7 @@ class DualEncoder(LightningModule):
             queries,
             documents,
             temperature=self.temperature,
-            masked=self.trainer.datamodule.likely_false_negatives(),  # type: ignore[attr-defined]
+            masked=self.trainer.datamodule.likely_false_negatives(),
             gather=True,
         )
         self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(queries))
@@ -95,7 +95,7 @@ class DualEncoder(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of :func:`~bs_lightning.recipes.texts.evaluate`."""
-        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)  # type: ignore[attr-defined]
+        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
         self.log_dict(scores, sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -86,7 +86,7 @@ class SimCSE(LightningModule):
             first,
             second,
             temperature=self.temperature,
-            masked=self.trainer.datamodule.likely_false_negatives(),  # type: ignore[attr-defined]
+            masked=self.trainer.datamodule.likely_false_negatives(),
             symmetric=False,
             gather=True,
         )
@@ -104,7 +104,7 @@ class SimCSE(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of :func:`~bs_lightning.recipes.texts.evaluate`."""
-        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)  # type: ignore[attr-defined]
+        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
         self.log_dict(scores, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
