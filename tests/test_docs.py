@@ -11,7 +11,6 @@ from parts import Model
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
-from bs_lightning.losses import weighted
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
@@ -77,16 +76,6 @@ def test_the_usage_page():
         trainer = Trainer(max_epochs=2, callbacks=callback, logger=False, enable_checkpointing=False)
         trainer.fit(model, datamodule=data["Data"](batch_size=32))
         assert {"batch_sampler/hardness", "batch_sampler/false_negative_rate"} <= trainer.callback_metrics.keys()
-
-
-def test_the_loss_that_is_advised():
-    """The loss on the page equals the loss of the library, which the study uses."""
-    names = {}
-    (code,) = printed("docs/when-it-helps.md")
-    exec(code, names)
-    first, second = torch.nn.functional.normalize(torch.randn(2, 6, 4), dim=2)
-    expected = weighted(first, second, temperature=0.2)
-    assert torch.isclose(names["weighted_nt_xent"](first, second, temperature=0.2), expected)
 
 
 def test_the_hand_written_loop():

@@ -88,6 +88,7 @@ def test_a_run_resumed_in_mid_epoch_goes_on_with_its_batches(recipe, tmp_path):
     assert resumed == {1: whole[1][2:]}
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     script = Path(__file__).with_name("graph_run.py")
     done = finish([sys.executable, script, tmp_path])
