@@ -230,6 +230,7 @@ def plot_loss(paths: Sequence[Path]) -> "Figure":
     for arm, marker in COMPOSED.items():
         axes.plot([], [], marker, color="0.3", label=arm)
     axes.set(xscale="log", xlabel="loss of uniform batches at the end of training", ylabel=f"points above {UNIFORM}")
+    axes.set_ylim(-3.5, 3.5)  # one arm's interval is far wider
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
     return figure
