@@ -107,7 +107,7 @@ def test_walks_of_each_rank(tmp_path):
     assert sum(across) / len(across) < 0.16
 
 
-@pytest.mark.parametrize("per_rank", [False, True])
+@pytest.mark.parametrize("per_rank", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_sides_groups_and_rules(tmp_path, per_rank):
     ranks = run(tmp_path, two_sides=True, groups=True, per_rank=per_rank)
     assert_covered(ranks)
@@ -119,7 +119,7 @@ def test_two_sides_groups_and_rules(tmp_path, per_rank):
     assert any((b, a) not in mask for mask in masks for a, b in mask)  # the own rule has a direction
 
 
-@pytest.mark.parametrize("target_loss", [100.0, 1e-9])
+@pytest.mark.parametrize("target_loss", [100.0, pytest.param(1e-9, marks=pytest.mark.slow)])
 def test_pools_that_follow_the_loss_are_the_same_in_all_processes(tmp_path, target_loss):
     ranks = run(tmp_path, pool_size="auto", target_loss=target_loss)
     assert_covered(ranks)
