@@ -1,8 +1,7 @@
 """SimCLR on scikit-learn's handwritten digits, with uniform batches and with walked batches.
 
-`make demo` runs this script: five seeds, about one and a half minutes on two CPU cores. Half a minute of that compiles
-pynndescent. The script shows how to use the package, not where the package gains most: with ten classes, hard negatives
-are often false.
+`make demo` runs this script: five seeds, less than a minute on two CPU cores. The script shows how to use the package,
+not where the package gains most: with ten classes, hard negatives are often false.
 """
 
 import logging
@@ -49,7 +48,7 @@ NOTES = """\
 Mean ± standard deviation over seeds. With the same seed, both arms have the same initial weights, augmentations and
 test split. The same probe on raw pixels: {raw:.3f}.
 Each arm's false-negative rate and hardness (mean cosine similarity of true negatives) are measured on one epoch of
-its own batches, with the embeddings of its own trained model. Seconds are medians, so they exclude compilation."""
+its own batches, with the embeddings of its own trained model. Seconds are medians."""
 
 
 # What is trained: an ordinary SimCLR
