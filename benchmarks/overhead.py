@@ -27,9 +27,16 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer, graphs
 
 from .markdown import print_row
+
+
+def pynndescent() -> BatchSamplerCallback:
+    """Return the default callback, whose pools are too small for pynndescent, and send them there. Call it once."""
+    graphs._SMALL_POOL = 0
+    return BatchSamplerCallback()
+
 
 BATCH_SIZE = 64
 UNCOUNTED = 3  # epochs: uniform, and two composed ones
@@ -37,6 +44,7 @@ ARMS: dict[str, Callable[[], BatchSamplerCallback | None]] = {
     "uniform": lambda: None,
     "exact graph": lambda: BatchSamplerCallback(composer=RWRComposer(ExactGraph(15))),
     "default": BatchSamplerCallback,
+    "pynndescent": pynndescent,
     "recycled": lambda: BatchSamplerCallback(composer=RWRComposer(ExactGraph(15)), recycle=True),
 }
 STEPS = ("encode", "graph", "walk")
