@@ -166,7 +166,9 @@ def test_embed_may_need_what_the_start_of_training_makes():
     [
         ("n", "same n_instances, got 203 on rank 0, 211 on rank 1"),
         pytest.param("seed", "same seed, got 0 on rank 0, 1 on rank 1", marks=pytest.mark.slow),
-        pytest.param("width", r"same shape_of_an_embedding, got \[4\] on rank 0, \[3\] on rank 1", marks=pytest.mark.slow),
+        pytest.param(
+            "width", r"same shape_of_an_embedding, got \[4\] on rank 0, \[3\] on rank 1", marks=pytest.mark.slow
+        ),
         pytest.param("recycled width", r"same shape_of_an_embedding, got \[4\] on", marks=pytest.mark.slow),
         pytest.param("composer", "same composer, got .* on rank 0, 'pool_order' on rank 1", marks=pytest.mark.slow),
     ],
