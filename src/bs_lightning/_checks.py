@@ -58,6 +58,18 @@ def check_instance_callable(name: str, value: Any, example: str) -> None:
         raise TypeError(f"{name} must be callable, such as {example}, got {value!r}.")
 
 
+def check_length(name: str, values: Any, n_instances: int) -> None:
+    """Reject a dataset, labels or groups that differ in length from the training dataset.
+
+    Raises:
+        ValueError: Naming where the values came from, such as ``train_labels()``, and both lengths.
+    """
+    if len(values) != n_instances:
+        raise ValueError(
+            f"{name} must have the length and order of train_dataset(), {n_instances}, got length {len(values)}."
+        )
+
+
 def check_tensor(name: str, value: Any) -> Tensor:
     """Return ``value`` as a tensor. Accept dense real tensors and copy NumPy arrays of real numbers; reject the rest.
 

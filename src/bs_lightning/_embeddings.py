@@ -16,6 +16,9 @@ BLOCK_ENTRIES = 2**24
 BELOW_ANY_COSINE = -2.0
 """Stands in for the similarity to an all-zero row, so that such a row is chosen last."""
 
+TIE = 1e-6
+"""Cosines that differ by less are equal: float32 rounds the cosines of equal directions differently."""
+
 
 def as_embeddings(embeddings: Embeddings) -> Tensor:
     """Return embeddings as a tensor of floats, ``[P, d]`` or ``[P, 2, d]``, on the device that they are on.

@@ -42,7 +42,8 @@ from bs_lightning._embeddings import as_embeddings, unit_rows
 from bs_lightning._types import Batches, Embeddings, Order
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, asked_for
 from bs_lightning.losses import info_nce
-from bs_lightning.metrics import in_batch_accuracy, in_batch_hardness, negatives_above_positive
+from bs_lightning.metrics import in_batch_hardness
+from bs_lightning.metrics._pairs import accuracy_and_negatives_above
 from bs_lightning.plan import check_batches, permutation, pool_seed
 
 _MEASURED_BATCHES = 40  # for each pool size
@@ -220,7 +221,7 @@ def _measure_batch(rows: Tensor, temperature: float) -> list[float]:
         return [float(in_batch_hardness(rows))]
     first, second = unit_rows(rows).unbind(1)
     loss = info_nce(first, second, temperature=temperature, symmetric=False)
-    accuracy, above = in_batch_accuracy(rows), negatives_above_positive(rows)
+    accuracy, above = accuracy_and_negatives_above(rows)
     return [float(value) for value in (in_batch_hardness(rows[None]), accuracy, above, loss)]
 
 

@@ -16,11 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer_array, check_number
-from bs_lightning._embeddings import first_not_finite, unit_rows_
+from bs_lightning._embeddings import TIE, first_not_finite, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
 _CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
-_TIE = 1e-6  # cosines that differ by less are equal but for rounding
 
 
 class Rule(Protocol):
@@ -207,7 +206,7 @@ class MoreSimilar:
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
         unit = self._unit(batch).to(device or "cpu")
         with torch.autocast(unit.device.type, enabled=False):  # bfloat16 would round most differences away
-            limit = self.limit(unit)[:, None] + _TIE
+            limit = self.limit(unit)[:, None] + TIE
             if unit.ndim == 2:
                 return unit @ unit.T > limit
             first, second = unit.unbind(1)
@@ -227,7 +226,7 @@ class MoreSimilar:
                 np.concatenate([nodes[rows, None], neighbors[rows]], axis=1), return_inverse=True
             )
             unit = self._unit(read)
-            limits = self.limit(unit) + _TIE
+            limits = self.limit(unit) + TIE
             at = torch.from_numpy(positions.reshape(-1, neighbors.shape[1] + 1)).to(unit.device)
             node, near = unit[at[:, :1]], unit[at[:, 1:]]
             if unit.ndim == 2:

@@ -184,10 +184,10 @@ class PoolBatchSampler(BatchSampler):
             bool ``[B, B]``, row ``i`` for the anchor ``i``, ``False`` on the diagonal; ``None`` before the first batch.
             The planner finds pairs only in composed batches.
         """
-        batch = self.trained_batch()
         number = self._trained_batch_number()
-        if batch is None or number is None or self._plan is None:
+        if number is None or self._plan is None:
             return None
+        batch = self._plan.global_batch(number).astype(np.int64)
         mask = pair_mask(self._plan.pairs(number), batch).to(device)
         for rule in self.rules:
             mask |= rule.in_batch(batch, device)

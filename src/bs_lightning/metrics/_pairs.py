@@ -1,7 +1,7 @@
 """Positives against negatives, in batches whose instances have two sides: does the positive win?"""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -9,9 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bs_lightning._checks import check_tensor
-from bs_lightning._embeddings import BLOCK_ENTRIES, unit_rows
-
-_TIE = 1e-6  # cosines that differ by less are equal: float32 rounds the cosines of equal directions differently
+from bs_lightning._embeddings import BLOCK_ENTRIES, TIE, unit_rows
 
 
 def in_batch_accuracy(embeddings: Tensor | NDArray[Any]) -> Tensor:
@@ -48,7 +46,7 @@ def in_batch_accuracy(embeddings: Tensor | NDArray[Any]) -> Tensor:
     Source: the contrastive accuracy of van den Oord et al., "Representation learning with contrastive predictive
     coding", arXiv 1807.03748, figure 6.
     """
-    return _share(*_accuracy_update(embeddings))
+    return accuracy_and_negatives_above(embeddings)[0]
 
 
 class InBatchAccuracy(Metric):
@@ -95,9 +93,9 @@ class InBatchAccuracy(Metric):
 
     def update(self, embeddings: Tensor | NDArray[Any]) -> None:
         """Add the anchors of one or more batches."""
-        won, anchors = _accuracy_update(embeddings)
-        self.won += won
-        self.anchors += anchors
+        counts = _count(embeddings)
+        self.won += counts.won
+        self.anchors += counts.anchors
 
     def compute(self) -> Tensor:
         """Return the share of anchors so far whose positive won."""
@@ -131,7 +129,7 @@ def negatives_above_positive(embeddings: Tensor | NDArray[Any]) -> Tensor:
         >>> negatives_above_positive(torch.stack([queries, documents], dim=1))
         tensor(0.1667)
     """
-    return _share(*_above_update(embeddings))
+    return accuracy_and_negatives_above(embeddings)[1]
 
 
 class NegativesAbovePositive(Metric):
@@ -175,33 +173,40 @@ class NegativesAbovePositive(Metric):
 
     def update(self, embeddings: Tensor | NDArray[Any]) -> None:
         """Add the negatives of one or more batches."""
-        above, negatives = _above_update(embeddings)
-        self.above += above
-        self.negatives += negatives
+        counts = _count(embeddings)
+        self.above += counts.above
+        self.negatives += counts.negatives
 
     def compute(self) -> Tensor:
         """Return the share of negatives so far that are above their positive."""
         return _share(self.above, self.negatives)
 
 
-def _accuracy_update(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, int]:
-    """Return how many anchors have a positive above all negatives, and the number of anchors."""
-    batches = _unit_batches(embeddings)
-    won = batches.new_zeros(())
-    for similarity, positive in _similarities(batches):
-        # The positive itself is the only entry that is not clearly below the positive.
-        won += ((similarity >= positive - _TIE).sum(dim=2) == 1).sum()
-    return _nan_unless_finite(won, batches), batches.shape[0] * batches.shape[1]
+def accuracy_and_negatives_above(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """Compute :func:`in_batch_accuracy` and :func:`negatives_above_positive` from the same similarities."""
+    counts = _count(embeddings)
+    return _share(counts.won, counts.anchors), _share(counts.above, counts.negatives)
 
 
-def _above_update(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, int]:
-    """Return how many negatives are above their positive, and the number of negatives."""
+class _Counts(NamedTuple):
+    won: Tensor  # anchors whose positive is above all negatives
+    anchors: int
+    above: Tensor  # negatives above their positive
+    negatives: int
+
+
+def _count(embeddings: Tensor | NDArray[Any]) -> _Counts:
+    """Compare the positives of all batches with the negatives."""
     batches = _unit_batches(embeddings)
     n_batches, size = batches.shape[:2]
-    above = batches.new_zeros(())
+    won, above = batches.new_zeros(()), batches.new_zeros(())
     for similarity, positive in _similarities(batches):
-        above += (similarity > positive + _TIE).sum()
-    return _nan_unless_finite(above, batches), n_batches * size * (size - 1)
+        # The positive itself is the only entry that is not clearly below the positive.
+        won += ((similarity >= positive - TIE).sum(dim=2) == 1).sum()
+        above += (similarity > positive + TIE).sum()
+    # Comparisons with NaN are false, and would hide an embedding that is not finite.
+    unknown = torch.where(batches.isfinite().all(), 0, torch.nan)
+    return _Counts(won + unknown, n_batches * size, above + unknown, n_batches * size * (size - 1))
 
 
 def _unit_batches(embeddings: Tensor | NDArray[Any]) -> Tensor:
@@ -224,11 +229,6 @@ def _similarities(batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for part in batches.split(max(1, BLOCK_ENTRIES // batches.shape[1] ** 2)):
             similarity = part[:, :, 0] @ part[:, :, 1].mT
             yield similarity, similarity.diagonal(dim1=1, dim2=2).unsqueeze(2)
-
-
-def _nan_unless_finite(count: Tensor, batches: Tensor) -> Tensor:
-    """Return a count, or NaN if an embedding is not finite: comparisons with NaN are false, and would hide it."""
-    return torch.where(batches.isfinite().all(), count, torch.nan)
 
 
 def _share(count: Tensor, of: Tensor | int) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bs_lightning._checks import check_seed
+from bs_lightning._checks import check_length, check_seed
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
@@ -371,11 +371,7 @@ class BatchSamplerDataModule(LightningDataModule):
         else:
             rule = SameGroup(groups.cpu() if isinstance(groups, Tensor) else groups)
             checked = rule.groups
-            if len(checked) != n_instances:
-                raise ValueError(
-                    f"train_groups() must have the length and order of train_dataset(), {n_instances}, got length "
-                    f"{len(checked)}."
-                )
+            check_length("train_groups()", checked, n_instances)
             rules.append(rule)
         self._reference = self.reference_embeddings()
         if self._reference is not None:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,23 +11,23 @@ from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
-from bs_lightning.metrics import (
-    in_batch_accuracy,
-    in_batch_false_negative_rate,
-    in_batch_hardness,
-    negatives_above_positive,
-)
+from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
+from bs_lightning.metrics._pairs import accuracy_and_negatives_above
 from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, permutation, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
-from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings, check_length
+from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
+
+_MarkEdges = Callable[[Neighbors], tuple[NDArray[np.bool_], NDArray[np.bool_]]]
+"""A pool's graph -> which edges are likely false negatives, from each row's node and towards it."""
 
 
 class _Composed(NamedTuple):
@@ -99,7 +99,7 @@ class TrainerPlanner:
         labels = data.train_labels()
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
-            check_length("train_labels()", labels, layout)
+            check_length("train_labels()", labels, layout.n_instances)
 
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
@@ -225,8 +225,7 @@ class TrainerPlanner:
     def _plan_share(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose batches in this process alone, with the callback's own composer and rule."""
         own_rule = self._own_rule if embeddings.any() else None  # a bank without rows does not know how many sides
-        with isolated_rng(), isolated_threads():
-            neighbors = self._fixed_neighbors(indices)
+        neighbors = self._fixed_neighbors(indices)
         return self._compose(
             embeddings, indices, seed, epoch, composer=self._composer, own_rule=own_rule, neighbors=neighbors
         )
@@ -243,7 +242,7 @@ class TrainerPlanner:
         neighbors: Neighbors | None = None,
     ) -> _Composed:
         """Compose batches in this process alone."""
-        own = None if own_rule is None else MoreSimilar(embeddings, own_rule)
+        own = None if own_rule is None else _once_per_graph(MoreSimilar(embeddings, own_rule))
         offered = self._offered(indices, own) | {"neighbors": neighbors}
         more = {name: value for name, value in offered.items() if name in self._asked}
         start = time.perf_counter()
@@ -256,13 +255,12 @@ class TrainerPlanner:
             pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
         return _Composed(PlannedPool(batches, pairs), self._describe(embeddings, indices, batches), seconds)
 
-    def _offered(self, indices: Indices, own: Rule | None) -> dict[str, Any]:
+    def _offered(self, indices: Indices, own: _MarkEdges | None) -> dict[str, Any]:
         """Return what composers may ask for beside embeddings and a graph."""
-        positions = np.arange(len(indices))
 
         def mark(neighbors: Neighbors) -> NDArray[np.bool_]:
             marked = either_way(self._rules, indices, neighbors)
-            return marked if own is None else marked | either_way([own], positions, neighbors)
+            return marked if own is None else marked | np.logical_or(*own(neighbors))
 
         return {
             "indices": indices,
@@ -283,10 +281,11 @@ class TrainerPlanner:
             return None
         if self._whole_graph is None:
             seed = pool_seed(self.trainer.datamodule.train_sampler.seed, 0, 0)
-            self._whole_graph = composer.graph(self.source.read(np.arange(layout.n_instances)), seed=seed)
+            with isolated_rng(), isolated_threads():
+                self._whole_graph = composer.graph(self.source.read(np.arange(layout.n_instances)), seed=seed)
         return restricted(self._whole_graph, indices)
 
-    def _likely_false_negatives(self, neighbors: Neighbors, embeddings: Tensor, own: Rule | None) -> Pairs:
+    def _likely_false_negatives(self, neighbors: Neighbors, embeddings: Tensor, own: _MarkEdges | None) -> Pairs:
         """Return the pairs of a pool's graph that the callback's own rules mark."""
         found = [NO_PAIRS]
         if self._mask_nearest is not None:
@@ -295,7 +294,7 @@ class TrainerPlanner:
             found.append(near[known[near].all(axis=1)])
         if own is not None:
             anchors = np.broadcast_to(np.arange(len(neighbors))[:, None], neighbors.shape)
-            forward, backward = own.along(np.arange(len(neighbors)), neighbors.astype(np.int64))
+            forward, backward = own(neighbors)
             for first, second, marked in ((anchors, neighbors, forward), (neighbors, anchors, backward)):
                 marked = marked & (first != second)
                 found.append(np.stack([first[marked], second[marked]], axis=1))
@@ -308,11 +307,25 @@ class TrainerPlanner:
         in_batches = embeddings[positions.to(embeddings.device)]
         log = {"batch_sampler/hardness": float(in_batch_hardness(in_batches, labels))}
         if embeddings.ndim == 3:
-            log["batch_sampler/accuracy"] = float(in_batch_accuracy(in_batches))
-            log["batch_sampler/negatives_above_positive"] = float(negatives_above_positive(in_batches))
+            accuracy, above = accuracy_and_negatives_above(in_batches)
+            log["batch_sampler/accuracy"] = float(accuracy)
+            log["batch_sampler/negatives_above_positive"] = float(above)
         if labels is not None:
             log["batch_sampler/false_negative_rate"] = float(in_batch_false_negative_rate(labels))
         return log
+
+
+def _once_per_graph(rule: Rule) -> _MarkEdges:
+    """Let a rule that knows positions in the pool mark a graph's edges. The composer and the mask ask for the same."""
+    last: tuple[Neighbors, tuple[NDArray[np.bool_], NDArray[np.bool_]]] | None = None
+
+    def mark(neighbors: Neighbors) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        nonlocal last
+        if last is None or last[0] is not neighbors:
+            last = neighbors, rule.along(np.arange(len(neighbors)), neighbors.astype(np.int64))
+        return last[1]
+
+    return mark
 
 
 def _as_labels(labels: Any) -> Tensor:

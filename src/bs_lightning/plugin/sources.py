@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bs_lightning._checks import check_length
 from bs_lightning._embeddings import unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
@@ -121,7 +122,7 @@ class EncodedEmbeddings:
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         dataset = data.pool_dataset()
         check_map_style(dataset, "pool_dataset()")
-        check_length("pool_dataset()", dataset, layout)
+        check_length("pool_dataset()", dataset, layout.n_instances)
         self.close()
         self._dataset = dataset
 
@@ -300,23 +301,6 @@ class ReferenceEmbeddings:
 
     def close(self) -> None:
         pass
-
-
-def check_length(name: str, values: Any, layout: BatchLayout) -> None:
-    """Refuse a dataset or labels that differ in length from the training dataset.
-
-    Args:
-        name: Where the values came from, such as ``"train_labels()"``.
-        values: The dataset or labels.
-        layout: The epoch's sizes.
-
-    Raises:
-        ValueError: If the lengths differ. The message gives both.
-    """
-    if len(values) != layout.n_instances:
-        raise ValueError(
-            f"{name} must have the length and order of train_dataset(), {layout.n_instances}, got length {len(values)}."
-        )
 
 
 def _advice(batch: Any, is_training_data: bool) -> str:
