@@ -5,29 +5,25 @@ for in-batch negatives and separate encoders; Reimers and Gurevych, "Sentence-BE
 one encoder of both sides.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 
 from bs_lightning.losses import info_nce
 from bs_lightning.recipes.texts import (
-    Embedded,
+    EvaluatedModule,
     Pooling,
     TextDataModule,
     TextEncoder,
     Tokens,
-    evaluate,
     pair_groups,
     read_pairs,
 )
 
 
-class DualEncoder(LightningModule):
+class DualEncoder(EvaluatedModule):
     """Train embeddings of queries and documents, each query near its document.
 
     Args:
@@ -85,25 +81,14 @@ class DualEncoder(LightningModule):
         self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(queries))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the embeddings of the last validation."""
-        self.embedded: Embedded = defaultdict(list)
-
-    def validation_step(self, batch: tuple[Tokens, Tokens], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Embed both sides of pairs."""
-        self.embedded[dataloader_idx].append(self.embed(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of :func:`~bs_lightning.recipes.texts.evaluate`."""
-        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
-        self.log_dict(scores, sync_dist=True)
+    def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both sides, as in training."""
+        return self.embed(batch)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW, and its linear decay to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
-        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
-        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        return self.with_linear_decay(optimizer)
 
 
 class PairData(TextDataModule):

@@ -5,29 +5,25 @@ settings are those of its public code, https://github.com/princeton-nlp/SimCSE, 
 sentences are not each other's negatives here.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 
 from bs_lightning.losses import info_nce
 from bs_lightning.recipes.texts import (
-    Embedded,
+    EvaluatedModule,
     Pooling,
     TextDataModule,
     TextEncoder,
     Tokens,
-    evaluate,
     read_sentences,
     text_groups,
 )
 
 
-class SimCSE(LightningModule):
+class SimCSE(EvaluatedModule):
     """Train sentence embeddings with dropout as the only augmentation.
 
     ``model(tokens)`` gives embeddings to use and to evaluate. The loss compares these after a head, which is used in
@@ -93,26 +89,15 @@ class SimCSE(LightningModule):
         self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the embeddings of the last validation."""
-        self.embedded: Embedded = defaultdict(list)
-
-    def validation_step(self, batch: tuple[Tokens, Tokens], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Embed both sentences of pairs."""
+    def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both sentences of pairs, without the head."""
         first, second = batch
-        self.embedded[dataloader_idx].append((self(first), self(second)))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of :func:`~bs_lightning.recipes.texts.evaluate`."""
-        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
-        self.log_dict(scores, sync_dist=True)
+        return self(first), self(second)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW without weight decay, and its linear decay to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0)
-        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
-        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        return self.with_linear_decay(optimizer)
 
 
 class SentenceData(TextDataModule):

@@ -1,6 +1,7 @@
 """What the recipes of texts share: files, tokens, groups, an encoder, and the evaluation on pairs of texts."""
 
 import importlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
@@ -537,3 +540,33 @@ def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor
         ranks.append(1 + (~is_right & ~(similarity < best)).sum(dim=1))  # NaN is a loss too
     rank = torch.cat(ranks).double()
     return {"r1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
+
+
+class EvaluatedModule(LightningModule):
+    """Embeds the pairs of its DataModule's evaluation files in validation, and logs the scores of :func:`evaluate`.
+
+    Subclasses define ``embed_pairs(batch)``, which returns the embeddings of both sides.
+    """
+
+    def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both sides of pairs, floats ``[b, d]`` each."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the embeddings of the last validation."""
+        self.embedded: Embedded = defaultdict(list)
+
+    def validation_step(self, batch: tuple[Tokens, Tokens], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed both sides of pairs."""
+        self.embedded[dataloader_idx].append(self.embed_pairs(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
+        self.log_dict(scores, sync_dist=True)
+
+    def with_linear_decay(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return what ``configure_optimizers`` returns: the optimizer, and its rate's linear decay to zero."""
+        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
+        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
