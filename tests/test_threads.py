@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from numba.core import caching
+from numba.core import caching, event
 from threadpoolctl import ThreadpoolController
 
 from bs_lightning import NNDescentGraph, _nndescent, _walk_kernel, graphs, rwr_batches
@@ -102,6 +102,45 @@ def test_first_graph_on_a_chosen_layer():
     run("omp", OMP_NUM_THREADS="2", NUMBA_THREADING_LAYER="omp")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n_sides", [1, 2])
+def test_kernels_compiled_ahead_are_on_disk_for_this_process_and_the_next(tmp_path, n_sides):
+    for ahead in (True, False):
+        compiled = run("kernels", str(n_sides), str(ahead), NUMBA_CACHE_DIR=str(tmp_path)).split()
+        kept = {"process_candidates", "init_rp_tree", "init_random", "generate_leaf_updates", "deheap_sort"}
+        assert not kept & set(compiled), (
+            "pynndescent or numba has changed: kernels are compiled again in each process. See _keep_kernels."
+        )
+
+
+def print_what_a_graph_compiles(n_sides, ahead):
+    graph = NNDescentGraph(5)
+    if ahead:
+        graph.prepare(100, n_sides)
+    recorder = event.RecordingListener()
+    with event.install_listener("numba:compile", recorder):
+        graph(torch.randn(100, 8) if n_sides == 1 else torch.randn(100, 2, 8))
+    assert _nndescent._compiler is None
+    print(*(recorded.data["dispatcher"].py_func.__name__ for _, recorded in recorder.buffer))
+
+
+def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch):
+    monkeypatch.setattr(_nndescent, "_compiled", False)
+    monkeypatch.setattr(sys, "executable", "false")
+    NNDescentGraph(5).prepare(100)
+    assert _nndescent._compiler is not None
+    assert NNDescentGraph(5)(torch.randn(100, 8)).shape == (100, 5)
+    assert _nndescent._compiler is None
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_small_pools_prepare_nothing(monkeypatch, size):
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 100)
+    monkeypatch.setattr(_nndescent, "_compiled", False)
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    NNDescentGraph(5).prepare(size)
+
+
 @numba.njit(parallel=True)
 def doubled(x):
     result = np.empty_like(x)
@@ -182,7 +221,14 @@ def test_walks_where_no_folder_can_be_written(monkeypatch):
 @pytest.fixture
 def pynndescent_without_a_folder(monkeypatch, tmp_path):
     """Replace pynndescent by a small package. Numba finds no folder for it, unless one is chosen."""
-    (tmp_path / "pynndescent.py").write_text("import numba\n@numba.njit(cache=True)\ndef NNDescent():\n    return 3\n")
+    package = tmp_path / "pynndescent"
+    package.mkdir()
+    compiled = "import numba\n@numba.njit(cache=True)\n"
+    (package / "__init__.py").write_text(f"{compiled}def NNDescent():\n    return 3\n__version__ = '0'\n")
+    (package / "pynndescent_.py").touch()
+    (package / "distances.py").write_text("alternative_cosine = alternative_dot = None\n")
+    monkeypatch.setattr(_nndescent, "_folder", None)
+    _nndescent._import_nndescent.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [caching.UserProvidedCacheLocator])
@@ -190,6 +236,7 @@ def pynndescent_without_a_folder(monkeypatch, tmp_path):
         for name in [name for name in sys.modules if name.partition(".")[0] == "pynndescent"]:
             del sys.modules[name]
         yield
+    _nndescent._import_nndescent.cache_clear()
 
 
 @pytest.mark.usefixtures("pynndescent_without_a_folder")
@@ -224,4 +271,8 @@ def test_says_what_pynndescent_needs_where_no_folder_can_be_written(monkeypatch)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "kernels":
+        graphs._SMALL_POOL = 0  # pynndescent builds the graphs
+        print_what_a_graph_compiles(int(sys.argv[2]), sys.argv[3] == "True")
+    else:
+        main(*sys.argv[1:])

@@ -1,14 +1,18 @@
-"""Nearest neighbour descent by pynndescent, without side effects on the process."""
+"""Nearest neighbour descent by pynndescent: without side effects on the process, and compiled once per machine."""
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import warnings
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,8 @@ from bs_lightning.isolation import isolated_threads, numba_threading_layer
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _compiled = False
+_compiler: subprocess.Popen[bytes] | None = None  # compiles ahead of the first call
+_folder: str | None = None  # where numba keeps compiled code, if it can be kept nowhere else
 _forked_from_gnu_openmp = False
 
 
@@ -43,17 +49,121 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
     """
     global _compiled
     with _lock, isolated_threads(), warnings.catch_warnings():
+        _wait_for_compiler()
         _start_numba_threads()
         nndescent = _import_nndescent()
         if not _compiled:
-            _log.info("NNDescentGraph: pynndescent compiles its kernels, about half a minute, once per process.")
+            _log.info("NNDescentGraph: pynndescent loads its kernels, or compiles them for about half a minute.")
         # The caller replaces the -1 that this warning is about.
         warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
         metric: Any = "cosine" if data.ndim == 2 else _two_sides_distance()
         rows = data.reshape(len(data), -1)
-        index = nndescent(rows, metric=metric, n_neighbors=n_neighbors, random_state=seed % 2**32)
+        with _outermost_in_python():
+            index = nndescent(rows, metric=metric, n_neighbors=n_neighbors, random_state=seed % 2**32)
         _compiled = True
         return index.neighbor_graph[0]  # type: ignore[no-any-return]
+
+
+def compile_ahead(n_sides: int) -> None:
+    """Start to compile pynndescent's kernels in a process of its own, unless they are compiled or being compiled.
+
+    That process leaves them on disk. :func:`descend` waits for it.
+
+    Args:
+        n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+
+    Raises:
+        RuntimeError: If numba finds no folder, not even a temporary one, for the compiled code of pynndescent.
+    """
+    global _compiler
+    with _lock:
+        if _compiled or _compiler is not None:
+            return
+        _start_numba_threads()
+        _import_nndescent()  # takes seconds, too
+        code = f"from bs_lightning import _nndescent; _nndescent.compile_now({n_sides})"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        environment |= {"NUMBA_THREADING_LAYER": str(numba_threading_layer())}
+        if _folder is not None:
+            environment["NUMBA_CACHE_DIR"] = _folder
+        quiet = subprocess.DEVNULL
+        _compiler = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdin=quiet, stdout=quiet, stderr=quiet
+        )
+        atexit.register(_compiler.kill)
+
+
+def compile_now(n_sides: int) -> None:
+    """Compile pynndescent's kernels with low priority, and leave them on disk.
+
+    Args:
+        n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+    """
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(10)
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(500, 4) if n_sides == 1 else (500, 2, 4)).astype(np.float32)
+    descend(data / np.linalg.norm(data, axis=-1, keepdims=True), n_neighbors=5, seed=0)
+
+
+def _wait_for_compiler() -> None:
+    """Let :func:`compile_ahead` come to its end."""
+    global _compiler
+    if _compiler is None:
+        return
+    if _compiler.poll() is None:
+        _log.info("NNDescentGraph: waits for pynndescent's kernels, which are being compiled.")
+    atexit.unregister(_compiler.kill)
+    if _compiler.wait() != 0:
+        _log.info("NNDescentGraph: the process that compiles pynndescent's kernels failed. They are compiled here.")
+    _compiler = None
+
+
+@contextlib.contextmanager
+def _outermost_in_python() -> Iterator[None]:
+    """Let Python run pynndescent's outermost functions, which do nothing but call compiled kernels.
+
+    They hold pointers, so numba cannot keep them on disk as it keeps the kernels.
+    """
+    from pynndescent import pynndescent_
+
+    outermost = {
+        name: function
+        for name, function in vars(pynndescent_).items()
+        if name.startswith("nn_descent") and hasattr(function, "py_func")
+    }
+    for name, function in outermost.items():
+        setattr(pynndescent_, name, function.py_func)
+    try:
+        yield
+    finally:
+        for name, function in outermost.items():
+            setattr(pynndescent_, name, function)
+
+
+def _keep_kernels() -> None:
+    """Let numba keep pynndescent's kernels on disk, where it keeps those functions that pynndescent lets it keep.
+
+    Kernels take the distance as an argument. numba gives each distance a new identity in each process, so it would not
+    find the kernels again. Here a distance has the same identity in all processes.
+    """
+    from pynndescent import distances, pynndescent_
+
+    for name in ("alternative_cosine", "alternative_dot"):
+        _fix_identity(getattr(distances, name))
+    for function in vars(pynndescent_).values():
+        if hasattr(function, "enable_caching"):
+            function.enable_caching()
+
+
+def _fix_identity(distance: Any) -> None:
+    """Give a compiled distance an identity that is the same in all processes, unless it has an identity already."""
+    from pynndescent import __version__
+
+    if hasattr(distance, "_set_uuid"):
+        digest = zlib.crc32(distance.py_func.__code__.co_code)
+        with contextlib.suppress(AssertionError):
+            distance._set_uuid(f"bs_lightning, pynndescent {__version__}, {distance.__name__}, {digest}")
 
 
 @functools.cache
@@ -70,6 +180,7 @@ def _two_sides_distance() -> Any:
             similarity += first[i] * second[width + i] + first[width + i] * second[i]
         return max(1.0 - similarity / 2, 0.0)
 
+    _fix_identity(distance)
     return distance
 
 
@@ -101,14 +212,18 @@ def _start_numba_threads() -> None:
         )
 
 
+@functools.cache
 def _import_nndescent() -> Any:
+    global _folder
     try:
         from pynndescent import NNDescent
+
+        _keep_kernels()
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
         try:
-            folder = _temporary_folder()
+            _folder = _temporary_folder()
         except OSError:
             raise RuntimeError(
                 "NNDescentGraph cannot import pynndescent: numba can write its compiled code neither beside "
@@ -118,14 +233,16 @@ def _import_nndescent() -> Any:
         _log.info(
             "NNDescentGraph: numba can write its compiled code neither beside pynndescent nor in the home folder. "
             "Until this process ends, %s holds it. To keep it, set NUMBA_CACHE_DIR.",
-            folder,
+            _folder,
         )
         import numba
 
         config: Any = numba.config
-        chosen, config.CACHE_DIR = config.CACHE_DIR, folder  # numba reads it for each function that is to be cached
+        chosen, config.CACHE_DIR = config.CACHE_DIR, _folder  # numba reads it for each function that is to be cached
         try:
             from pynndescent import NNDescent
+
+            _keep_kernels()
         finally:
             config.CACHE_DIR = chosen
     return NNDescent
@@ -150,9 +267,13 @@ def _runs_gnu_openmp() -> bool:
 
 
 def _after_fork_in_child() -> None:
-    """Note whether OpenMP is broken in this process, and free a lock whose thread was not forked."""
-    global _lock, _forked_from_gnu_openmp
+    """Note whether OpenMP is broken in this process, and free a lock whose thread was not forked.
+
+    A process that compiles is not this process's to wait for.
+    """
+    global _lock, _compiler, _forked_from_gnu_openmp
     _lock = threading.Lock()
+    _compiler = None
     _forked_from_gnu_openmp = _forked_from_gnu_openmp or _runs_gnu_openmp()
 
 

@@ -25,7 +25,7 @@ from bs_lightning._embeddings import (
     unit_rows,
     unit_rows_,
 )
-from bs_lightning._nndescent import descend
+from bs_lightning._nndescent import compile_ahead, descend
 from bs_lightning._types import Embeddings, Neighbors
 
 _SMALL_POOL = 4096  # instances up to which a matrix product is as fast as pynndescent, by `benchmarks/pools.py`
@@ -41,8 +41,9 @@ class NNDescentGraph:
     """Find approximate nearest neighbours, with nearest neighbour descent in large pools.
 
     In pools of up to 4,096 instances a matrix product is as fast. There the graph equals :class:`ExactGraph`. In larger
-    pools pynndescent finds the neighbours. Its first call in a process compiles its kernels, which takes about half a
-    minute. One line in the log says when.
+    pools pynndescent finds the neighbours. On the first call on a machine, its kernels are compiled, which takes about
+    half a minute. numba keeps them on disk, as it keeps other functions of pynndescent. One line in the log says when.
+    :class:`~bs_lightning.BatchSamplerCallback` has them compiled in a process of its own while uniform epochs train.
 
     pynndescent runs on numba's threads, which numba starts once per process. The first graph starts them on the layer
     that numba calls ``forksafe``, so that the process can fork data-loading workers afterwards. Unless ``tbb`` is
@@ -74,6 +75,16 @@ class NNDescentGraph:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
+
+    def prepare(self, pool_size: int, n_sides: int = 1) -> None:
+        """Start to compile what pools of this size need, in a process of its own. The first graph waits for its end.
+
+        Args:
+            pool_size: The most instances that a pool may have.
+            n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+        """
+        if pool_size > _SMALL_POOL:
+            compile_ahead(n_sides)
 
     def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
         """Build the graph.
