@@ -4,7 +4,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bs_lightning.layout import BatchLayout
-from bs_lightning.plan import EpochPlan, PlannedPool, Planning, Pools, WholeData, permutation
+from bs_lightning.permutation import permutation
+from bs_lightning.plan import EpochPlan, PlannedPool, Planning, Pools, WholeData
 
 
 @st.composite
@@ -77,7 +78,7 @@ def test_goes_on_anywhere_with_the_same_batches(plan, data):
     start = data.draw(st.integers(0, layout.n_batches))
     whole = EpochPlan(layout, **arguments)
     served, pool = [], None
-    for part in whole:
+    for part in map(list, whole):
         if pool is None and len(served) + len(part) >= start:
             pool = whole.pool  # the pool of a checkpoint that was taken after `start` batches
         served += [batch.tolist() for batch in part]

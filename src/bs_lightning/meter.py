@@ -44,7 +44,8 @@ from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_comp
 from bs_lightning.losses import info_nce
 from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.metrics._pairs import accuracy_and_negatives_above
-from bs_lightning.plan import check_batches, permutation, pool_seed
+from bs_lightning.permutation import KeyedPermutation, permutation
+from bs_lightning.plan import check_batches, pool_seed
 
 _MEASURED_BATCHES = 40  # for each pool size
 _WARM_UP = 8192  # instances: enough that a graph compiles all that it needs
@@ -176,7 +177,13 @@ def _readings(
 
 
 def _read(
-    embeddings: Tensor, order: Order, batch_size: int, size: int, temperature: float, composer: Composer, seed: int
+    embeddings: Tensor,
+    order: Order | KeyedPermutation,
+    batch_size: int,
+    size: int,
+    temperature: float,
+    composer: Composer,
+    seed: int,
 ) -> Reading:
     """Measure one pool size."""
     n_batches = size // batch_size

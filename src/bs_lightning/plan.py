@@ -4,9 +4,9 @@ An epoch is a random permutation of the dataset. Its batches are consecutive pie
 there is one, rearranges each pool when the pool's first batch is about to be trained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from bs_lightning._checks import check_integer, check_integer_array
 from bs_lightning._types import Batches, Indices, Order, Pairs
 from bs_lightning.layout import BatchLayout
+from bs_lightning.permutation import KeyedPermutation, permutation
 from bs_lightning.separate import separate, separate_order
 
 _BATCHES_AT_ONCE = 256  # batches whose pairs are looked for together
@@ -56,6 +57,11 @@ class PoolPlanner(Protocol):
 
 class Cut(Protocol):
     """Decides which batches of an epoch are planned together."""
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether a call of :meth:`next_pool` changes nothing, so that the pool after the next one is known, too."""
+        ...
 
     def check(self, layout: BatchLayout) -> None:
         """Refuse a layout that cannot be cut.
@@ -101,6 +107,7 @@ class Pools:
     """
 
     size: int
+    foreseen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer("pool_size", self.size)
@@ -160,6 +167,7 @@ class WholeData:
     """
 
     every: int
+    foreseen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if check_integer("refresh_every", self.every) < 1:
@@ -196,6 +204,8 @@ class Planning:
         cut: Which instances are planned together: :class:`Pools`, :class:`WholeData`, or
             :class:`~bs_lightning.adaptive.AdaptivePools`.
         replacement: Whether different batches may share instances.
+        expect: Gets the dataset indices of the pool after the one that is about to be served, int64 ``[P]``, so that
+            they can be read ahead. ``None`` reads nothing ahead.
 
     Raises:
         ValueError: If ``cut`` is :class:`WholeData` and ``replacement`` is ``False``.
@@ -212,6 +222,7 @@ class Planning:
     plan_pool: PoolPlanner
     cut: Cut
     replacement: bool = False
+    expect: Callable[[Indices], None] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.cut, WholeData) and not self.replacement:
@@ -305,7 +316,7 @@ class EpochPlan:
         self._sorted: tuple[Pool, Pairs, Indices] | None = None
         self._order = permutation(layout.n_instances, seed, epoch)
         if groups is not None:
-            self._order = separate_order(self._order, groups, layout.global_batch_size, pool_seed(seed, epoch, 0))
+            self._order = separate_order(self._order[:], groups, layout.global_batch_size, pool_seed(seed, epoch, 0))
         if pool is not None and pool.epoch == epoch:
             check_pool(pool, self._order, layout)
 
@@ -344,7 +355,7 @@ class EpochPlan:
         _, pairs, starts = self._sorted
         return pairs[starts[batch - pool.start] : starts[batch - pool.start + 1]]
 
-    def __iter__(self) -> Iterator[list[Order]]:
+    def __iter__(self) -> Iterator[Iterable[Order]]:
         """Plan each pool and yield its batches that are still to be served."""
         size = self.layout.global_batch_size
         full_stop = min(self.stop, self.layout.n_full)
@@ -353,22 +364,28 @@ class EpochPlan:
             if self.pool is None or not self.pool.serves(self.epoch, batch):
                 self.pool = None
                 if self.planning is None:
-                    yield list(self._order[batch * size : full_stop * size].reshape(-1, size))
+                    yield (self._order[each * size : (each + 1) * size] for each in range(batch, full_stop))
                     batch = full_stop
                     continue
                 self.pool = self._plan_pool(self.planning, batch, full_stop)
             end = min(self.pool.start + len(self.pool.batches), full_stop)
-            yield list(self.pool.batches[batch - self.pool.start : end - self.pool.start])
+            if end < full_stop and self.planning is not None and self.planning.expect and self.planning.cut.foreseen:
+                self.planning.expect(self._indices(self.planning.cut.next_pool(end, full_stop, self.layout)[0]))
+            yield self.pool.batches[batch - self.pool.start : end - self.pool.start]
             batch = end
         if batch < self.stop:
             yield [self._order[self.layout.n_full * size :]]
+
+    def _indices(self, batches: slice) -> Indices:
+        """Return the instances of batches with these numbers, in the order of the permutation."""
+        size = self.layout.global_batch_size
+        return self._order[batches.start * size : batches.stop * size].astype(np.int64)
 
     def _plan_pool(self, planning: Planning, start: int, stop: int) -> Pool:
         """Plan the pool that begins at batch ``start``."""
         size = self.layout.global_batch_size
         planned_together, end = planning.cut.next_pool(start, stop, self.layout)
-        piece = self._order[planned_together.start * size : planned_together.stop * size]
-        indices = piece.astype(np.int64)
+        indices = self._indices(planned_together)
         planned = planning.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, start), epoch=self.epoch)
         if not isinstance(planned, PlannedPool):
             raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
@@ -473,7 +490,7 @@ def _by_batch(pool: Pool) -> tuple[Pairs, Indices]:
     return pool.pairs[by_batch], np.searchsorted(batch[by_batch], np.arange(len(pool.batches) + 1))
 
 
-def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:
+def check_pool(pool: Pool, order: Order | KeyedPermutation, layout: BatchLayout) -> None:
     """Refuse a pool from a checkpoint whose instances do not belong to its place in the epoch.
 
     Args:
@@ -497,28 +514,6 @@ def check_pool(pool: Pool, order: Order, layout: BatchLayout) -> None:
             "that the seed puts there. The checkpoint is damaged, or was taken with a different dataset: resume from a "
             "different checkpoint."
         )
-
-
-def permutation(n_instances: int, seed: int, epoch: int) -> Order:
-    """Return the random order of the dataset in one epoch.
-
-    Args:
-        n_instances: Length of the dataset.
-        seed: The sampler's seed.
-        epoch: The epoch's number.
-
-    Returns:
-        Dataset indices, integers ``[n_instances]``: int32 where that suffices, else int64.
-
-    Example:
-        >>> from bs_lightning.plan import permutation
-        >>> sorted(permutation(4, seed=0, epoch=0).tolist())
-        [0, 1, 2, 3]
-    """
-    dtype = np.int32 if n_instances <= np.iinfo(np.int32).max else np.int64
-    order: Order = np.arange(n_instances, dtype=dtype)
-    np.random.default_rng([seed, epoch]).shuffle(order)
-    return order
 
 
 def pool_seed(seed: int, epoch: int, batch: int) -> int:

@@ -20,12 +20,14 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
 from bs_lightning.metrics._pairs import accuracy_and_negatives_above
-from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, permutation, pool_seed
+from bs_lightning.permutation import permutation
+from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
 from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
+_MOST_REHEARSED = 4096  # instances; in larger pools NNDescentGraph compiles, which a rehearsal must not wait for
 _MarkEdges = Callable[[Neighbors], tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 """A pool's graph -> which edges are likely false negatives, from each row's node and towards it."""
 
@@ -104,9 +106,9 @@ class TrainerPlanner:
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
 
-        Embeds two uniform batches, and composes random embeddings: as many as a pool has, but at most 5120. A copy of
+        Embeds two uniform batches, and composes random embeddings: as many as a pool has, but at most 4096. A copy of
         the composer composes them, so that a composer with state keeps its state. A composer that cannot be copied is
-        not tried.
+        not tried. For larger pools the composer prepares itself.
 
         Args:
             cut: What is planned together.
@@ -117,8 +119,9 @@ class TrainerPlanner:
         with failing_together(trainer):
             if self._per_rank or trainer.is_global_zero:
                 whole = layout.n_full * layout.global_batch_size
-                pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole, 5120) // self._n_composing
-                size = max(pool_size // self._batch_size, 1) * self._batch_size
+                pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole) // self._n_composing
+                self._composer.prepare(pool_size, n_sides=embeddings.ndim - 1)
+                size = max(min(pool_size, _MOST_REHEARSED) // self._batch_size, 1) * self._batch_size
                 random = torch.randn(size, *embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
                 try:
                     composer = copy.deepcopy(self._composer)
