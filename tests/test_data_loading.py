@@ -3,12 +3,15 @@
 import dataclasses
 import multiprocessing
 import os
+import time
 
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from parts import Data, Model, Points, fit, pool_order, walker
 from torch.utils.data import default_collate, get_worker_info
+
+from bs_lightning import BatchSamplerCallback
 
 SETTINGS = [
     {"num_workers": 1, "prefetch_factor": 1},
@@ -263,3 +266,74 @@ def test_encoding_draws_nothing_from_the_users_generator(expected):
     assert served == expected
     assert torch.equal(*states)
     assert not torch.equal(states[0], torch.Generator().manual_seed(3).get_state())
+
+
+class Reads(Points):
+    """Counts, over all worker processes, how often each instance was read."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.n_reads = torch.zeros(n, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, index):
+        self.n_reads[index] += 1
+        return super().__getitem__(index)
+
+
+class ReadData(Data):
+    """Counts how often the instances are read for encoding."""
+
+    def pool_dataset(self):
+        self.reads = Reads(self.n)
+        return self.reads
+
+
+class ReadAhead(Callback):
+    """Notes, while each batch trains, how many instances of later pools have been read. Waits for as many as hoped."""
+
+    def __init__(self, hoped):
+        self.hoped = hoped
+        self.n_read = []
+        self.trained = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        data = trainer.datamodule
+        self.trained += data.trained_batch().tolist()
+        later = torch.ones(len(data.reads.n_reads), dtype=torch.bool)
+        later[torch.from_numpy(data.train_sampler._plan.pool.batches).flatten()] = False
+        later[self.trained] = False
+        end = time.monotonic() + 20
+        hoped = min(self.hoped, int(later.sum()))
+        while int(data.reads.n_reads[later].sum()) < hoped and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.02)  # so that a worker that reads too much is seen
+        self.n_read.append(int(data.reads.n_reads[later].sum()))
+
+
+def test_workers_read_the_next_pool_while_this_one_trains():
+    ahead = ReadAhead(hoped=2 * 1 * 10)
+    data = ReadData(8, 96, num_workers=1, prefetch_factor=2)
+    fit(Model(), data, walker(32, encode_batch_size=10), ahead, max_epochs=1)
+    assert ahead.n_read == [20] * 4 + [20] * 4 + [0] * 4  # two batches of ten in the one worker; nothing after the end
+    assert (data.reads.n_reads == 1).all()  # what was read ahead is not read again
+
+
+@pytest.mark.parametrize("settings", [{"num_workers": 0}, {"num_workers": 1, "pool_size": "auto"}], ids=str)
+def test_nothing_is_read_ahead_without_workers_or_where_the_next_pool_is_not_known(settings):
+    ahead = ReadAhead(hoped=0)
+    pool_size = settings.pop("pool_size", 32)
+    callback = BatchSamplerCallback(pool_size, warmup_epochs=0, composer=walker().composer)
+    fit(Model(), ReadData(8, 96, **settings), callback, ahead, max_epochs=1)
+    assert ahead.n_read == [0] * 12
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, [32] * 15), (100, [256, 144]), (480, [480])])
+def test_a_cpu_embeds_at_most_256_instances_or_one_training_batch_at_a_time(batch_size, expected):
+    sizes = []
+
+    def embed(module, batch):
+        sizes.append(len(batch[0]))
+        return module(batch)
+
+    fit(Model(), Data(batch_size, 480), walker(480, embed=embed), max_epochs=1)
+    assert sizes == expected

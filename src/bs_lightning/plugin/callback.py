@@ -95,8 +95,9 @@ class BatchSamplerCallback(Callback):
         embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, instead of the module's own method. For two
             sides, such as query and document: a pair of such tensors, or ``[b, 2, d]``. Batches are then composed by
             the similarity of one side with the other, as the loss compares them.
-        encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``. That
-            fits into memory if training does.
+        encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``, which
+            fits into memory if training does. On a CPU it is 256, unless that is more than four training batches or
+            less than one: a CPU embeds larger batches more slowly.
 
     Raises:
         ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
@@ -266,7 +267,7 @@ class BatchSamplerCallback(Callback):
         assert self._planner is not None
         if not self.should_plan(self._planner.trainer):
             return None
-        return Planning(self._plan_pool, self._cut(layout), self.composer.replacement)
+        return Planning(self._plan_pool, self._cut(layout), self.composer.replacement, self._planner.source.expect)
 
     def _cut(self, layout: BatchLayout) -> Cut:
         """Return which instances are planned together."""

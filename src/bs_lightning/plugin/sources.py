@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -51,6 +52,14 @@ class EmbeddingSource(Protocol):
         """
         ...
 
+    def expect(self, indices: Indices) -> None:
+        """Let worker processes begin to read the next pool. Every process calls it with the whole pool.
+
+        Args:
+            indices: Dataset indices, int64 ``[P]``.
+        """
+        ...
+
     def keep(self, outputs: Any) -> None:
         """Receive the output of a training step.
 
@@ -91,7 +100,7 @@ class EncodedEmbeddings:
         trainer: The Trainer, in its ``setup``.
         embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, or two sides: a pair of such tensors, or
             ``[b, 2, d]``. ``None`` takes ``pl_module.embed(batch)``, else ``pl_module(batch)``.
-        batch_size: Instances embedded at a time; ``None`` is four times the DataModule's ``batch_size``.
+        batch_size: Instances embedded at a time; ``None`` chooses by the device and the DataModule's ``batch_size``.
         per_rank: Whether each process composes its own share, so that embeddings are not gathered.
 
     Raises:
@@ -117,6 +126,7 @@ class EncodedEmbeddings:
         self._per_rank = per_rank
         self._dataset: Dataset[Any] | None = None
         self._fetch: BatchFetcher | None = None
+        self._ahead: tuple[Indices, Iterator[Any]] | None = None
         self._shape: torch.Size | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
@@ -136,6 +146,12 @@ class EncodedEmbeddings:
             return embeddings
         return self._trainer.strategy.all_gather(embeddings).flatten(0, 1)
 
+    def expect(self, indices: Indices) -> None:
+        # Workers read up to `prefetch_factor` batches each, and wait.
+        if self._trainer.datamodule.dataloader_kwargs.get("num_workers", 0):
+            share = own_share(self._trainer, indices)
+            self._ahead = share, self._loading(share)
+
     def keep(self, outputs: Any) -> None:
         pass
 
@@ -150,11 +166,23 @@ class EncodedEmbeddings:
         pass
 
     def close(self) -> None:
+        self._ahead = None
         if self._fetch is not None:
             self._fetch.close()
             self._fetch = None
 
-    def _encode(self, indices: Indices) -> Tensor:
+    @property
+    def _size(self) -> int:
+        """Instances embedded at a time."""
+        if self._batch_size is not None:
+            return self._batch_size
+        training: int = self._trainer.datamodule.batch_size
+        if self._trainer.lightning_module.device.type == "cpu":
+            return max(training, min(4 * training, 256))
+        return 4 * training
+
+    def _loading(self, indices: Indices) -> Iterator[Any]:
+        """Return an iterator over a pool's batches. Worker processes, if there are any, begin at once."""
         trainer = self._trainer
         module, data = trainer.lightning_module, trainer.datamodule
         if self._fetch is None:
@@ -164,7 +192,16 @@ class EncodedEmbeddings:
                 kwargs["collate_fn"] = data.pool_collate_fn
             kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global random state
             self._fetch = BatchFetcher(self._dataset, **kwargs)
-        size = min(self._batch_size or 4 * data.batch_size, len(indices))
+        size = self._size
+        return self._fetch(indices[start : start + size].tolist() for start in range(0, len(indices), size))
+
+    def _encode(self, indices: Indices) -> Tensor:
+        trainer = self._trainer
+        module, data = trainer.lightning_module, trainer.datamodule
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not np.array_equal(ahead[0], indices):
+            ahead = None
+        loading = self._loading(indices) if ahead is None else ahead[1]
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
         transfer = _batch_hook(trainer, "transfer_batch_to_device")
 
@@ -178,7 +215,7 @@ class EncodedEmbeddings:
                 error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset))
                 raise
 
-        with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
+        with no_trace(module), _progress(trainer, -(-len(indices) // self._size)) as advance:
             # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
             module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
@@ -186,7 +223,7 @@ class EncodedEmbeddings:
                 # the whole pool. It is rank 0's, because only rank 0's statistics are in a checkpoint.
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-            return encode(indices.tolist(), self._fetch, embed, batch_size=size, advance=advance)
+            return encode(indices.tolist(), lambda _: loading, embed, batch_size=self._size, advance=advance)
 
 
 class RecycledEmbeddings:
@@ -216,6 +253,9 @@ class RecycledEmbeddings:
                 return torch.empty(0)  # a different process composes
             asked = own_share(self._trainer, indices) if self._per_rank else indices
             return self._bank.read(torch.from_numpy(asked))
+
+    def expect(self, indices: Indices) -> None:
+        pass
 
     def keep(self, outputs: Any) -> None:
         if not outputs:
@@ -286,6 +326,9 @@ class ReferenceEmbeddings:
         elif not self._trainer.is_global_zero:
             return torch.empty(0)  # a different process composes
         return unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+
+    def expect(self, indices: Indices) -> None:
+        pass
 
     def keep(self, outputs: Any) -> None:
         pass
