@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := build/lowest
 
-.PHONY: demo test test-all lint docs dist clean
+# Where `make notebooks` writes: the notebooks with their figures, or copies that show whether they still run.
+NOTEBOOKS_IN := notebooks
+
+.PHONY: demo test test-all lint docs notebooks dist clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,12 +26,18 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Run each notebook's source, notebooks/NAME.py, and write what comes out.
+notebooks: $(patsubst notebooks/%.py,run/%,$(wildcard notebooks/*.py))
+
+run/%: notebooks/%.py $(INSTALLED)
+	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output $(NOTEBOOKS_IN)/$*.ipynb $<
+
 test: lint
 	$(BIN)/pytest -m "not slow"
 
 test-all: test docs
 	$(BIN)/pytest -m slow
-	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
+	$(MAKE) --jobs 2 notebooks NOTEBOOKS_IN=build/notebooks
 	$(BIN)/python examples/digits.py
 
 # Build the sdist and the wheel and check their metadata. Install the wheel into a clean environment, with the lowest

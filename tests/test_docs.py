@@ -169,3 +169,16 @@ def test_what_to_write_for_each_kind_of_data(kind, tmp_path):
     trainer.fit(model, datamodule=data)
     assert trainer.current_epoch == 3
     assert "batch_sampler/pool_size" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("source", sorted(ROOT.glob("notebooks/*.py")), ids=lambda path: path.stem)
+def test_a_notebook_is_its_source_and_what_came_out(source):
+    jupytext = pytest.importorskip("jupytext")
+    written = jupytext.read(source).cells
+    cells = jupytext.read(source.with_suffix(".ipynb")).cells
+    assert [cell.source for cell in cells] == [cell.source for cell in written], "run `make notebooks`"
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error"]
