@@ -66,8 +66,8 @@ class Images(Dataset[Tensor]):
 class Data(BatchSamplerDataModule):
     """The data of all arms."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(BATCH_SIZE, collate_fn=lambda batch: batch)
+    def __init__(self, size: int, **kwargs: Any) -> None:
+        super().__init__(BATCH_SIZE, collate_fn=lambda batch: batch, **kwargs)
         self.size = size
 
     def train_dataset(self) -> Dataset[Tensor]:
