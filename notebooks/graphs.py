@@ -188,8 +188,8 @@ axes[2].set_ylim(0)
 plt.show()
 
 # %% [markdown]
-# Walked batches are harder from the second epoch on, and only a few percent of their negatives are false. But the loss
-# of uniform batches is far above the dotted line. The model has much left to learn from easy batches.
+# Walked batches are harder from the second epoch on, and about two in a hundred of their negatives are false. But the
+# loss of uniform batches is far above the dotted line. The model has much left to learn from easy batches.
 #
 # ## Batches, looked at
 #
@@ -243,8 +243,8 @@ for row, (title, batch) in zip(axes, shown.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The trees of the uniform batch have little in common. Those of the walked batch are built alike, under different
-# names. For the search that you want, some of these are good answers, and some are what it must learn to tell apart.
+# Both rows happen to begin with the same function. The trees of the walked batch are a little more alike, under
+# different names. The likeness is loose: the model also compares kinds of nodes, which the drawing does not show.
 #
 # Now the similarities of all pairs in these two batches. Look at how far the true negatives move to the right, and
 # whether you can see any orange.
@@ -327,8 +327,8 @@ print(f"walked - uniform: {difference.mean():+.1f} ± {reach:.1f} points (95% in
 #
 # - Train with uniform batches first, and look at the loss late in training. GraphCL's public code trains for 20
 #   epochs, and these few are not the last word.
-# - `pool_size="auto"` decides by the loss when to compose. Give `GraphCL` a loss whose lower bound is 0 for
-#   it, such as `bs_lightning.losses.InfoNCELoss(temperature=0.2)`: `GraphCLLoss` falls below 0.
+# - `pool_size="auto"` decides by the loss when to compose. Give `GraphCL` a loss whose lower bound is 0 for it, such
+#   as `bs_lightning.losses.InfoNCELoss(temperature=0.2)`: `GraphCLLoss` falls below 0.
 # - If your dataset may hold copies of a graph, drop them, or let `train_groups()` say which they are.
 # - [Choosing settings](../docs/choosing.md) has the code for other kinds of data, and
 #   [When harder batches help](../docs/when-it-helps.md) has the measurements.
