@@ -37,14 +37,22 @@ def test_nothing_imports_the_recipes():
         assert path.parent.name == "recipes" or not [name for name in imported(path) if "recipes" in name], path
 
 
+def test_only_the_adapters_import_other_trainers_and_nothing_imports_them():
+    for path in SOURCE.rglob("*.py"):
+        if path.parent.name != "adapters":
+            packages = {name.split(".")[0] for name in imported(path)}
+            assert not packages & {"accelerate", "datasets", "sentence_transformers"}, path
+            assert not [name for name in imported(path) if "adapters" in name], path
+
+
 def test_imports_have_no_circle():
     def name(path):
         return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
 
     modules = {name(path): {m for m in imported(path) if m.startswith("bs_")} for path in SOURCE.rglob("*.py")}
-    core = [
-        name for name in TopologicalSorter(modules).static_order() if "plugin" not in name and "recipes" not in name
-    ]
+    outside = ("adapters", "plugin", "recipes")
+    order = TopologicalSorter(modules).static_order()
+    core = [name for name in order if not any(folder in name for folder in outside)]
     for module in set(core) - {"bs_lightning", "bs_lightning.presets"}:
         assert not [name for name in modules[module] if "plugin" in name], module
 

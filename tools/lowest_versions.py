@@ -8,8 +8,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # The other versions of torch are downloads of gigabytes, so its pin stays.
 PINNED = {"torch"}
-# numba asks for one version of llvmlite itself, and transformers for older versions of its parts.
-UNPINNED = {"huggingface_hub", "llvmlite", "tokenizers"}
+# numba asks for one version of llvmlite itself; transformers, datasets and pyarrow for older versions of others.
+UNPINNED = {"dill", "fsspec", "huggingface_hub", "llvmlite", "multiprocess", "pandas", "tokenizers"}
 
 
 def main() -> None:

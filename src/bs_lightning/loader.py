@@ -23,7 +23,7 @@ _OURS = {
     "drop_last": "give drop_last by itself",
 }
 # All other arguments, such as `num_workers`.
-_SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]
+SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]
 
 
 class BatchFetcher:
@@ -170,7 +170,7 @@ class PoolLoader:
         self.sampler = checked.sampler
         # Read when workers start, so that they may be set later: Lightning sets a `worker_init_fn` that is None, to
         # seed workers differently on every rank.
-        for name in _SETTINGS:
+        for name in SETTINGS:
             setattr(self, name, getattr(checked, name))
         self._load: BatchFetcher | None = None
 
@@ -188,7 +188,7 @@ class PoolLoader:
             plan = sampler.plan()
             for batches in sampler.pools(plan):
                 if load is None:
-                    settings = {name: getattr(self, name) for name in _SETTINGS}
+                    settings = {name: getattr(self, name) for name in SETTINGS}
                     load = BatchFetcher(self.dataset, **settings | {"generator": self._generator()})
                 for batch in load(batches):
                     plan.served += 1
@@ -198,6 +198,14 @@ class PoolLoader:
                 self._load = load
             elif load is not None:
                 load.close()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration serves. The Trainer of Hugging Face calls it.
+
+        Args:
+            epoch: The epoch's number.
+        """
+        self.batch_sampler.set_epoch(epoch)
 
     def close(self) -> None:
         """End persistent workers."""
@@ -227,7 +235,7 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if name in _OURS and value is not None:  # LightningCLI gives the default of each
             raise ValueError(f"{name}={value!r} is no argument for the data loader here: {_OURS[name]}.")
-        if name not in _SETTINGS and name not in _OURS:
+        if name not in SETTINGS and name not in _OURS:
             raise TypeError(f"torch's DataLoader has no argument {name}={value!r}.")
     if kwargs.get("in_order") is False:
         raise ValueError("in_order=False would train batches in a different order than planned. Leave it True.")

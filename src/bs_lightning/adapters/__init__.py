@@ -1,0 +1,1 @@
+"""Adapters: composed batches in the trainers of other libraries."""

@@ -1,0 +1,245 @@
+"""Adapters: composed batches in the trainers of Hugging Face and sentence-transformers."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import finish
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+import hf_parts
+from datasets import DatasetDict
+from hf_parts import POOL, B, N, RecordedSimCSE, Records, bert, bert_trainer, composer, pairs, sentence_trainer
+from sentence_transformers import SentenceTransformerTrainer
+
+from bs_lightning import PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
+from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
+from bs_lightning.adapters.sentence_transformers import keep_apart
+from bs_lightning.metrics import in_batch_hardness
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Uniform(Records, SentenceTransformerTrainer):
+    """Trains on uniform batches of the same seed, without the adapter."""
+
+    def get_train_dataloader(self):
+        own = super().get_train_dataloader()
+        return PoolLoader(own.dataset, PoolBatchSampler(N, B, seed=self.args.seed), collate_fn=own.collate_fn)
+
+
+def reference_batches(trainer, embed, n_epochs=2):
+    """Plan by hand what a trainer has trained, with the weights that it had at the start of each pool."""
+    batches = []
+
+    def plan_pool(indices, *, seed, epoch):
+        embeddings = torch.nn.functional.normalize(embed(trainer.weights[len(batches)], indices), dim=-1)
+        return PlannedPool(composer()(embeddings, B, seed=seed, epoch=epoch))
+
+    sampler = PoolBatchSampler(N, B, planning=Planning(plan_pool, Pools(POOL)), seed=trainer.args.seed)
+    for epoch in range(n_epochs):
+        sampler.set_epoch(epoch)
+        for batch in sampler:
+            batches.append(batch)
+    return batches
+
+
+def embed_pairs(weights, indices, prompt=None):
+    model = hf_parts.sentence_model()
+    model.load_state_dict(weights)
+    rows = pairs()[indices.tolist()]
+    sides = [model.encode(rows["anchor"], prompt=prompt), model.encode(rows["positive"])]
+    return torch.stack([torch.as_tensor(side) for side in sides], dim=1)
+
+
+@torch.no_grad()
+def embed_tokens(weights, indices):
+    model = bert().eval()
+    model.load_state_dict(weights)
+    return model(hf_parts.tokens()[indices.tolist()]["input_ids"]).last_hidden_state[:, 0]
+
+
+def assert_each_once(batches, n_epochs=2):
+    assert len(batches) == n_epochs * (N // B)
+    for epoch in np.array_split(np.array(batches), n_epochs):
+        assert len(np.unique(epoch)) == epoch.size
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_are_composed_with_the_weights_of_the_moment(tmp_path, workers):
+    trainer = sentence_trainer(tmp_path, prompts={"anchor": "search "}, dataloader_num_workers=workers)
+    trainer.train()
+    assert_each_once(trainer.batches)
+    assert trainer.batches == reference_batches(trainer, lambda *pool: embed_pairs(*pool, prompt="search "))
+
+
+def test_simcse_is_composed_with_the_weights_of_the_moment(tmp_path):
+    trainer = bert_trainer(tmp_path)
+    trainer.train()
+    assert_each_once(trainer.batches)
+    assert trainer.batches == reference_batches(trainer, embed_tokens)
+
+
+def test_composed_batches_are_harder(tmp_path):
+    composed, uniform = sentence_trainer(tmp_path), sentence_trainer(tmp_path, Uniform)
+    hardness = []
+    for trainer in (composed, uniform):
+        trainer.train()
+        embeddings = embed_pairs(composed.weights[0], np.arange(N))
+        hardness.append(float(in_batch_hardness(embeddings[torch.tensor(trainer.batches[: N // B])])))
+    assert hardness[0] > 2 * hardness[1]
+
+
+def test_composing_leaves_no_trace(tmp_path):
+    """With a composer that keeps the order of the pool, training is bit for bit as without the adapter."""
+    same_order = sentence_trainer(tmp_path, composer=hf_parts.in_order)
+    same_order.train()
+    without = sentence_trainer(tmp_path, Uniform)  # a new trainer sets the seed
+    without.train()
+    assert same_order.batches == without.batches
+    assert all(torch.equal(same_order.weights[-1][name], weight) for name, weight in without.weights[-1].items())
+    assert not torch.equal(*(without.weights[step]["0.embedding.weight"] for step in (0, -1)))
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}], ids=str)
+def test_resuming_within_a_pool(tmp_path, more):
+    whole = sentence_trainer(tmp_path / "whole", save_strategy="steps", save_steps=3, **more)
+    whole.train()
+    resumed = sentence_trainer(tmp_path / "resumed", save_strategy="steps", save_steps=3, **more)
+    planned = []
+    compose = resumed.compose
+    resumed.compose = lambda *args, **kwargs: planned.append(1) or compose(*args, **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    trained = 3 * more.get("gradient_accumulation_steps", 1)
+    assert resumed.batches == whole.batches[trained:]
+    assert len(planned) == 6 - 1 - (trained > 4)  # pools of 4 batches: those that were trained are not planned again
+    assert all(torch.equal(whole.weights[-1][name], weight) for name, weight in resumed.weights[-1].items())
+    again = sentence_trainer(tmp_path / "again", **more)
+    again.train(resume_from_checkpoint=str(tmp_path / "resumed/checkpoint-6"))  # saved within the resumed epoch
+    assert again.batches == whole.batches[2 * trained :]
+
+
+def test_equal_texts_are_kept_apart(tmp_path):
+    rows = pairs()[:50]
+    rows = {name: 2 * rows[name] for name in ("anchor", "positive")} | {"label": 100 * [1]}
+    rows["positive"][50:] = [f"{text} word0" for text in rows["positive"][50:]]
+    rows["positive"][60] = rows["anchor"][0]  # in a different column
+    trainer = sentence_trainer(tmp_path, data=hf_parts.Dataset.from_dict(rows))
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert len(batches) == N // B
+    for batch in batches:
+        texts = [{rows["anchor"][index], rows["positive"][index]} for index in batch]
+        assert len(set().union(*texts)) == sum(map(len, texts))
+
+
+def test_a_text_that_is_too_frequent_is_named(tmp_path):
+    rows = pairs().to_dict() | {"anchor": N * ["word0"]}
+    trainer = sentence_trainer(tmp_path, data=hf_parts.Dataset.from_dict(rows))
+    with pytest.warns(UserWarning, match="28 texts of a pool occur twice in a batch"):
+        next(iter(trainer.get_train_dataloader()))
+
+
+@given(st.integers(1, 6), st.integers(2, 6), st.integers(1, 12), st.integers(0, 100))
+def test_keep_apart(n_batches, size, n_texts, seed):
+    rng = np.random.default_rng(seed)
+    texts = [set(map(str, rng.integers(n_texts * size, size=2))) for _ in range(n_batches * size)]
+    batches = rng.permutation(n_batches * size).reshape(n_batches, size)
+
+    def repetitions(batches):
+        return sum(
+            sum(len(texts[p]) for p in batch) - len(set().union(*(texts[p] for p in batch)))
+            for batch in batches.tolist()
+        )
+
+    apart, left = keep_apart(batches, texts, seed)
+    assert sorted(apart.ravel()) == list(range(n_batches * size))
+    assert left == repetitions(apart) <= repetitions(batches)
+    if not repetitions(batches):
+        np.testing.assert_array_equal(apart, batches)
+
+
+def test_evaluation_keeps_its_own_batches(tmp_path):
+    trainer = sentence_trainer(tmp_path)
+    assert not isinstance(trainer.get_eval_dataloader(pairs()).batch_sampler, PoolBatchSampler)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": DatasetDict({"a": pairs()})}, "train_dataset must be one datasets.Dataset, got DatasetDict"),
+        ({"batch_sampler": "group_by_label"}, "batch_sampler=.*Leave it out"),
+        ({"pool_size": 7}, "pool_size must be at least one global batch"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True is not supported"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_what_cannot_be_composed_is_refused(tmp_path, change, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        sentence_trainer(tmp_path, **change).train()
+
+
+def test_a_trainer_without_embed_is_told_so(tmp_path):
+    kind = type("Plain", (RecordedSimCSE,), {"embed": ComposedBatchesTrainer.embed})
+    with pytest.raises(NotImplementedError, match="Plain must override embed"):
+        bert_trainer(tmp_path, kind).train()
+
+
+def in_two_processes(folder, **settings):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return finish([*command, hf_parts.__file__, folder, json.dumps(settings)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", [False, True])
+def test_two_processes(tmp_path, gather):
+    done = in_two_processes(tmp_path, gather=gather, per_device_train_batch_size=4, pool_size=32)
+    assert done.returncode == 0, done.error[-4000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    batches = [first + second for first, second in zip(*ranks, strict=True)]
+    assert_each_once(batches)
+    # The first pool was planned with the first weights.
+    pool = np.sort(np.array(batches[:4]).ravel())
+    sampler = PoolBatchSampler(N, B, seed=42)
+    planned = []
+
+    def plan_pool(indices, *, seed, epoch):
+        assert sorted(indices) == pool.tolist()
+        embeddings = torch.nn.functional.normalize(embed_pairs(hf_parts.sentence_model().state_dict(), indices), dim=-1)
+        size = B if gather else B // 2
+        planned.append(composer()(embeddings, size, seed=seed, epoch=epoch).reshape(-1, B))
+        return PlannedPool(planned[0])
+
+    sampler.planning = Planning(plan_pool, Pools(32))
+    served = iter(sampler)
+    assert [next(served) for _ in range(4)] == batches[:4]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_other(tmp_path):
+    done = in_two_processes(tmp_path, fails=True, per_device_train_batch_size=4)
+    assert done.returncode != 0
+    assert "The process of rank 1 failed to plan a pool. ZeroDivisionError: division by zero" in done.error
+
+
+def test_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    page = Path(__file__).parents[1] / "docs/other_trainers.md"
+    pairs_code, tokens_code, loop = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    names = {"model": hf_parts.sentence_model(), "pairs": pairs(700), "encoder": bert()}
+    names["tokens"] = hf_parts.tokens(700).remove_columns("labels")
+    for code in (pairs_code, tokens_code):
+        code = code.replace('"checkpoints"', f'"checkpoints", **{hf_parts.QUIET | {"max_steps": 3}}')
+        exec(code.replace("pool_size=6400", "pool_size=640"), names)
+        assert names["trainer"].state.global_step == 3
+    exec(loop, names)
+    assert (names["epoch"], names["sampler"].served) == (2, 2000 // 64)
