@@ -42,6 +42,7 @@ EPOCHS = 20
 SEEDS = range(5)
 FIGURE = Path("build/glyphs.png")
 BATCHES = Path("build/batches.png")  # the figure's upper part; docs/batches.png is a copy of it
+NEGATIVES, POSITIVES = "picture and another letter's name (negatives)", "picture and its own name (positives)"
 MEASURES = ("recall at 1, %", "mean reciprocal rank, %", "seconds of training")
 NOTES = """\
 Mean ± standard deviation over seeds. With the same seed, both arms have the same initial weights."""
@@ -137,7 +138,7 @@ class PicturesAndNames(Dataset[tuple[Tensor, Tensor]]):
 class CLIP(LightningModule):
     """A tower for pictures and a tower for names, trained with the InfoNCE loss in both directions."""
 
-    def __init__(self, n_words: int, width: int = 128, learning_rate: float = 2e-3, temperature: float = 0.1) -> None:
+    def __init__(self, n_words: int, width: int = 128, learning_rate: float = 4e-3, temperature: float = 0.1) -> None:
         super().__init__()
         self.learning_rate, self.temperature = learning_rate, temperature
         self.picture_tower = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS**2, 512), nn.ReLU(), nn.Linear(512, width))
@@ -216,7 +217,7 @@ def draw(letters: Letters, embeddings: Tensor) -> None:
     n = len(embeddings) // BATCH_SIZE * BATCH_SIZE
     pool = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))[:n]
     walks = torch.from_numpy(RWRComposer()(embeddings[pool], BATCH_SIZE, seed=0, epoch=0))
-    figure, axes = plt.subplots(3, 2, figsize=(9, 9), height_ratios=[10, 3, 5], sharey="row", layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(9, 9), height_ratios=[11, 3, 4], sharey="row", layout="constrained")
     for name, batches, (grid, names, histogram) in zip(
         ("Uniform", "Walked"), (pool.reshape(-1, BATCH_SIZE), pool[walks]), axes.T, strict=True
     ):
@@ -227,21 +228,22 @@ def draw(letters: Letters, embeddings: Tensor) -> None:
         tiles = torch.tensor(np.stack([draw_letter(character, TRAIN_FONTS[0], 80) for character in characters]))
         grid.imshow(tiles.unflatten(0, (8, 8)).transpose(1, 2).flatten(0, 1).flatten(1, 2), cmap="gray_r")
         hardness, accuracy = in_batch_hardness(embeddings[batch][None]), in_batch_accuracy(embeddings[batch])
-        grid.set_title(f"{name} batch: hardness {hardness:z.2f}, in-batch accuracy {accuracy:.0%}")
+        grid.set_title(f"{name} batch\nhardness {hardness:z.2f}, in-batch accuracy {accuracy:.0%}")
         for line, character in enumerate(characters[3::11]):
-            for x, text, size in ((0.03, character, 11), (0.12, unicodedata.name(character), 7)):
+            for x, text, size in ((0.0, character, 11), (0.08, unicodedata.name(character), 7)):
                 names.text(x, 1 - (line + 0.5) / 6, text, size=size, va="center")
-        grid.axis("off")
+        grid.set(xticks=[], yticks=[])
+        grid.spines[:].set_color("lightgray")
         names.axis("off")
 
         similarity = embeddings[batch, 0] @ embeddings[batch, 1].T
         negative = ~torch.eye(BATCH_SIZE, dtype=torch.bool)
-        label = ["another letter's name (negatives)", "its own name (positives)"]
-        values = [similarity[negative], similarity[~negative]]
-        histogram.hist(values, np.linspace(-1, 1, 41), color=["tab:blue", "tab:orange"], label=label, stacked=True)
-        histogram.set_xlabel("cosine similarity of a picture and a name in the batch")
+        for values, label in ((similarity[negative], NEGATIVES), (similarity[~negative], POSITIVES)):
+            weights = torch.full_like(values, 1 / len(values))
+            histogram.hist(values, np.linspace(-1, 1, 41), weights=weights, label=label, alpha=0.6)
+        histogram.set_xlabel("cosine similarity in the batch")
         histogram.spines[["top", "right"]].set_visible(False)
-    axes[2, 0].set_ylabel("pairs")
+    axes[2, 0].set_ylabel("share")
     legend = figure.legend(*axes[2, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=120)
