@@ -13,7 +13,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/glyphs.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ test: lint
 test-all: test docs
 	$(BIN)/pytest -m slow
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/glyphs.py
 
 # Build the sdist and the wheel and check their metadata. Install the wheel into a clean environment, with the lowest
 # versions that setup.cfg allows. Run the fast tests there, from the unpacked sdist, so that nothing is read from src/.

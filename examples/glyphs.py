@@ -13,6 +13,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,12 +105,17 @@ def font_codes(font: str) -> set[int]:
     return set(FT2Font(str(font_path(font))).get_charmap())
 
 
+@cache
+def load_font(font: str, size: int) -> ImageFont.FreeTypeFont:
+    """Return a font of a size in pixels."""
+    return ImageFont.truetype(font_path(font), size, layout_engine=ImageFont.Layout.BASIC)
+
+
 def draw_letter(letter: str, font: str, pixels: int = PIXELS) -> NDArray[np.uint8]:
     """Return a square picture of a letter, white on black."""
-    size = int(0.69 * pixels)  # large capitals with two accents just fit
-    drawn = ImageFont.truetype(font_path(font), size, layout_engine=ImageFont.Layout.BASIC)
     picture = Image.new("L", (pixels, pixels))
-    ImageDraw.Draw(picture).text((pixels // 2, 3 * pixels // 4), letter, fill=255, font=drawn, anchor="ms")
+    where = pixels // 2, 3 * pixels // 4  # the middle of the baseline
+    ImageDraw.Draw(picture).text(where, letter, fill=255, font=load_font(font, int(0.69 * pixels)), anchor="ms")
     return np.array(picture)
 
 
@@ -138,7 +144,7 @@ class PicturesAndNames(Dataset[tuple[Tensor, Tensor]]):
 class CLIP(LightningModule):
     """A tower for pictures and a tower for names, trained with the InfoNCE loss in both directions."""
 
-    def __init__(self, n_words: int, width: int = 128, learning_rate: float = 4e-3, temperature: float = 0.1) -> None:
+    def __init__(self, n_words: int, width: int = 128, learning_rate: float = 8e-3, temperature: float = 0.1) -> None:
         super().__init__()
         self.learning_rate, self.temperature = learning_rate, temperature
         self.picture_tower = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS**2, 512), nn.ReLU(), nn.Linear(512, width))

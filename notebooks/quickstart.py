@@ -13,6 +13,7 @@
 import logging
 import unicodedata
 import warnings
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -46,8 +47,13 @@ def font_path(font):
     return Path(get_data_path(), "fonts/ttf", f"{font}.ttf")
 
 
+@cache
+def load_font(font, size):
+    return ImageFont.truetype(font_path(font), size, layout_engine=ImageFont.Layout.BASIC)
+
+
 def draw(letter, font, pixels=24):
-    drawn = ImageFont.truetype(font_path(font), int(0.69 * pixels), layout_engine=ImageFont.Layout.BASIC)
+    drawn = load_font(font, int(0.69 * pixels))
     picture = Image.new("L", (pixels, pixels))
     ImageDraw.Draw(picture).text((pixels // 2, 3 * pixels // 4), letter, fill=255, font=drawn, anchor="ms")
     return np.array(picture, dtype=np.float32) / 255
@@ -95,7 +101,7 @@ class CLIP(LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+        return torch.optim.AdamW(self.parameters(), lr=8e-3)
 
 
 # %% [markdown]
@@ -118,9 +124,7 @@ def train(*callbacks):
     seed_everything(0, verbose=False)
     model = CLIP()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        max_epochs=12, callbacks=list(callbacks), accelerator="cpu", enable_model_summary=False, **quiet
-    )
+    trainer = Trainer(max_epochs=12, callbacks=list(callbacks), accelerator="cpu", enable_model_summary=False, **quiet)
     trainer.fit(model, datamodule=Data(batch_size=64))
     return model.eval()
 
@@ -158,11 +162,12 @@ for axis, (name, batch) in zip(axes, batches.items(), strict=True):
     similarity = embeddings[batch, 0] @ embeddings[batch, 1].T
     for kind, own in (("negatives", False), ("positives", True)):
         values = similarity[torch.eye(64, dtype=torch.bool) == own]
-        axis.hist(values, np.linspace(-1, 1, 41), weights=torch.full_like(values, 1 / len(values)), alpha=0.6, label=kind)
+        axis.hist(
+            values, np.linspace(-1, 1, 41), weights=torch.full_like(values, 1 / len(values)), alpha=0.6, label=kind
+        )
     axis.set(title=name, xlabel="cosine similarity")
 axes[0].set_ylabel("share")
-axes[1].legend(frameon=False);
-
+axes[1].legend(frameon=False)
 # %% [markdown]
 # ## What changed: the model
 #
