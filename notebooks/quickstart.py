@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Quickstart: harder batches in five minutes
+# # Quickstart: harder batches in two minutes
 #
 # You train two towers on pairs, as CLIP does: a picture and its name. The other names of the mini-batch are the
 # negatives. After a while most of them are too easy: the model tells an Arabic letter from a Greek one at a glance, and
@@ -167,7 +167,7 @@ for axis, (name, batch) in zip(axes, batches.items(), strict=True):
         )
     axis.set(title=name, xlabel="cosine similarity")
 axes[0].set_ylabel("share")
-axes[1].legend(frameon=False)
+_ = axes[1].legend(frameon=False)
 # %% [markdown]
 # ## What changed: the model
 #
@@ -181,7 +181,7 @@ for name, model in (("uniform", uniform), ("walked", walked)):
     with torch.no_grad():
         found, every_name = (F.normalize(side, dim=1) for side in (model.picture_tower(pictures), model.words(words)))
     recall = ((found @ every_name.T).argmax(dim=1) == unseen).float().mean()
-    last = np.mean(model.losses[-len(letters) // 64 :])
+    last = np.mean(model.losses[-(len(letters) // 64) :])
     print(f"{name}: recall at 1 {recall:.1%}, loss in the last epoch {last:.2f}")
 
 # %% [markdown]
