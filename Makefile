@@ -16,7 +16,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/glyphs.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ test: lint
 test-all: test docs
 	$(BIN)/pytest -m slow
 	$(MAKE) --jobs 2 notebooks NOTEBOOKS_IN=build/notebooks
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/glyphs.py
 
 # Build the sdist and the wheel and check their metadata. Install the wheel into a clean environment, with the lowest
 # versions that setup.cfg allows. Run the fast tests there, from the unpacked sdist, so that nothing is read from src/.
