@@ -116,13 +116,15 @@ class EncodedEmbeddings:
         self._batch_size = batch_size
         self._per_rank = per_rank
         self._dataset: Dataset[Any] | None = None
+        self._loading: dict[str, Any] = {}
         self._fetch: BatchFetcher | None = None
         self._shape: torch.Size | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        dataset = data.pool_dataset()
-        check_map_style(dataset, "pool_dataset()")
-        check_length("pool_dataset()", dataset, layout.n_instances)
+        dataset, self._loading = data.pool_loading()
+        if not data.streams:
+            check_map_style(dataset, "pool_dataset()")
+            check_length("pool_dataset()", dataset, layout.n_instances)
         self.close()
         self._dataset = dataset
 
@@ -159,9 +161,7 @@ class EncodedEmbeddings:
         module, data = trainer.lightning_module, trainer.datamodule
         if self._fetch is None:
             assert self._dataset is not None
-            kwargs = {"pin_memory": module.device.type == "cuda"} | data.dataloader_kwargs
-            if data.pool_collate_fn is not None:
-                kwargs["collate_fn"] = data.pool_collate_fn
+            kwargs = {"pin_memory": module.device.type == "cuda"} | self._loading
             kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global random state
             self._fetch = BatchFetcher(self._dataset, **kwargs)
         size = min(self._batch_size or 4 * data.batch_size, len(indices))
@@ -175,7 +175,8 @@ class EncodedEmbeddings:
                 with trainer.precision_plugin.forward_context():
                     return self._embed(batch)
             except Exception as error:
-                error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset))
+                how = "give pool_collate_fn a function for" if data.streams else "override pool_dataset() to return"
+                error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset, how))
                 raise
 
         with no_trace(module), _progress(trainer, -(-len(indices) // size)) as advance:
@@ -303,14 +304,14 @@ class ReferenceEmbeddings:
         pass
 
 
-def _advice(batch: Any, is_training_data: bool) -> str:
+def _advice(batch: Any, is_training_data: bool, how: str) -> str:
     """Return what to do after embedding a batch has failed, the likeliest fix first."""
     what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
     if is_training_data and isinstance(batch, (list, tuple)):
         return (
             f"{what} Your DataModule does not override pool_dataset(), so this is a training batch of {len(batch)} "
             "parts. If the first part is the input, define `def embed(self, batch): return self(batch[0])` in your "
-            "module. Otherwise override pool_dataset() to return one clean view of each instance."
+            f"module. Otherwise {how} one clean view of each instance."
         )
     return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
 
