@@ -26,6 +26,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from parts import Data, Model, Points, fit, pool_order, walker
+from streams import StreamData
 
 from bs_lightning import ExactGraph, RWRComposer
 from bs_lightning.baselines import uniform_batches
@@ -168,7 +169,7 @@ class Run(Model):
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
          sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
-         groups=False, two_sides=False, target_loss=None, **trainer):  # fmt: skip
+         groups=False, two_sides=False, target_loss=None, stream=None, **trainer):  # fmt: skip
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")
@@ -200,10 +201,10 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         LocalFileOpener.write = lambda file, data: model.kill.write(file, data)
     model.width = 4 - rank * (differs in ("width", "recycled width"))
     seed = rank if differs == "seed" else None
-    make = GroupedData if groups else ValidatedData if validate else Data
+    make = GroupedData if groups else ValidatedData if validate else StreamData if stream else Data
     fit(
         model,
-        make(batch_size, n, drop_last=drop_last, seed=seed, separate_groups=groups, **loader or {}),
+        make(batch_size, n, drop_last=drop_last, seed=seed, separate_groups=groups, **loader or {}, **stream or {}),
         *callbacks,
         ckpt_path=last if last.exists() else None,
         enable_checkpointing=bool(checkpoint),

@@ -1,5 +1,6 @@
 """README and docs: their code runs as printed, their links lead somewhere, and the tests they name exist."""
 
+import importlib
 import re
 import textwrap
 from pathlib import Path
@@ -84,6 +85,63 @@ def test_the_hand_written_loop():
         exec(code, names)
     assert names["epoch"] == 2
     assert torch.isfinite(names["loss"])
+
+
+def fit(model, data, callback):
+    trainer = Trainer(
+        max_epochs=2, callbacks=callback, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+class OneView(SimCLR):
+    """Trains on one view, and makes two of it."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen = [*getattr(self, "seen", []), *batch[:, 0].tolist()]
+        return super().training_step([batch, batch + 0.1 * torch.randn_like(batch)], batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_streams():
+    names = [{}, {}]
+    for code, namespace in zip([printed("docs/streams.md")[0], printed("docs/streams.md")[-1]], names, strict=True):
+        exec(code, namespace)
+    trainer = fit(SimCLR(), names[0]["data"], names[0]["callback"])
+    assert trainer.global_step == 2 * 31
+    assert "batch_sampler/walk_seconds" in trainer.callback_metrics
+    assert len(names[1]["batch"]) == 16
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("library", ["webdataset", "litdata"])
+def test_streams_of_other_libraries(library, workers, tmp_path):
+    """Each instance comes once an epoch. Skipped where the library is not installed."""
+    module = pytest.importorskip(library)
+    (code,) = [code for code in printed("docs/streams.md") if library in code]
+    exec(code, names := {})
+    points = torch.randn(96, 8).numpy()
+    if library == "webdataset":
+        files = [str(tmp_path / f"{shard}.tar") for shard in range(4)]
+        for shard, file in enumerate(files):
+            with module.TarWriter(file) as writer:
+                for i in range(24 * shard, 24 * shard + 24):
+                    writer.write({"__key__": str(i), "x.npy": points[i]})
+        data = names["WebData"](files, batch_size=8, num_workers=workers)
+    else:
+        writer = importlib.import_module("litdata.streaming.cache").Cache(str(tmp_path), chunk_size=24)
+        for i, point in enumerate(points):
+            writer[i] = {"x": point}
+        writer.done()
+        writer.merge()
+        data = names["LitData"](str(tmp_path), batch_size=8, num_workers=workers)
+    model = OneView()
+    fit(model, data, BatchSamplerCallback(32, composer=RWRComposer(ExactGraph(5)), warmup_epochs=0))
+    for epoch in (model.seen[:96], model.seen[96:]):
+        assert sorted(epoch) == sorted(points[:, 0].tolist())
+    assert model.seen[:96] != model.seen[96:]
 
 
 def without_code(page):

@@ -83,9 +83,9 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(Points())
 
 
-class Streams(Data):
+class Generates(Data):
     def train_dataset(self):
-        return Stream()
+        return (point for point in Points())
 
 
 class PoolStreams(Data):
@@ -110,7 +110,7 @@ class NoData(BatchSamplerDataModule):
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [
-        (Streams(), TypeError, r"train_dataset\(\) must be a map-style dataset .*, got Stream"),
+        (Generates(), TypeError, r"train_dataset\(\) must be a map-style dataset .*, got generator"),
         (PoolStreams(), TypeError, r"pool_dataset\(\) must be a map-style dataset .*, got Stream"),
         (ShortPool(), ValueError, r"pool_dataset\(\) must have the length and order of .* 100, got length 99"),
         (ShortLabels(), ValueError, r"train_labels\(\) must have the length and order of .* 100, got length 7"),

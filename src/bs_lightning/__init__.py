@@ -11,6 +11,7 @@ from bs_lightning.plugin.callback import BatchSamplerCallback
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.reference import encode_dataset
 from bs_lightning.sampler import PoolBatchSampler
+from bs_lightning.stream import StreamLoader
 from bs_lightning.walk import rwr_batches
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Pools",
     "RWRComposer",
     "RandomCandidateGraph",
+    "StreamLoader",
     "WholeData",
     "encode",
     "encode_dataset",

@@ -71,9 +71,7 @@ class BatchFetcher:
         Without this call they end with the last reference. If the garbage collector finds that reference in a cycle,
         torch waits ten seconds for the workers in vain.
         """
-        workers, self._loader._iterator = self._loader._iterator, None
-        if workers is not None:
-            workers._shutdown_workers()  # type: ignore[attr-defined]
+        end_workers(self._loader)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy without the workers and the generator.
@@ -220,6 +218,17 @@ class PoolLoader:
         else:
             seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         return torch.Generator().manual_seed(seed)
+
+
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End the workers that a data loader keeps.
+
+    Args:
+        loader: The data loader.
+    """
+    workers, loader._iterator = loader._iterator, None
+    if workers is not None:
+        workers._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:

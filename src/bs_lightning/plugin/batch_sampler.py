@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import BatchSampler
 
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader
@@ -23,8 +22,8 @@ class TrainedData(Protocol):
         ...
 
     @property
-    def train_sampler(self) -> BatchSampler | None:
-        """The batch sampler of the loader that the Trainer trains from, or ``None``."""
+    def train_sampler(self) -> object | None:
+        """What serves the batches that the Trainer trains on, or ``None``."""
         ...
 
     def planning(self, layout: BatchLayout) -> Planning | None:

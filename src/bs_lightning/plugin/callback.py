@@ -10,7 +10,7 @@ from torch import Tensor
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Indices
 from bs_lightning.adaptive import AdaptivePools
-from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer
+from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer, asked_for
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Cut, PlannedPool, Planning, Pools, WholeData
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
@@ -244,6 +244,8 @@ class BatchSamplerCallback(Callback):
                 differs in length from ``train_dataset()``.
         """
         assert self._planner is not None
+        if data.streams:
+            self._check_stream(layout)
         self._planner.attach(data, layout)
         if data.separate_groups and self.composer.replacement:
             raise ValueError(
@@ -253,7 +255,7 @@ class BatchSamplerCallback(Callback):
         if self._adaptive is not None and self.target_loss is None:
             has_rule = self.own_rule is not None or bool(data.false_negative_rules)
             self._adaptive.target_loss = 0.3 if has_rule else 0.05
-        self._cut(layout).check(layout)
+        self.cut(layout).check(layout)
 
     def planning(self, layout: BatchLayout) -> Planning | None:
         """Return how the batches of the epoch that begins are composed.
@@ -267,16 +269,43 @@ class BatchSamplerCallback(Callback):
         assert self._planner is not None
         if not self.should_plan(self._planner.trainer):
             return None
-        return Planning(self._plan_pool, self._cut(layout), self.composer.replacement, self._planner.source.expect)
+        return Planning(self._plan_pool, self.cut(layout), self.composer.replacement, self._planner.source.expect)
 
-    def _cut(self, layout: BatchLayout) -> Cut:
-        """Return which instances are planned together."""
+    def cut(self, layout: BatchLayout) -> Cut:
+        """Return which instances are planned together.
+
+        Args:
+            layout: The epoch's sizes.
+
+        Returns:
+            Pools, or the whole dataset.
+        """
         assert self._planner is not None
         if self._adaptive is not None:
             return self._adaptive
         if self.refresh_every is not None:
             return WholeData(self.refresh_every)
         return Pools(self.resolve_pool_size(self._planner.trainer, layout))
+
+    def _check_stream(self, layout: BatchLayout) -> None:
+        """Refuse what cannot work on a stream, whose instances come once and have no index."""
+        size, refused = self.pool_size, None
+        if size in ("all", "auto") or isinstance(size, float):
+            refused = f"pool_size={size!r} needs the length of the dataset. Give a number of instances: all of them are"
+            refused += " held in memory"
+        elif self.refresh_every is not None or self.composer.replacement:
+            name = "replacement=True" if self.refresh_every is None else f"refresh_every={self.refresh_every}"
+            refused = f"{name} serves instances more than once, but a stream's instances come once. Leave it out"
+        elif self.recycle or self.from_reference:
+            name = "recycle=True" if self.recycle else "from_reference=True"
+            refused = f"{name} finds embeddings by the index of an instance, and a stream has none. Leave it out"
+        elif layout.world_size > 1 and not self.per_rank:
+            refused = "each process reads its own part of the stream, so that it can only compose batches from its part"
+            refused += f". Use per_rank=True on {layout.world_size} processes"
+        elif "indices" in asked_for(self.composer):
+            refused = f"{self.composer!r} asks for dataset indices, and a stream has none. Use a different composer"
+        if refused is not None:
+            raise ValueError(f"train_dataset() is a stream: {refused}.")
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         assert self._planner is not None
@@ -369,9 +398,7 @@ class BatchSamplerCallback(Callback):
         # Pools are planned between two batches, where Lightning allows no logging. So their values are logged here.
         assert self._planner is not None
         if self._must_rehearse:  # not earlier: the module's start hooks may make what `embed` needs
-            self._planner.rehearse(
-                self._cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch)
-            )
+            self._planner.rehearse(self.cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch))
             self._must_rehearse = False
         if self._must_describe:
             self._planner.describe_uniform(trainer.current_epoch)

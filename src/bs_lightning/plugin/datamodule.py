@@ -9,17 +9,20 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from bs_lightning._checks import check_length, check_seed
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
-from bs_lightning.plan import Planning
+from bs_lightning.plan import Cut, Planning, Pools
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler, TrainerLoader
 from bs_lightning.plugin.loops import check_trainer
+from bs_lightning.plugin.stream_loader import TrainerStreamLoader
 from bs_lightning.rules import AbovePositive, AboveSimilarity, MoreSimilar, Rule, SameGroup, check_reference
 from bs_lightning.state import SamplerState, holds_state
+from bs_lightning.stream import StreamLoader
+from bs_lightning.stream_state import StreamState
 
 _T = TypeVar("_T")
 
@@ -38,6 +41,10 @@ class BatchPlanner(Protocol):
 
     def planning(self, layout: BatchLayout) -> Planning | None:
         """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
+        ...
+
+    def cut(self, layout: BatchLayout) -> Cut:
+        """Which instances are planned together."""
         ...
 
 
@@ -164,7 +171,9 @@ class BatchSamplerDataModule(LightningDataModule):
         self._planner = None
 
     def train_dataset(self) -> Dataset[Any]:
-        """The map-style dataset to train on. Must be overridden; called once per ``train_dataloader``.
+        """The dataset to train on: map-style, or a stream. Must be overridden; called once per ``train_dataloader``.
+
+        A stream is an ``IterableDataset`` of single instances: see :class:`~bs_lightning.StreamLoader`.
 
         Raises:
             NotImplementedError: If it is not overridden.
@@ -183,6 +192,8 @@ class BatchSamplerDataModule(LightningDataModule):
         that mean "unknown" count as a class.
         """
         dataset = self._train_dataset
+        if self.streams:
+            return None
         labels = getattr(dataset, "targets", None)
         if labels is None:
             y = getattr(dataset, "y", None)
@@ -225,11 +236,12 @@ class BatchSamplerDataModule(LightningDataModule):
         """The reference embeddings, once the training data was asked for."""
         return self._reference
 
-    def train_dataloader(self) -> PoolLoader:
+    def train_dataloader(self) -> PoolLoader | StreamLoader:
         """The loader that serves the plan. Not to be overridden.
 
         Raises:
-            TypeError: If the dataset is iterable-style, ``batch_size`` is not an integer, or ``training_step`` takes
+            TypeError: If the dataset is neither map-style nor a stream, a stream comes with labels, groups, reference
+                embeddings or a pool dataset, ``batch_size`` is not an integer, or ``training_step`` takes
                 ``dataloader_iter``.
             ValueError: If ``batch_size`` is below 2 or the dataset is smaller than a global batch.
         """
@@ -246,20 +258,29 @@ class BatchSamplerDataModule(LightningDataModule):
                 "fetches batches itself, and which of them is being trained cannot be known."
             )
         dataset = self.train_dataset()
-        check_map_style(dataset, "train_dataset()")
         self._train_dataset = dataset
-        groups = self._read_rules(len(dataset))  # type: ignore[arg-type]
         ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        settings: dict[str, Any] = {
+            "drop_last": self.drop_last,
+            "seed": self._resolve_seed(),
+            "rank": ranks["rank"] if ranks else 0,
+            "world_size": ranks["num_replicas"] if ranks else 1,
+        }
+        if self.streams:
+            self._check_stream()
+            stream = TrainerStreamLoader(self, dataset, self.batch_size, **settings, **self.dataloader_kwargs)  # type: ignore[arg-type]
+            if self._planner is not None:
+                self._planner.attach(self, stream.layout)
+            return stream
+        check_map_style(dataset, "train_dataset()")
+        groups = self._read_rules(len(dataset))  # type: ignore[arg-type]
         sampler = TrainerBatchSampler(
             self,
             len(dataset),  # type: ignore[arg-type]
             self.batch_size,
-            drop_last=self.drop_last,
-            seed=self._resolve_seed(),
             rules=self._rules,
             groups=groups if self.separate_groups else None,
-            rank=ranks["rank"] if ranks else 0,
-            world_size=ranks["num_replicas"] if ranks else 1,
+            **settings,
         )
         if self._planner is not None:
             self._planner.attach(self, sampler.layout)
@@ -268,6 +289,29 @@ class BatchSamplerDataModule(LightningDataModule):
     def planning(self, layout: BatchLayout) -> Planning | None:
         """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
         return None if self._planner is None else self._planner.planning(layout)
+
+    def pool_size(self, layout: BatchLayout) -> int | None:
+        """The pool size in instances, also where batches are uniform; ``None`` without a callback."""
+        cut = None if self._planner is None else self._planner.cut(layout)
+        return cut.size if isinstance(cut, Pools) else None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training data is a stream, once it was asked for."""
+        return isinstance(self._train_dataset, IterableDataset)
+
+    def pool_loading(self) -> tuple[Dataset[Any], dict[str, Any]]:
+        """Return what to embed pools from, and the arguments for loading it. For the callback.
+
+        Returns:
+            The pool dataset and its ``DataLoader`` arguments. For a stream, the buffer that has been read.
+        """
+        kwargs = dict(self.dataloader_kwargs)
+        if self.pool_collate_fn is not None:
+            kwargs["collate_fn"] = self.pool_collate_fn
+        if not self.streams:
+            return self.pool_dataset(), kwargs
+        return _TrainedBuffer(self), {name: kwargs[name] for name in ("collate_fn", "pin_memory") if name in kwargs}
 
     def trained_batch(self) -> Indices:
         """The dataset indices of the global batch being trained, int64 ``[B]``. A process's slice of it is contiguous.
@@ -326,10 +370,10 @@ class BatchSamplerDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
         sampler = self.train_sampler
-        restored = self.restored_state()
+        restored = self.restored_stream_state() if self.streams else self.restored_state()
         if restored is not None and (sampler is None or not sampler.has_planned):
             return restored.to_dict()
-        return {} if sampler is None else sampler.state_dict()
+        return {} if sampler is None else sampler.state().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the pool that was being served. Call it where you override it."""
@@ -338,16 +382,28 @@ class BatchSamplerDataModule(LightningDataModule):
 
     def restored_state(self) -> SamplerState | None:
         """Our state in the checkpoint that the current fit was resumed from, if it was and has it."""
+        state = self._restored(of_stream=False)
+        return None if state is None else SamplerState.from_dict(state)
+
+    def restored_stream_state(self) -> StreamState | None:
+        """The same for a stream."""
+        state = self._restored(of_stream=True)
+        return None if state is None else StreamState.from_dict(state)
+
+    @property
+    def train_sampler(self) -> TrainerBatchSampler | TrainerStreamLoader | None:
+        """What serves the batches the Trainer is training on: a batch sampler, the loader of a stream, or ``None``."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        if isinstance(loader, TrainerStreamLoader):
+            return loader
+        return loader.batch_sampler if isinstance(loader, TrainerLoader) else None  # type: ignore[return-value]
+
+    def _restored(self, of_stream: bool) -> dict[str, Any] | None:
+        """The dictionary in the checkpoint that the current fit was resumed from, if it is of the kind of the data."""
         if self._checkpoint is None or self.trainer is None or self.trainer.ckpt_path is None:
             return None
         path, state = self._checkpoint
-        return SamplerState.from_dict(state) if path == self.trainer.ckpt_path else None
-
-    @property
-    def train_sampler(self) -> TrainerBatchSampler | None:
-        """The batch sampler of the loader the Trainer is training from, or ``None``."""
-        loader = None if self.trainer is None else self.trainer.train_dataloader
-        return loader.batch_sampler if isinstance(loader, TrainerLoader) else None  # type: ignore[return-value]
+        return state if path == self.trainer.ckpt_path and ("stream" in state) == of_stream else None
 
     def _in_training(self, asked: str, value: _T | None) -> _T:
         """Refuse to answer a question about the batch being trained while there is none."""
@@ -359,6 +415,27 @@ class BatchSamplerDataModule(LightningDataModule):
                 "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
             )
         return value
+
+    def _check_stream(self) -> None:
+        """Refuse what needs the index of each instance, which a stream does not have."""
+        named = {name: getattr(self, name)() for name in ("train_labels", "train_groups", "reference_embeddings")}
+        for name, value in named.items():
+            if value is not None:
+                raise TypeError(
+                    f"{name}() gives one value for each index, but train_dataset() is a stream "
+                    f"({type(self._train_dataset).__name__}), whose instances have no index. Return None there."
+                )
+        if self.separate_groups or self.reference_rule is not None:
+            name = "separate_groups" if self.separate_groups else "reference_rule"
+            raise ValueError(
+                f"{name}={getattr(self, name)} needs a map-style dataset, but train_dataset() is a stream."
+            )
+        if type(self).pool_dataset is not BatchSamplerDataModule.pool_dataset:
+            raise TypeError(
+                "A stream is read once for training and encoding, so pool_dataset() must not be overridden. Let each "
+                "instance hold its clean view, and give pool_collate_fn=... a function that picks it."
+            )
+        self._reference, self._rules = None, ()
 
     def _read_rules(self, n_instances: int) -> NDArray[np.int64] | None:
         """Check groups and reference embeddings, and make the rules from them. Return the groups."""
@@ -392,3 +469,15 @@ class BatchSamplerDataModule(LightningDataModule):
         seed = torch.initial_seed()
         trainer = self.trainer
         return seed if trainer is None or not trainer.training else trainer.strategy.broadcast(seed)
+
+
+class _TrainedBuffer(Dataset[Any]):
+    """The buffer of the stream that is being trained from."""
+
+    def __init__(self, data: BatchSamplerDataModule) -> None:
+        self._data = data
+
+    def __getitem__(self, position: int) -> Any:
+        loader = self._data.train_sampler
+        assert isinstance(loader, TrainerStreamLoader)
+        return loader.buffer[position]

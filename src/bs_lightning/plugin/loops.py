@@ -35,6 +35,25 @@ def batch_in_training(trainer: Trainer) -> int | None:
     return None if ready == completed else ready - 1
 
 
+def position(trainer: Trainer) -> tuple[int, int]:
+    """Return the epoch that is trained next, and how many of its batches have been trained.
+
+    Unlike :func:`next_batch`, it is right while Lightning fetches a batch ahead, as it does from a loader of unknown
+    length. After a resume it does so before it has counted the epoch whose last batch had been trained.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The number of the epoch, and the number of its batches.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    if trainer.fit_loop.restarting and batches.is_last_batch:
+        return progress.ready, 0
+    return progress.processed, batches.current.processed
+
+
 def epochs_processed(trainer: Trainer) -> int:
     """Return the number of epochs whose batches have all been trained.
 

@@ -125,14 +125,16 @@ class EncodedEmbeddings:
         self._batch_size = batch_size
         self._per_rank = per_rank
         self._dataset: Dataset[Any] | None = None
+        self._settings: dict[str, Any] = {}
         self._fetch: BatchFetcher | None = None
         self._ahead: tuple[Indices, Iterator[Any]] | None = None
         self._shape: torch.Size | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        dataset = data.pool_dataset()
-        check_map_style(dataset, "pool_dataset()")
-        check_length("pool_dataset()", dataset, layout.n_instances)
+        dataset, self._settings = data.pool_loading()
+        if not data.streams:
+            check_map_style(dataset, "pool_dataset()")
+            check_length("pool_dataset()", dataset, layout.n_instances)
         self.close()
         self._dataset = dataset
 
@@ -183,14 +185,11 @@ class EncodedEmbeddings:
 
     def _loading(self, indices: Indices) -> Iterator[Any]:
         """Return an iterator over a pool's batches. Worker processes, if there are any, begin at once."""
-        trainer = self._trainer
-        module, data = trainer.lightning_module, trainer.datamodule
         if self._fetch is None:
             assert self._dataset is not None
-            kwargs = {"pin_memory": module.device.type == "cuda"} | data.dataloader_kwargs
-            if data.pool_collate_fn is not None:
-                kwargs["collate_fn"] = data.pool_collate_fn
-            kwargs["generator"] = torch.Generator().manual_seed(trainer.global_rank)  # spares the global random state
+            kwargs = {"pin_memory": self._trainer.lightning_module.device.type == "cuda"} | self._settings
+            # A generator of its own spares the global random state.
+            kwargs["generator"] = torch.Generator().manual_seed(self._trainer.global_rank)
             self._fetch = BatchFetcher(self._dataset, **kwargs)
         size = self._size
         return self._fetch(indices[start : start + size].tolist() for start in range(0, len(indices), size))
@@ -212,7 +211,8 @@ class EncodedEmbeddings:
                 with trainer.precision_plugin.forward_context():
                     return self._embed(batch)
             except Exception as error:
-                error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset))
+                how = "give pool_collate_fn a function for" if data.streams else "override pool_dataset() to return"
+                error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset, how))
                 raise
 
         with no_trace(module), _progress(trainer, -(-len(indices) // self._size)) as advance:
@@ -346,14 +346,14 @@ class ReferenceEmbeddings:
         pass
 
 
-def _advice(batch: Any, is_training_data: bool) -> str:
+def _advice(batch: Any, is_training_data: bool, how: str) -> str:
     """Return what to do after embedding a batch has failed, the likeliest fix first."""
     what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
     if is_training_data and isinstance(batch, (list, tuple)):
         return (
             f"{what} Your DataModule does not override pool_dataset(), so this is a training batch of {len(batch)} "
             "parts. If the first part is the input, define `def embed(self, batch): return self(batch[0])` in your "
-            "module. Otherwise override pool_dataset() to return one clean view of each instance."
+            f"module. Otherwise {how} one clean view of each instance."
         )
     return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
 

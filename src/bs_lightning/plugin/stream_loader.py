@@ -1,0 +1,144 @@
+"""Stream loader of a Trainer: serves a stream at the epoch and position at which the Trainer is."""
+
+from typing import Any, Protocol
+
+from lightning.pytorch import Trainer
+from torch.utils.data import IterableDataset
+
+from bs_lightning.layout import BatchLayout
+from bs_lightning.plan import Planning
+from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, position
+from bs_lightning.stream import Pass, StreamLoader
+from bs_lightning.stream_state import StreamState
+
+
+class StreamedData(Protocol):
+    """What the loader asks of the DataModule."""
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer, or ``None`` outside a fit."""
+        ...
+
+    @property
+    def train_sampler(self) -> object | None:
+        """What serves the batches that the Trainer trains on, or ``None``."""
+        ...
+
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """Return how the batches of the epoch are composed; ``None`` for uniform batches."""
+        ...
+
+    def pool_size(self, layout: BatchLayout) -> int | None:
+        """Return the pool size in instances, also where batches are uniform; ``None`` without a callback."""
+        ...
+
+    def restored_stream_state(self) -> StreamState | None:
+        """Return our state of the checkpoint from which this fit resumed, or ``None``."""
+        ...
+
+
+class TrainerStreamLoader(StreamLoader):
+    """The loader of a stream that a DataModule gives to a Trainer.
+
+    Args:
+        data: The DataModule.
+        stream: The stream.
+        batch_size: Instances per batch and process.
+        **kwargs: All other arguments of :class:`~bs_lightning.StreamLoader` but ``pool_size`` and ``plan_pool``.
+    """
+
+    groups_digest = 0  # a stream has no groups
+
+    def __init__(self, data: StreamedData, stream: IterableDataset[Any], batch_size: int, **kwargs: Any) -> None:
+        super().__init__(stream, batch_size, **kwargs)
+        self._data = data
+        self._n_epochs_processed = 0
+
+    @property
+    def has_planned(self) -> bool:
+        """Whether a pass has begun. Until then, the state is as a checkpoint had it."""
+        return self._pass is not None
+
+    def trained_batch(self) -> None:
+        """Refuse to name the instances of a batch.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("trained_batch() gives dataset indices, which a stream has not. Put a key into each instance.")
+
+    def state(self) -> StreamState:
+        """Return the position of training within the pass."""
+        trainer, state = self._data.trainer, super().state()
+        if trainer is None or self._pass is None:
+            return state
+        _, served = position(trainer)
+        pool = self._pass.pool_of(served) or self._pass.pool_of(served - 1)
+        return StreamState(state.seed, state.global_batch_size, self._pass.epoch, 0 if pool is None else served, pool)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return no state: it is part of the DataModule's, as for :class:`TrainerLoader`.
+
+        Returns:
+            An empty dictionary.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore nothing.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
+
+    def _begin(self) -> Pass:
+        """Begin the pass of the epoch being trained, or a throwaway uniform pass for anyone else who iterates."""
+        trainer = self._data.trainer
+        if trainer is None:
+            return super()._begin()
+        # With `overfit_batches` every epoch has the same batches.
+        stop = None if self._n_instances is None else len(self)
+        size = self._data.pool_size(self.layout) or self.pool_size
+        if not trainer.training or self._data.train_sampler is not self:
+            return Pass(0, 0, stop, size, together=False)
+        count_epoch(trainer)
+        epoch, processed = position(trainer)
+        if trainer.overfit_batches:
+            epoch = 0
+        if self._pass is not None and self._pass.epoch == epoch and self._pass.start < processed:
+            return Pass(epoch, 0, stop, size, together=False)  # a hook looks into the loader
+        restored, start = None, 0
+        state = self._data.restored_stream_state()
+        if state is not None:
+            self.seed = state.seed
+        if trainer.fit_loop.restarting and processed:
+            start = processed
+            if self._pass is not None and self._pass.epoch == epoch:
+                restored = self._pass.restored  # Lightning asks for an iterator of this epoch a second time
+            else:
+                restored = self._readable(state or StreamState(self.seed, 0, epoch, processed, None))
+        if trainer.num_training_batches != float("inf"):
+            stop = int(trainer.num_training_batches)
+        planning = self._data.planning(self.layout)
+        plan_pool = None if planning is None else planning.plan_pool
+        self._pass = Pass(epoch, start, stop, size, plan_pool, restored)
+        self._n_epochs_processed = epochs_processed(trainer)
+        return self._pass
+
+    def _trained_batch_number(self) -> int | None:
+        """The number in its epoch of the batch being trained."""
+        trainer = self._data.trainer
+        if self._pass is None or trainer is None or not trainer.training:
+            return None
+        epoch_ended = epochs_processed(trainer) != self._n_epochs_processed
+        return None if epoch_ended else batch_in_training(trainer)
+
+    @property
+    def _iterator(self) -> None:
+        """Lightning sets this attribute to ``None`` when a fit ends, to end the workers."""
+        return None
+
+    @_iterator.setter
+    def _iterator(self, _: None) -> None:
+        self.close()

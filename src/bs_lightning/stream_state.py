@@ -1,0 +1,149 @@
+"""Stream state: where a pass over a stream is, as tensors and plain Python values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from bs_lightning._types import Indices, Pairs
+from bs_lightning.layout import BatchLayout
+from bs_lightning.state import _damaged, _table, _value
+
+FORMAT = 1
+
+
+class Reading(NamedTuple):
+    """What one process read of the stream for a pool."""
+
+    before: int
+    """Instances of the pass that were read before."""
+    taken: int
+    """Instances that were read for the pool."""
+    state: dict[str, Any] | None = None
+    """The stream's own state before the pool was read; ``None`` if it has none, or nothing was read before."""
+    error: str | None = None
+    """Why reading failed. Never saved."""
+
+
+class StreamPool(NamedTuple):
+    """A planned pool of a stream. All numbers are positions in the pool, which count all processes' instances."""
+
+    epoch: int
+    start: int
+    """The number of the pool's first batch in the pass."""
+    batches: Indices
+    """int64 ``[n, global_batch_size]``."""
+    pairs: Pairs
+    """Likely false negatives, the anchor first, int64 ``[m, 2]``."""
+    n_last: int
+    """Instances of the smaller batch at the stream's end, 0 if there is none."""
+    readings: tuple[Reading, ...]
+    """What each process read, in the order of the ranks."""
+
+    def holds(self, number: int) -> bool:
+        """Return whether a batch belongs to this pool.
+
+        Args:
+            number: The batch's number in the pass.
+
+        Returns:
+            ``True`` if the pool holds that batch.
+        """
+        return self.start <= number < self.start + len(self.batches) + (self.n_last > 0)
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Holds the position of training within a pass over a stream.
+
+    Args:
+        seed: The loader's seed.
+        global_batch_size: Instances in a global batch.
+        epoch: The epoch being served.
+        served: Number of its batches that were served.
+        pool: The pool that holds the next batch, or else the last one; ``None`` if no batch was served.
+    """
+
+    seed: int
+    global_batch_size: int
+    epoch: int
+    served: int
+    pool: StreamPool | None
+
+    def check_same_batches(self, layout: BatchLayout) -> None:
+        """Refuse to go on within a pass with a different global batch size.
+
+        Args:
+            layout: The current sizes.
+
+        Raises:
+            ValueError: If the size differs. The message names both.
+        """
+        if self.global_batch_size != layout.global_batch_size:
+            raise ValueError(
+                f"The checkpoint was taken within a pass over a stream with global_batch_size={self.global_batch_size},"
+                f" now it is {layout.global_batch_size}: instances would be lost or repeated. Resume with "
+                f"{self.global_batch_size}, or from a checkpoint that was taken between two epochs."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it.
+
+        Returns:
+            Tensors and plain Python values, about as large as a pool's indices, with the stream's own state.
+        """
+        pool = self.pool
+        return {
+            "stream": FORMAT,
+            "seed": int(self.seed),
+            "global_batch_size": int(self.global_batch_size),
+            "epoch": int(self.epoch),
+            "served": int(self.served),
+            "pool": None
+            if pool is None
+            else {
+                "epoch": int(pool.epoch),
+                "start": int(pool.start),
+                "batches": torch.from_numpy(pool.batches),
+                "pairs": torch.from_numpy(pool.pairs),
+                "n_last": int(pool.n_last),
+                "readings": [[int(each.before), int(each.taken), each.state] for each in pool.readings],
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "StreamState":
+        """Return the state that a dictionary holds.
+
+        Args:
+            state: What :meth:`to_dict` returned.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: If a key is missing, a value is out of range, or the state has a different format.
+            TypeError: If a value has a wrong type.
+        """
+        if _value(state, "stream", int) != FORMAT:
+            raise _damaged("stream", state["stream"], f"{FORMAT}, the format that this version reads")
+        counts = {name: _value(state, name, int) for name in ("seed", "global_batch_size", "epoch", "served")}
+        for name, count in counts.items():
+            if count < 0:
+                raise _damaged(name, count, "at least 0")
+        saved = _value(state, "pool", dict, type(None))
+        if saved is None:
+            return cls(**counts, pool=None)
+        pool = StreamPool(
+            _value(saved, "epoch", int, where="pool."),
+            _value(saved, "start", int, where="pool."),
+            _table(saved, "batches"),
+            _table(saved, "pairs"),
+            _value(saved, "n_last", int, where="pool."),
+            tuple(Reading(*each) for each in _value(saved, "readings", list, where="pool.")),
+        )
+        end = pool.start + len(pool.batches) + (pool.n_last > 0)
+        if not pool.start <= counts["served"] <= end or pool.epoch != counts["epoch"]:
+            raise _damaged("served", counts["served"], f"a batch of the saved pool, {pool.start} to {end}")
+        return cls(**counts, pool=pool)

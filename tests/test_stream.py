@@ -1,0 +1,494 @@
+"""Streams: data that can only be read in order, served in composed batches from a buffer."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from parts import Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
+from processes import batches_by_step, run
+from streams import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
+
+from bs_lightning import BatchFetcher, BatchSamplerCallback, PlannedPool, RWRComposer, StreamLoader, encode
+from bs_lightning.graphs import ExactGraph
+from bs_lightning.rules import AbovePositive
+
+
+def served(loader):
+    return [batch[0].tolist() for batch in loader]
+
+
+# Without Lightning
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(4, 90),
+    batch_size=st.integers(2, 9),
+    n_pool_batches=st.integers(1, 5),
+    drop_last=st.booleans(),
+    kind=st.sampled_from([Stream, Sized, Shuffled, Stateful]),
+    seed=st.integers(0, 9),
+)
+def test_each_instance_comes_once(n, batch_size, n_pool_batches, drop_last, kind, seed):
+    batch_size = min(batch_size, n)
+    loader = StreamLoader(kind(n), batch_size, pool_size=n_pool_batches * batch_size, drop_last=drop_last, seed=seed)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches = served(loader)
+        indices = sum(batches, [])
+        assert len(set(indices)) == len(indices) == (n // batch_size * batch_size if drop_last else n)
+        assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+        again = StreamLoader(kind(n), batch_size, pool_size=loader.pool_size, drop_last=drop_last, seed=seed)
+        again.set_epoch(epoch)
+        assert served(again) == batches
+    if kind is Sized:
+        assert len(loader) == len(batches)
+
+
+WORKERS = [
+    {},
+    {"num_workers": 1},
+    {"num_workers": 2, "prefetch_factor": 1},
+    {"num_workers": 2, "persistent_workers": True},
+    {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4},
+]
+
+
+@pytest.mark.parametrize("workers", WORKERS, ids=str)
+@pytest.mark.parametrize("kind", [Stream, Shuffled])
+def test_each_instance_comes_once_from_workers(workers, kind):
+    loader = StreamLoader(kind(103), 8, pool_size=32, drop_last=False, **workers)
+    epochs = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        if epoch == 1:
+            next(iter(loader))  # a pass that ends early leaves nothing behind
+        epochs.append(served(loader))
+        assert sorted(sum(epochs[-1], [])) == list(range(103))
+    assert epochs[0] != epochs[1] != epochs[2]
+    if kind is Shuffled:  # workers know the epoch
+        assert sorted(epochs[0][0]) != sorted(epochs[1][0])
+        assert any(min(epoch[0]) > 32 or max(epoch[0]) > 40 for epoch in epochs)
+    if len(workers) == 1:
+        assert epochs[0] == served(StreamLoader(kind(103), 8, pool_size=32, drop_last=False))
+    loader.close()
+
+
+def test_random_batches_mix_a_pool_and_no_more():
+    batches = served(StreamLoader(Stream(96), 8, pool_size=32))
+    for start in range(0, 12, 4):
+        pool = sum(batches[start : start + 4], [])
+        assert sorted(pool) == list(range(start * 8, start * 8 + 32))
+        assert pool != sorted(pool)
+
+
+def test_a_known_length_makes_near_equal_pools():
+    sizes = {Stream: [], Sized: []}
+    for kind, seen in sizes.items():
+
+        def plan(indices, *, seed, epoch, seen=seen):
+            seen.append(len(indices))
+            return PlannedPool(indices.reshape(-1, 8))
+
+        list(StreamLoader(kind(104), 8, pool_size=40, plan_pool=plan))
+    assert sizes == {Stream: [40, 40, 24], Sized: [40, 32, 32]}
+
+
+def test_plans_when_a_pools_first_batch_is_due_and_reads_no_further():
+    """A hand-written loop that encodes the buffer with the model of that moment."""
+    events, stream = [], Stateful(96)
+
+    def plan(indices, *, seed, epoch):
+        events.append((steps, stream.n_yielded))
+        embeddings = encode(indices, BatchFetcher(loader.buffer), lambda batch: batch[1], batch_size=16)
+        return PlannedPool(RWRComposer(ExactGraph(5))(embeddings, 8, seed=seed, epoch=epoch))
+
+    loader = StreamLoader(stream, 8, pool_size=32, plan_pool=plan)
+    steps, batches = 0, []
+    for steps, batch in enumerate(loader, 1):  # noqa: B007
+        batches.append(batch[0].tolist())
+    assert events == [(0, 32), (4, 64), (8, 96)]
+    assert sorted(sum(batches, [])) == list(range(96))
+    assert same_cluster_share(batches) > 2 * same_cluster_share(served(StreamLoader(Stateful(96), 8, pool_size=32)))
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("kind", [Stateful, SizedStateful])
+def test_resumes_anywhere(kind, drop_last):
+    make = {"batch_size": 8, "pool_size": 32, "drop_last": drop_last}
+    whole = StreamLoader(kind(103), **make)
+    whole.set_epoch(1)
+    expected = served(whole)
+    for stop in range(1, len(expected) + 1):
+        first, resumed = StreamLoader(kind(103), **make), StreamLoader(kind(103), **make)
+        first.set_epoch(1)
+        iterator = iter(first)
+        for _ in range(stop):
+            next(iterator)
+        resumed.load_state_dict(first.state_dict())
+        assert served(resumed) == expected[stop:]
+        resumed.set_epoch(2)
+        first.set_epoch(2)
+        assert served(resumed) == served(first)  # the state holds for one pass
+
+
+def test_a_stream_without_state_starts_anew_with_a_warning():
+    for kind, workers in ((Shuffled, {}), (Stateful, {"num_workers": 1})):
+        first = StreamLoader(kind(50), 8, pool_size=16, **workers)
+        next(iterator := iter(first))
+        state = first.state_dict()
+        del iterator
+        resumed = StreamLoader(kind(50), 8, pool_size=16, **workers)
+        resumed.load_state_dict(state)
+        with pytest.warns(UserWarning, match=r"after 1 batches of epoch 0.*starts anew.*num_workers=0"):
+            assert len(set(sum(served(resumed), []))) == 48
+
+
+def test_nothing_is_drawn_from_the_global_random_states():
+    before = rng_states()
+    list(StreamLoader(Stream(50), 8))
+    assert_equal(rng_states(), before)
+
+
+def test_instances_of_any_kind_come_back_from_workers():
+    class Kinds(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for i in range(4):
+                yield {
+                    "b": torch.full((2,), i, dtype=torch.bfloat16),
+                    "zero": torch.tensor(i),
+                    "array": np.full(3, i),
+                    "text": str(i),
+                    "learned": torch.full((1,), float(i), requires_grad=True).detach(),
+                    "sparse": torch.eye(2).to_sparse(),
+                }
+
+    (here,) = StreamLoader(Kinds(), 4, collate_fn=list)
+    (there,) = StreamLoader(Kinds(), 4, collate_fn=list, num_workers=1)
+    for a, b in zip(here, there, strict=True):
+        a["sparse"], b["sparse"] = a["sparse"].to_dense(), b["sparse"].to_dense()
+        assert_equal(a, b)
+        b["zero"] += 1  # memory of its own
+
+
+@pytest.mark.parametrize(
+    ("stream", "settings", "error", "words"),
+    [
+        (Points(), {}, TypeError, "stream must be a torch.utils.data.IterableDataset, got Points"),
+        (Stream(), {"batch_size": 1}, ValueError, "batch_size must be at least 2"),
+        (Stream(), {"pool_size": 4}, ValueError, "pool_size must be at least one global batch"),
+        (Stream(), {"shuffle": True}, ValueError, "shuffle=True is no argument"),
+        (Stream(), {"rank": 1}, ValueError, "rank must lie in"),
+        (Stream(), {"world_size": 2, "drop_last": False}, ValueError, "drop_last=False serves the last instances"),
+        (Sized(5), {}, ValueError, "The stream has 5 instances, fewer than batch_size=8"),
+    ],
+    ids=str,
+)
+def test_refuses(stream, settings, error, words):
+    with pytest.raises(error, match=words):
+        StreamLoader(stream, **{"batch_size": 8} | settings)
+
+
+def test_a_stream_that_breaks_its_promises():
+    with pytest.raises(ValueError, match="ended within its first batch of batch_size=8"):
+        list(StreamLoader(Stream(5), 8))
+    stream = Sized(80)
+    loader = StreamLoader(stream, 8)
+    del stream.order[50:]
+    with pytest.warns(UserWarning, match=r"ended after 6 batches, but its len\(\) promised 10"):
+        list(loader)
+    with pytest.raises(TypeError, match="The length of Stream is not known"):
+        len(StreamLoader(Stream(), 8))
+
+
+def test_refuses_a_damaged_state():
+    loader = StreamLoader(Stateful(50), 8, pool_size=16)
+    next(iterator := iter(loader))
+    state = loader.state_dict()
+    del iterator
+    for change, words in (
+        ({"stream": 9}, "stream=9"),
+        ({"served": -1}, "served=-1"),
+        ({"served": 7}, "served=7"),
+        ({"pool": 3}, "pool"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            StreamLoader(Stateful(50), 8).load_state_dict(state | change)
+    other = StreamLoader(Stateful(50), 4)
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="global_batch_size=8, now it is 4"):
+        list(other)
+
+
+# With Lightning
+
+
+class Exact(Model):
+    """Trains without randomness of its own, because Lightning does not restore random states."""
+
+    def training_step(self, batch, batch_idx):
+        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
+        z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
+        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 2}, {"num_workers": 1, "persistent_workers": False}], ids=str)
+@pytest.mark.parametrize("kind", ["Stream", "Sized", "Shuffled"])
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_training_serves_each_instance_once(kind, workers, warmup_epochs):
+    model = Model()
+    data = StreamData(8, 103, kind, drop_last=False, **workers)
+    made = fit(model, data, walker(40, warmup_epochs=warmup_epochs), max_epochs=3)
+    for epoch in range(3):
+        assert sorted(sum(model.epochs[epoch], [])) == list(range(103))
+        assert (same_cluster_share(model.epochs[epoch]) > 0.125) == (epoch >= warmup_epochs)
+    assert {"batch_sampler/hardness", "batch_sampler/walk_seconds"} <= made.callback_metrics.keys()
+    assert made.global_step == 39
+
+
+class SeesWeights(Model):
+    """Notes at each encoding how many steps the weights have had."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def embed(self, batch):
+        self.seen.append((self.trainer.global_step, len(batch[0])))
+        return self(batch)
+
+
+@pytest.mark.parametrize("kind", ["Stream", "Sized"])
+@pytest.mark.parametrize("limit", [None, 9])
+def test_when_pools_are_encoded(kind, limit):
+    """Just before a pool's first step. Lightning fetches a batch ahead if nothing tells the epoch's length."""
+    model = SeesWeights()
+    limits = {} if limit is None else {"limit_train_batches": limit}
+    fit(model, StreamData(8, 96, kind), walker(32), max_epochs=2, **limits)
+    early = kind == "Stream" and limit is None
+    if limit is None:
+        assert model.seen == [(step, 32) for step in ((0, 3, 7, 12, 15, 19) if early else (0, 4, 8, 12, 16, 20))]
+    else:
+        assert sorted({step for step, _ in model.seen}) == [0, 5, 9, 14]
+        assert sum(size for _, size in model.seen) == 2 * 8 * 9
+    assert all(len(set(sum(epoch, []))) == 8 * (limit or 12) for epoch in model.epochs.values())
+
+
+@pytest.mark.parametrize("kind", ["Stream", "Sized"])
+def test_encoding_leaves_no_trace(kind):
+    def trained(*callbacks):
+        torch.manual_seed(0)
+        model = Model(dropout=0.1)
+        fit(model, StreamData(8, 100, kind, seed=3), *callbacks, max_epochs=3)
+        return model.batches, model.state_dict(), rng_states()
+
+    assert_equal(trained(walker(None, composer=pool_order, warmup_epochs=1)), trained())
+
+
+@pytest.mark.parametrize("kind", ["Stateful", "SizedStateful"])
+@pytest.mark.parametrize("flags", [{}, {"limit_train_batches": 7}], ids=str)
+def test_resumed_batches_are_those_of_the_uninterrupted_run(kind, flags, tmp_path):
+    def train(model, ckpt_path=None, *callbacks):
+        data = StreamData(8, 103, kind, seed=11, drop_last=False)
+        settings = {"max_epochs": 3, "enable_checkpointing": True, "default_root_dir": tmp_path} | flags
+        fit(model, data, walker(32, warmup_epochs=1), *callbacks, ckpt_path=ckpt_path, **settings)
+        return model.batches
+
+    torch.manual_seed(0)
+    whole = train(Exact(), None, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    per_epoch = len(whole) // 3
+    for step in (2, per_epoch - 1, per_epoch, per_epoch + 3, per_epoch + 4, 2 * per_epoch + 1):
+        resumed = train(Exact(), tmp_path / f"step={step}.ckpt")
+        if kind == "Stateful" and not flags and step == per_epoch:
+            # Lightning fetches the next epoch's first batch before it has counted the epoch that ended.
+            assert [len(batch) for batch in resumed] == [len(batch) for batch in whole[step:]]
+            assert [len(set(sum(resumed[start : start + per_epoch], []))) for start in (0, per_epoch)] == [103, 103]
+        else:
+            assert resumed == whole[step:], f"from step {step}"
+
+
+def test_resuming_a_stream_without_state_warns(tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    for kind in ("Stream", "Sized"):
+        settings = {"max_epochs": 2, "enable_checkpointing": True, "default_root_dir": tmp_path}
+        fit(Exact(), StreamData(8, 96, kind), walker(32), save, **settings)
+        model = Exact()
+        with pytest.warns(UserWarning, match="the position in the stream is not known"):
+            fit(model, StreamData(8, 96, kind), walker(32), ckpt_path=tmp_path / "step=14.ckpt", **settings)
+        assert len(model.epochs[1]) == (10 if kind == "Sized" else 12)
+        assert len(set(sum(model.epochs[1], []))) == 8 * len(model.epochs[1])
+        for file in tmp_path.glob("*.ckpt"):
+            file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["Stream", "Sized"])
+def test_the_mask_is_that_of_the_batch_being_trained(kind):
+    class Masked(Model):
+        def embed(self, batch):
+            return batch[1][:, :4], batch[1][:, 4:]
+
+        def training_step(self, batch, batch_idx):
+            mask = self.trainer.datamodule.likely_false_negatives()
+            assert mask.shape == (len(batch[0]), len(batch[0]))
+            seen.append((batch[0][mask.nonzero()]).tolist())
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    fit(Masked(), StreamData(8, 103, kind, drop_last=False), walker(32, own_rule=AbovePositive()), max_epochs=1)
+    pairs = [pair for found in seen for pair in found]
+    assert len(pairs) > 20
+    sides = Points(103).points.reshape(103, 2, 4)
+    q, d = torch.nn.functional.normalize(sides, dim=2).unbind(1)
+    assert all(q[a] @ d[b] > q[a] @ d[a] - 1e-6 or q[b] @ d[a] > q[a] @ d[a] - 1e-6 for a, b in pairs)
+
+
+def test_looking_into_the_loader_disturbs_nothing():
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 5:
+                assert len(list(trainer.train_dataloader)) == 12
+                assert len(list(trainer.datamodule.train_dataloader())) == 12
+
+    def batches(*callbacks):
+        torch.manual_seed(0)
+        fit(model := Exact(), StreamData(8, 100, seed=1), *callbacks, max_epochs=2)
+        return model.batches
+
+    assert batches(Looks(), walker(32)) == batches(walker(32))
+
+
+def test_collate_functions_make_the_views():
+    class Views(Model):
+        def embed(self, batch):
+            assert batch.shape[1:] == (8,)
+            return self.encoder(batch)
+
+        def training_step(self, batch, batch_idx):
+            _, first, second = batch
+            return (self.encoder(first) - self.encoder(second)).square().mean()
+
+    def two_views(items):
+        indices, points = torch.utils.data.default_collate(items)
+        return indices, points + 0.1, points - 0.1
+
+    def clean(items):
+        return torch.stack([point for _, point in items])
+
+    made = fit(Views(), StreamData(collate_fn=two_views, pool_collate_fn=clean, num_workers=1), walker(32))
+    assert made.global_step == 24
+
+
+class Labelled(StreamData):
+    def train_labels(self):
+        return [0] * 100
+
+
+class Grouped(StreamData):
+    def train_groups(self):
+        return [0] * 100
+
+
+class Referenced(StreamData):
+    def reference_embeddings(self):
+        return torch.randn(100, 4)
+
+
+class Cleaned(StreamData):
+    def pool_dataset(self):
+        return Points()
+
+
+def by_index(embeddings, batch_size, *, seed, epoch, indices):
+    return indices.reshape(-1, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("data", "callback", "words"),
+    [
+        (StreamData, {"pool_size": "all"}, "is a stream: pool_size='all' needs the length.*Give a number"),
+        (StreamData, {"pool_size": 0.5}, "pool_size=0.5 needs the length"),
+        (StreamData, {"pool_size": "auto"}, "pool_size='auto' needs the length"),
+        (StreamData, {"composer": RWRComposer(replacement=True)}, "replacement=True serves instances more than once"),
+        (
+            StreamData,
+            {"pool_size": None, "refresh_every": 5, "composer": RWRComposer(replacement=True)},
+            "refresh_every=5 serves",
+        ),
+        (StreamData, {"recycle": True}, "recycle=True finds embeddings by the index"),
+        (StreamData, {"from_reference": True}, "from_reference=True finds embeddings by the index"),
+        (StreamData, {"composer": by_index}, "asks for dataset indices"),
+        (Labelled, {}, r"train_labels\(\) gives one value for each index.*Return None"),
+        (Grouped, {}, r"train_groups\(\) gives one value for each index"),
+        (Referenced, {}, r"reference_embeddings\(\) gives one value for each index"),
+        (Cleaned, {}, r"pool_dataset\(\) must not be overridden.*pool_collate_fn"),
+        (partial(StreamData, separate_groups=True), {}, "separate_groups=True needs a map-style dataset"),
+        (partial(StreamData, reference_rule=AbovePositive()), {}, "reference_rule=AbovePositive.*needs a map-style"),
+    ],
+    ids=str,
+)
+def test_refuses_what_a_stream_cannot_do(data, callback, words):
+    model = Model()
+    with pytest.raises((TypeError, ValueError), match=words):
+        fit(model, data(), BatchSamplerCallback(warmup_epochs=0, **{"composer": pool_order} | callback))
+    assert not model.epochs
+
+
+def test_a_stream_has_no_dataset_indices():
+    class Asks(Model):
+        def training_step(self, batch, batch_idx):
+            return self.trainer.datamodule.trained_batch()
+
+    with pytest.raises(TypeError, match="gives dataset indices, which a stream has not"):
+        fit(Asks(), StreamData(), walker())
+
+
+# Two processes
+
+TWO = {"per_rank": True, "warmup_epochs": 1, "n": 60, "pool_size": 80, "num_sanity_val_steps": 0}
+
+
+@pytest.mark.parametrize("kind", ["Stream", pytest.param("Sized", marks=pytest.mark.slow)])
+def test_two_processes(kind, tmp_path):
+    """Each reads its own part. Where one part is longer, both end with the shorter one."""
+    ranks = run(tmp_path, stream={"kind": kind, "more": 21}, mask_nearest=3, **TWO)
+    for rank, seen in enumerate(ranks):
+        own = range(60 * rank, 60 + rank * 81)
+        for epoch in ("0", "1"):
+            batches = seen["epochs"][epoch]
+            indices = sum(batches, [])
+            assert len(batches) == 15
+            assert len(set(indices)) == len(indices) == 60
+            assert set(indices) <= set(own)
+    shares = [same_cluster_share(seen["epochs"][epoch]) for epoch in ("0", "1") for seen in ranks]
+    assert max(shares[:2]) < 0.15 < min(shares[2:])
+    assert any(mask for seen in ranks for mask in seen["masks"])
+    assert all(max(pair) < 4 for seen in ranks for mask in seen["masks"] for pair in mask)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(tmp_path):
+    settings = TWO | {"stream": {"kind": "SizedStateful"}, "save_every": 3}
+    whole = run(tmp_path / "whole", **settings)
+    for kill_at in (8, 23):
+        run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
+    killed = run(tmp_path / "killed", **settings)
+    assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
+    assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        pytest.param({"per_rank": False}, "Use per_rank=True on 2 processes", marks=pytest.mark.slow),
+        ({"stream": {"kind": "Broken"}}, "The process of rank 1 failed to read the stream. OSError: no shard"),
+    ],
+    ids=str,
+)
+def test_two_processes_refuse(how, words, tmp_path):
+    assert words in run(tmp_path, fails=True, timeout=120, **TWO | {"stream": {"kind": "Stream"}} | how)
