@@ -342,8 +342,8 @@ for name, log in {"start": start_log, **logs}.items():
 # chance. Over six seeds, [a larger study of the same task](../docs/when-it-helps.md) found +0.7 ± 0.3 points of MRR.
 #
 # What made composing useful here is what the pages on settings ask for: uniform batches had become easy, and the false
-# negatives were known. From untrained weights it would be no help. In the first steps the loss of uniform batches is
-# about three, and the model has no use for harder ones.
+# negatives were known. In the first steps of the start model the loss of uniform batches was about three. There
+# `"auto"` would have kept uniform batches.
 #
 # ## Where to go next
 #
