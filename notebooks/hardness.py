@@ -256,9 +256,9 @@ for name, case in cases.items():
 
 # %% [markdown]
 # The first row is uniform batches: a pool of one batch. Characters are easy: nearly all in-batch mistakes are gone, the
-# loss is near zero, and even in the largest pools the positive wins four times of five. `advise` names the largest
-# pools that keep in-batch accuracy at 0.7: all data. Digits are not: in uniform batches two of three anchors have a
-# negative above their positive. `advise` says to keep uniform batches.
+# loss is small, and even in the largest pools the positive wins four times of five. `advise` names the largest pools
+# that keep in-batch accuracy at 0.7: all data. Digits are not: in uniform batches two of three anchors have a negative
+# above their positive. `advise` says to keep uniform batches.
 #
 # ## Which of the hard negatives are false?
 #
