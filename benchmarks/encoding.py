@@ -42,7 +42,7 @@ class Compare(Callback):
         self.sampling, self.args = sampling, args
         self.pairs: list[tuple[float, float]] = []
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, module: LightningModule, batch: Any, batch_idx: int) -> None:
         planner: Any = self.sampling._planner
         pool = np.random.default_rng(0).permutation(self.args.instances)[: self.args.pool_size]
         size = planner.source._size

@@ -23,7 +23,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         path = ROOT / source
         if path.suffix == ".ipynb":
-            text, resources = MarkdownExporter().from_filename(str(path))
+            named = {"unique_key": path.stem}  # or the images of two notebooks have the same names
+            text, resources = MarkdownExporter().from_filename(str(path), resources=named)
             for name, image in resources["outputs"].items():
                 files.append(File.generated(config, f"notebooks/{name}", content=image))
         else:

@@ -45,6 +45,11 @@ def test_only_the_adapters_import_other_trainers_and_nothing_imports_them():
             assert not [name for name in imported(path) if "adapters" in name], path
 
 
+def test_an_import_does_not_warn_in_a_notebook():
+    for path in SOURCE.rglob("*.py"):
+        assert "tqdm.auto" not in set(imported(path)), f"{path}: without ipywidgets, tqdm.auto warns in a notebook"
+
+
 def test_imports_have_no_circle():
     def name(path):
         return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
