@@ -33,7 +33,7 @@ run/%: notebooks/%.py $(INSTALLED)
 	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output $(NOTEBOOKS_IN)/$*.ipynb $<
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: test docs
 	$(BIN)/pytest -m slow
