@@ -4,6 +4,8 @@
         --arms fixed uniform knn batchsampler untrained --seeds 5 --results results.csv
     python -m benchmarks.recipes language --data-dir DIR --model simcse \\
         --arms uniform knn batchsampler --seeds 3 --results results.csv
+    python -m benchmarks.recipes vision --data-dir DIR --dataset cifar10 --model simclr \\
+        --arms uniform knn batchsampler --seeds 3 --results results.csv
     python -m benchmarks.recipes graphs-table --results results.csv
 
 A benchmark adds a row to the results file for each finished run. It skips the runs that the file already holds, so you
@@ -12,7 +14,7 @@ can resume an interrupted benchmark. Only one process at a time may write to a f
 
 import argparse
 
-from . import graphs, graphs_table, language
+from . import graphs, graphs_table, language, vision
 
 
 def main() -> None:
@@ -23,7 +25,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in {"graphs": graphs, "language": language, "graphs-table": graphs_table}.items():
+    for name, module in {"graphs": graphs, "language": language, "vision": vision, "graphs-table": graphs_table}.items():
         command = commands.add_parser(
             name, help=str(module.__doc__).splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )

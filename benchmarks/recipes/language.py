@@ -188,9 +188,8 @@ def run(data_dir: Path, chosen: Row) -> Row:
     trained = time.perf_counter()
     evaluator = make_trainer(1, [])
     evaluator.limit_val_batches = 1.0
-    (scores, *others) = evaluator.validate(model, datamodule=data, verbose=False)
-    for more in others:
-        scores |= more
+    evaluator.validate(model, datamodule=data, verbose=False)
+    scores = {name: float(score) for name, score in evaluator.callback_metrics.items()}
     described = {} if arm == "untrained" else describe(last, partial(sides, model.train(), data), data.train_groups())
     of_sets = {name: scores[f"{name}/spearman"] for name in STS}
     means = {name: scores[f"val/{name}"] for name in ("spearman", "r1", "mrr")}
