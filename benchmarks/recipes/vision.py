@@ -33,7 +33,7 @@ from ..training.model import apply_in_chunks
 from .runs import LastBatches, chosen_settings, describe, make_trainer, run_missing, show
 
 PRESETS: dict[str, Row] = {
-    "two-cores": {"encoder": "small", "instances": 4000, "batch_size": 128, "epochs": 10, "temperature": 0.5},
+    "two-cores": {"encoder": "small", "instances": 3840, "batch_size": 128, "epochs": 8, "temperature": 0.5},
     "gpu-200": {"encoder": "resnet18", "instances": 50_000, "batch_size": 256, "epochs": 200, "temperature": 0.5},
     "gpu-800": {"encoder": "resnet18", "instances": 50_000, "batch_size": 256, "epochs": 800, "temperature": 0.5},
 }
