@@ -77,6 +77,36 @@ def test_a_file_without_rows(tmp_path, monkeypatch):
     assert page.page(tmp_path) == "# Page\n\nNo run is finished yet.\n\nEnd.\n"
 
 
+def test_the_command_writes_the_page(tmp_path, monkeypatch):
+    from benchmarks.recipes.__main__ import main
+
+    write(tmp_path / "vision.csv", "simclr", {"uniform": [{"linear_probe": 0.25, "knn": 0.5}]}, dataset="cifar10")
+    monkeypatch.setattr("sys.argv", ["", "results", "--results", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    main()
+    assert "| uniform | 1 | 25.00 |  | 50.00 |  |\n" in (tmp_path / "page.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["graphs", "language", "vision"])
 def test_the_template_names_every_file(name):
     assert f"<!-- {name}.csv -->\n" in page.TEMPLATE.read_text()
+
+
+def test_what_the_tables_say(tmp_path):
+    """An arm gains or loses if its interval leaves out 0. Arms with a mask are compared under the same mask."""
+    values = {
+        "uniform": [0.5, 0.6],
+        "knn": [0.71, 0.8],
+        "batchsampler": [0.41, 0.5],
+        "auto": [0.4, 0.8],
+        "own-uniform": [0.8, 0.91],
+        "own-auto": [0.7, 0.8],
+        "b3": [0.9],
+        "untrained": [0.1, 0.2],
+    }
+    measures = ("r1", "mrr", "spearman")
+    made = {arm: [dict.fromkeys(measures, value) for value in of_seeds] for arm, of_seeds in values.items()}
+    write(tmp_path / "language.csv", "dual_encoder", made)
+    assert list(page.sections(tmp_path / "language.csv"))[-1] == (
+        "**Against uniform batches, R@1.** Gains: `knn`, `own-uniform`. Losses: `batchsampler`, `own-auto`. "
+        "No difference shown: `auto`. Too few seeds: `b3`.\n"
+    )

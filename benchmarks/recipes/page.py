@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..markdown import title
-from ..training.report import difference, mean, studies
+from ..training.report import UNIFORM, difference, mean, studies
 
 HERE = Path(__file__).parent
 TEMPLATE = HERE / "page.md"
@@ -57,7 +57,7 @@ MEASURES = {
     "omniglot": {"R@1": "r1_held_back", "mAP": "map_held_back", "linear probe": "linear_probe"},
 }
 ACCURACY = {"accuracy": "accuracy"}
-BASELINES = ("uniform", "fixed")  # what arms are compared with
+BASELINES = (UNIFORM, "fixed")  # what arms are compared with
 SAME_MASK = {"own-batchsampler": "own-uniform", "own-auto": "own-uniform"}  # instead of uniform batches
 
 
@@ -75,13 +75,15 @@ def page(results: Path) -> str:
 
 
 def sections(path: Path) -> Iterator[str]:
-    """Yield markdown: a heading and two tables for each model, dataset and settings."""
+    """Yield markdown: a heading, two tables, and what they say, for each model, dataset and settings."""
     for settings, rows in studies([path]):
         model, dataset = settings["model"], settings.get("dataset", "")
         paper = PAPER.get((model, settings.get("loss", "")), {}).get(dataset)
         yield heading(settings)
-        yield results_table(rows, MEASURES.get(dataset or model, ACCURACY), paper)
+        measures = MEASURES.get(dataset or model, ACCURACY)
+        yield results_table(rows, measures, paper)
         yield batches_table(rows)
+        yield verdict(rows, *next(iter(measures.items())))
 
 
 def heading(settings: dict[str, str]) -> str:
@@ -129,7 +131,7 @@ def compared(rows: Rows, arm: str, measure: str, other: str) -> str:
 
 def stated(arm: str, paper: tuple[float, float, float], others: list[str]) -> str:
     """Return the paper's figure of an arm, and its difference to the paper's uniform batches."""
-    baseline = "fixed" if "fixed" in others else "uniform"  # GraphCL's public code has the same batches in all epochs
+    baseline = "fixed" if "fixed" in others else UNIFORM  # GraphCL's public code has the same batches in all epochs
     position = 0 if arm == baseline else PAPERS_ARM.get(arm)
     if position is None:
         return ""
@@ -145,6 +147,24 @@ def batches_table(rows: Rows) -> str:
         if any(mean(rows, arm, name) for name in shown if name.startswith("last_epoch/")):
             lines.append([arm, *values])
     return as_markdown(lines) if len(lines) > 1 else ""
+
+
+def verdict(rows: Rows, name: str, measure: str) -> str:
+    """Return which arms gain and lose in the main measure, and which differences the interval does not tell from 0."""
+    said: dict[str, list[str]] = {"Gains": [], "Losses": [], "No difference shown": [], "Too few seeds": []}
+    for arm in arms(rows):
+        found = difference(rows, arm, f"result/{measure}", SAME_MASK.get(arm, UNIFORM))
+        if found is None or arm == "untrained":
+            continue
+        middle, half, _ = found
+        if np.isnan(half):
+            said["Too few seeds"].append(arm)
+        elif abs(middle) <= half:
+            said["No difference shown"].append(arm)
+        else:
+            said["Gains" if middle > 0 else "Losses"].append(arm)
+    parts = [f"{words}: {', '.join(f'`{arm}`' for arm in named)}." for words, named in said.items() if named]
+    return f"**Against uniform batches, {name}.** {' '.join(parts)}\n" if parts else ""
 
 
 def arms(rows: Rows) -> list[str]:
