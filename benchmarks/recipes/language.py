@@ -93,13 +93,16 @@ def read(folder: Path) -> Texts:
 
 
 def train_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of word pieces, as BERT's uncased one."""
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """Return a tokenizer of byte pairs in lower case. WordPiece's training would differ from process to process."""
+    pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.BertNormalizer()
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["[PAD]"], initial_alphabet=alphabet, show_progress=False
+    )
     pieces.train_from_iterator(sentences, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]")
 
 
 class Pairs(PairData):
