@@ -82,8 +82,8 @@ def test_pairs_with_a_tested_sentence_are_left_out(data_dir):
 def test_larger_batches_train_for_as_many_steps(data_dir, monkeypatch):
     steps, make_trainer = {}, language.make_trainer
 
-    def kept(*given):
-        steps[arm] = made = make_trainer(*given)
+    def kept(*given, **options):
+        steps[arm] = made = make_trainer(*given, **options)
         return made
 
     monkeypatch.setattr(language, "make_trainer", kept)

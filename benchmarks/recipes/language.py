@@ -52,7 +52,7 @@ def near() -> RWRComposer:
     return walk(ExactGraph(5), restart_probability=0.5)
 
 
-UNIFORM = ("uniform", "large", "untrained")
+UNCOMPOSED = ("uniform", "large", "untrained")
 COMPOSED: dict[str, Callable[[], BatchSamplerCallback]] = {
     "knn": lambda: BatchSamplerCallback("all", knn_batches),
     "batchsampler": lambda: BatchSamplerCallback("all", near()),
@@ -65,7 +65,7 @@ COMPOSED: dict[str, Callable[[], BatchSamplerCallback]] = {
     # are of 64, from some thousand pairs: ranks and communities are scaled down.
     "b3": lambda: BatchSamplerCallback("all", B3Composer(5, 15, 8), warmup_epochs=0, from_reference=True),
 }
-ARMS = (*UNIFORM, *COMPOSED)
+ARMS = (*UNCOMPOSED, *COMPOSED)
 OF_PAIRS = ("own-uniform", "own-batchsampler", "own-auto", "b3")  # arms that need two sides
 
 
@@ -159,7 +159,7 @@ def train(texts: Texts, arm: str, seed: int, chosen: Row, taught: Any = None) ->
         return model, data, last
     epochs = chosen["epochs"] * (LARGER if arm == "large" else 1)  # as many steps
     callbacks = [COMPOSED[arm]()] if arm in COMPOSED else []
-    make_trainer(epochs, [*callbacks, last]).fit(model, datamodule=data)
+    make_trainer(epochs, [*callbacks, last], limit_val_batches=0).fit(model, datamodule=data)
     return model, data, last
 
 
@@ -188,7 +188,6 @@ def run(data_dir: Path, chosen: Row) -> Row:
     model, data, last = train(texts, arm, seed, chosen, taught)
     trained = time.perf_counter()
     evaluator = make_trainer(1, [])
-    evaluator.limit_val_batches = 1.0
     evaluator.validate(model, datamodule=data, verbose=False)
     scores = {name: float(score) for name, score in evaluator.callback_metrics.items()}
     described = {} if arm == "untrained" else describe(last, partial(sides, model.train(), data), data.train_groups())

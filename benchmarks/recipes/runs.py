@@ -52,18 +52,18 @@ def chosen_settings(args: argparse.Namespace, defaults: Row) -> Row:
     return {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
 
 
-def make_trainer(epochs: int, callbacks: list[Callback], device: str = "cpu") -> Trainer:
-    """Return a Trainer that writes nothing, and that trains without validation."""
+def make_trainer(epochs: int, callbacks: list[Callback], device: str = "cpu", **options: Any) -> Trainer:
+    """Return a Trainer that writes and shows nothing."""
     return Trainer(
         max_epochs=epochs,
         callbacks=callbacks,
         accelerator=device,
         devices=1,
-        limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
 
 
