@@ -1,14 +1,13 @@
-"""The benchmark of the graph recipes: its arms, resuming, and a table that pairs seeds and folds."""
+"""The benchmark of the graph recipes: its arms, and resuming."""
 
 import numpy as np
 import pytest
 import torch
 from graph_parts import cycle, star, write_tu
-from scipy import stats
 from torch_geometric.data import Data
 
 from benchmarks import csv_files
-from benchmarks.recipes import graphs, graphs_table
+from benchmarks.recipes import graphs, page
 from bs_lightning import Composer
 
 SETTINGS = {"loss": "infonce", "batch_size": 8, "epochs": 3}
@@ -37,7 +36,7 @@ def test_a_whole_run(model, data_dir, tmp_path):
         assert float(row["result/accuracy"]) == pytest.approx(np.mean(folds), abs=1e-5)
     assert rows[0]["last_epoch/epochs"] == 3
     assert [path.name for path in (data_dir / "MUTAG").iterdir()] == ["raw"]
-    assert "### " + model in "\n".join(graphs_table.tables([tmp_path / "results.csv"]))
+    assert "### " + model in "\n".join(page.sections(tmp_path / "results.csv"))
 
 
 def test_fixed_batches_stay_and_uniform_batches_change(data_dir, monkeypatch):
@@ -80,17 +79,3 @@ def test_degrees_are_features_of_mvgrl(data_dir):
     plain, with_degrees = (graphs.load(data_dir, "MUTAG", with_degrees=flag) for flag in (False, True))
     assert plain[1].x is None
     assert with_degrees[1].x.argmax(dim=1).tolist() == [5, 1, 1, 1, 1, 1]  # a star of six nodes
-
-
-def test_the_table_pairs_seeds_and_folds(tmp_path):
-    path, generator = tmp_path / "results.csv", np.random.default_rng(0)
-    accuracies = {arm: generator.uniform(0.5, 1, size=(3, 10)) for arm in ("uniform", "knn")}
-    for arm, values in accuracies.items():
-        for seed in (0, 1, 2) if arm == "uniform" else (2, 1, 0):
-            row = {**graphs.identity("graphcl", "MUTAG", arm, seed, SETTINGS), "result/accuracy": values[seed].mean()}
-            csv_files.append(path, row | {f"fold/{fold}": float(value) for fold, value in enumerate(values[seed])})
-    printed = "\n".join(graphs_table.tables([path]))
-    by_seed = 100 * (accuracies["knn"] - accuracies["uniform"]).mean(axis=1)
-    low, high = stats.t.interval(0.95, 2, by_seed.mean(), stats.sem(by_seed))
-    assert f"| {by_seed.mean():+.2f} ± {(high - low) / 2:.2f} |" in printed
-    assert "| 86.46 |" in printed  # the paper's kNN sampler

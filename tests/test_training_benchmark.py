@@ -1,14 +1,12 @@
 """The training benchmark: its measures and intervals against literal versions, and studies that resume."""
 
-import io
 import math
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
+from vision import write_omniglot
 
 from benchmarks import csv_files
 from benchmarks.training import cifar10, code, evaluate, functions, report, study, text, transformer
@@ -293,13 +291,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arm", ["pool4", "masked", "oracle-uniform", "auto", "paper"])
 def test_a_whole_run(tmp_path, arm):
-    (tmp_path / "omniglot").mkdir()
-    with zipfile.ZipFile(tmp_path / "omniglot" / "images_background_small1.zip", "w") as archive:
-        for number in range(4 * 5 * 20):
-            file = io.BytesIO()
-            Image.effect_noise((105, 105), 50).save(file, "png")
-            alphabet, character, drawing = number // 100, number // 20 % 5, number % 20
-            archive.writestr(f"images/alphabet{alphabet}/character{character}/{drawing}.png", file.getvalue())
+    write_omniglot(tmp_path)
     settings = study.TASKS["omniglot-pairs"].defaults | {"steps": 15, "batch_size": 8, "width": 4}
     (row,) = study.run_missing("omniglot-pairs", [arm], [0], tmp_path, settings, tmp_path / "results.csv")
     assert 0 <= row["result/r1_held_back"] <= 1

@@ -4,14 +4,19 @@
 """
 
 import hashlib
+import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from lightning.pytorch import Callback, seed_everything
 from parts import trainer, walker
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
@@ -39,6 +44,32 @@ def digits(start: int, end: int) -> TensorDataset:
 
 def data(n: int = 96, batch_size: int = 8, **kwargs: Any) -> ImageData:
     return ImageData(digits(0, n), batch_size, test=digits(1000, 1200), image_size=8, **kwargs)
+
+
+def write_omniglot(data_dir: Path) -> None:
+    """Write a zip file as Omniglot's, of noise: 4 alphabets of 5 characters of 20 drawings."""
+    (data_dir / "omniglot").mkdir()
+    with zipfile.ZipFile(data_dir / "omniglot" / "images_background_small1.zip", "w") as archive:
+        for number in range(4 * 5 * 20):
+            alphabet, character, drawing = number // 100, number // 20 % 5, number % 20
+            image = as_png(Image.effect_noise((105, 105), 50))
+            archive.writestr(f"images/alphabet{alphabet}/character{character}/{drawing}.png", image)
+
+
+def write_cifar10(data_dir: Path, n: int = 60, n_test: int = 20) -> None:
+    """Write parquet files as CIFAR-10's, whose classes are ten brightnesses."""
+    (data_dir / "cifar10").mkdir()
+    for name, size in (("train", n), ("test", n_test)):
+        labels = [number % 10 for number in range(size)]
+        images = [as_png(Image.new("RGB", (32, 32), (25 * label, 25 * label, 25 * label))) for label in labels]
+        table = pyarrow.table({"img": [{"bytes": image, "path": None} for image in images], "label": labels})
+        pyarrow.parquet.write_table(table, data_dir / "cifar10" / f"{name}-00000-of-00001.parquet")
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 def same(images: torch.Tensor) -> torch.Tensor:

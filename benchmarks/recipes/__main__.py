@@ -2,15 +2,20 @@
 
     python -m benchmarks.recipes graphs --data-dir DIR --datasets MUTAG --model graphcl \\
         --arms fixed uniform knn batchsampler untrained --seeds 5 --results results.csv
-    python -m benchmarks.recipes graphs-table --results results.csv
+    python -m benchmarks.recipes language --data-dir DIR --model simcse \\
+        --arms uniform knn batchsampler --seeds 3 --results results.csv
+    python -m benchmarks.recipes vision --data-dir DIR --dataset cifar10 --model simclr \\
+        --arms uniform knn batchsampler --seeds 3 --results results.csv
+    python -m benchmarks.recipes results
 
 A benchmark adds a row to the results file for each finished run. It skips the runs that the file already holds, so you
-can resume an interrupted benchmark. Only one process at a time may write to a file.
+can resume an interrupted benchmark. Only one process at a time may write to a file. `results` makes docs/results.md
+from the files in benchmarks/recipes/results.
 """
 
 import argparse
 
-from . import graphs, graphs_table
+from . import graphs, language, page, vision
 
 
 def main() -> None:
@@ -21,7 +26,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in {"graphs": graphs, "graphs-table": graphs_table}.items():
+    modules = {"graphs": graphs, "language": language, "vision": vision, "results": page}
+    for name, module in modules.items():
         command = commands.add_parser(
             name, help=str(module.__doc__).splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )

@@ -44,7 +44,7 @@ def jitter_colors(images: Tensor, *, strength: float = 0.5, chance: float = 0.8,
 
 
 def _resample(images: Tensor, matrices: Tensor) -> Tensor:
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    grid = F.affine_grid(matrices.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 

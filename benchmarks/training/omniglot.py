@@ -46,20 +46,27 @@ def drawings(data_dir: Path) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(images)).reshape(len(names), -1, 1, SIZE, SIZE), torch.from_numpy(alphabets)
 
 
+def split(data_dir: Path, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the drawings of training and of held-back characters, each ``[characters, 20, 1, SIZE, SIZE]``."""
+    images, alphabets = drawings(data_dir)
+    held_back = np.random.default_rng(seed).permutation(int(alphabets.max()) + 1)[:N_HELD_BACK]
+    is_held_back = torch.isin(alphabets, torch.from_numpy(held_back))
+    return images[~is_held_back], images[is_held_back]
+
+
+def jittered(images: Tensor) -> Tensor:
+    """Return a random view of each drawing ``[n, c, h, w]``: turned, scaled, sheared, shifted, with noise."""
+    images = augment.affine(images, angle=0.35, zoom=0.25, shift=0.1, shear=0.35)
+    return images + 0.1 * torch.randn_like(images)
+
+
 class Omniglot(Task):
-    """The split, the network and the retrieval by character that the Omniglot tasks share."""
+    """The network and the retrieval by character that the Omniglot tasks share."""
 
     main = ("r1_held_back", "map_held_back")
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
     seen: Tensor  # drawings of training characters to evaluate with, [characters, drawings, 1, SIZE, SIZE]
     held_back: Tensor  # drawings of the other characters
-
-    def split(self, data_dir: Path, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the drawings of training and of held-back characters, each ``[characters, 20, 1, SIZE, SIZE]``."""
-        images, alphabets = drawings(data_dir)
-        held_back = np.random.default_rng(seed).permutation(int(alphabets.max()) + 1)[:N_HELD_BACK]
-        is_held_back = torch.isin(alphabets, torch.from_numpy(held_back))
-        return images[~is_held_back], images[is_held_back]
 
     def encoder(self, width: int) -> nn.Module:
         """Return an encoder to ``4 * width`` features."""
@@ -106,7 +113,7 @@ class OmniglotPairs(Omniglot):
 
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
         self.width = settings["width"]
-        seen, held_back = (turned(images, settings["rotations"]) for images in self.split(data_dir, seed))
+        seen, held_back = (turned(images, settings["rotations"]) for images in split(data_dir, seed))
         self.train, self.seen = seen[:, :N_TRAIN_DRAWINGS], seen[:, N_TRAIN_DRAWINGS:]
         self.held_back = held_back
         self.size = len(seen)
@@ -145,15 +152,13 @@ class OmniglotSimCLR(Omniglot):
 
     def __init__(self, data_dir: Path, seed: int, settings: dict[str, Any]) -> None:
         self.width = settings["width"]
-        self.seen, self.held_back = self.split(data_dir, seed)
+        self.seen, self.held_back = split(data_dir, seed)
         self.images = self.seen.flatten(0, 1)
         self.size = len(self.images)
         self.labels = torch.arange(len(self.seen)).repeat_interleave(self.seen.shape[1])
 
     def views(self, indices: Tensor) -> Tensor:
-        images = self.images[indices].repeat(2, 1, 1, 1)
-        images = augment.affine(images, angle=0.35, zoom=0.25, shift=0.1, shear=0.35)
-        return (images + 0.1 * torch.randn_like(images)).unflatten(0, (2, -1))
+        return jittered(self.images[indices].repeat(2, 1, 1, 1)).unflatten(0, (2, -1))
 
     def clean(self, indices: Tensor) -> Tensor:
         return self.images[indices]
