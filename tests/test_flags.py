@@ -154,7 +154,6 @@ def two_fits_and_other_loops(made, model, data):
         {"around": lambda made, model, data: Tuner(made).scale_batch_size(model, datamodule=data, max_trials=2)},
         pytest.param({"compiled": True}, marks=pytest.mark.slow),
     ],
-    ids=str,
 )
 def test_no_trace(case, tmp_path):
     """After a warm-up epoch and an encoded epoch, every state is bit for bit the same as without the callback."""

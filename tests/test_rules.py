@@ -239,7 +239,7 @@ class TwoSides(Asks):
         return self(batch), self((batch[0], batch[1].roll(1, dims=1)))
 
 
-@pytest.mark.parametrize("callbacks", [[], [walker(warmup_epochs=1)], [walker(recycle=False, per_rank=True)]], ids=str)
+@pytest.mark.parametrize("callbacks", [[], [walker(warmup_epochs=1)], [walker(recycle=False, per_rank=True)]])
 def test_groups_are_masked_with_and_without_the_callback(callbacks):
     model = Asks()
     fit(model, Grouped(), *callbacks)

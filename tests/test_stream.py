@@ -187,7 +187,6 @@ def test_instances_of_any_kind_come_back_from_workers():
         (Stream(), {"world_size": 2, "drop_last": False}, ValueError, "drop_last=False serves the last instances"),
         (Sized(5), {}, ValueError, "The stream has 5 instances, fewer than batch_size=8"),
     ],
-    ids=str,
 )
 def test_refuses(stream, settings, error, words):
     with pytest.raises(error, match=words):
@@ -429,7 +428,6 @@ def by_index(embeddings, batch_size, *, seed, epoch, indices):
         (partial(StreamData, separate_groups=True), {}, "separate_groups=True needs a map-style dataset"),
         (partial(StreamData, reference_rule=AbovePositive()), {}, "reference_rule=AbovePositive.*needs a map-style"),
     ],
-    ids=str,
 )
 def test_refuses_what_a_stream_cannot_do(data, callback, words):
     model = Model()
