@@ -30,6 +30,7 @@ docs: $(INSTALLED)
 notebooks: $(patsubst notebooks/%.py,run/%,$(wildcard notebooks/*.py))
 
 run/%: notebooks/%.py $(INSTALLED)
+	mkdir -p $(NOTEBOOKS_IN)
 	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute --output $(NOTEBOOKS_IN)/$*.ipynb $<
 
 test: lint
