@@ -63,7 +63,7 @@ class BatchFetcher:
             An iterator over the collated batches.
         """
         self._batches.current = batches
-        return iter(self._loader)
+        return _Iteration(iter(self._loader))
 
     def close(self) -> None:
         """End the workers.
@@ -95,13 +95,14 @@ class _Batches:
 
 
 class _Iteration(Iterator[Any]):
-    """An iterator over a generator's values, of which a copy in a different process is at its end.
+    """An iterator over another's values, of which a copy in a different process is at its end.
 
-    Lightning holds the iterator while workers start. Under ``spawn`` and ``forkserver`` it is pickled with whatever
-    knows the Trainer, as ``collate_fn=self.collate`` of a DataModule does. A generator cannot be pickled.
+    Lightning, and the callback that reads ahead, hold the iterator while workers start. Under ``spawn`` and
+    ``forkserver`` it is pickled with whatever knows the Trainer, as ``collate_fn=self.collate`` of a DataModule does.
+    Neither a generator nor torch's own iterator can be pickled.
     """
 
-    def __init__(self, values: Generator[Any]) -> None:
+    def __init__(self, values: Iterator[Any]) -> None:
         self._values = values
 
     def __next__(self) -> Any:
