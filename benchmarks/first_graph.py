@@ -43,7 +43,7 @@ def measure(row: str, threads: int) -> None:
     graph = NNDescentGraph()
     meanwhile = []
     if row == "compiled ahead":
-        graph.prepare(len(embeddings))
+        graph.prepare(len(embeddings), embeddings)
         compiler = _nndescent._compiler
         assert compiler is not None
         while compiler.poll() is None:

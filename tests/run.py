@@ -47,6 +47,7 @@ class Writes(Callback):
             "epochs": module.epochs,
             "encoded": module.encoded,
             "masks": module.masks,
+            "shared": module.walk.shared,
             "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
             "weights": float(sum(p.sum() for p in weights)),
             "digest": None if module.sharded else hashlib.sha256(pickle.dumps(as_lists(states))).hexdigest(),
@@ -99,10 +100,17 @@ class Kill:
 
 
 class Walk(RWRComposer):
-    """May kill its process in the middle of a call."""
+    """Notes which graphs the processes built together. May kill its process in the middle of a call."""
 
-    def __call__(self, embeddings, batch_size, *, seed, epoch):
-        batches = super().__call__(embeddings, batch_size, seed=seed, epoch=epoch)
+    def __init__(self, graph, **settings):
+        super().__init__(graph, **settings)
+        self.shared = []
+
+    def __call__(self, embeddings, batch_size, *, seed, epoch, neighbors=None):
+        self.shared.append(neighbors is not None)
+        if neighbors is not None:
+            assert np.array_equal(neighbors, self.graph(embeddings, seed=seed))
+        batches = super().__call__(embeddings, batch_size, seed=seed, epoch=epoch, neighbors=neighbors)
         self.kill.arrive("compose", int(os.environ.get("LOCAL_RANK", 0)))
         return batches
 
@@ -174,10 +182,6 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")
     walk = Walk(ExactGraph(5), replacement=bool(refresh_every))
-    if differs == "composer" and rank == 1:
-        walk = pool_order
-    if fail == "graph":
-        walk = partial(no_graph, per_rank=per_rank)
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
     how["mask_nearest"] = mask_nearest
     how["target_loss"] = target_loss
@@ -185,6 +189,10 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     callbacks = [Writes(folder)]
     if composer != "none":
         used = {"walk": walk, "pool order": pool_order, "uniform": uniform_batches}[composer]
+        if differs == "composer" and rank == 1:
+            used = pool_order
+        if fail == "graph":
+            used = partial(no_graph, per_rank=per_rank)
         callbacks.append(walker(pool_size, composer=used, warmup_epochs=warmup_epochs, **how))
     last = folder / "last.ckpt"
     if save_every:
@@ -196,6 +204,7 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     model = Run(folder, slow_rank, kill_at, sharded, fail)
     model.masks = [] if mask_nearest or groups else None
     model.two_sides = two_sides
+    model.walk = walk
     walk.kill = model.kill = Kill(folder, **kill or {})
     if rank == 0:
         LocalFileOpener.write = lambda file, data: model.kill.write(file, data)

@@ -32,6 +32,8 @@ def test_ddp_with_default_flags(tmp_path):
     assert ranks[0]["encoded"] == ranks[1]["encoded"]  # equal parts, the same number of calls
     assert sum(ranks[0]["encoded"]) * 2 == 200 * 2  # 25 global batches of 8 in each of two epochs
     assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["shared"] == [True] * 10  # graphs, by both processes; the script compares them with ExactGraph's
+    assert ranks[1]["shared"] == []
     for epoch in (0, 1):
         walked = global_batches(ranks, epoch)
         assert same_cluster_share(walked) > 0.25
@@ -95,6 +97,7 @@ def test_two_nodes_of_two_processes_under_torchrun(tmp_path):
 def test_walks_of_each_rank(tmp_path):
     ranks = run(tmp_path, per_rank=True, pool_size=240, n=1003, mask_nearest=3)
     assert_covered(ranks, n=1003)
+    assert not any(ranks[0]["shared"] + ranks[1]["shared"])  # each process builds graphs of its own
     shares = [same_cluster_share(rank["epochs"]["1"]) for rank in ranks]
     assert min(shares) > 0.3
     logged = [rank["logged"]["batch_sampler/false_negative_rate"] for rank in ranks]
@@ -133,6 +136,7 @@ def test_recycled_embeddings_are_those_of_all_ranks(tmp_path):
     ranks = run(tmp_path, recycle=True, warmup_epochs=1, pool_size=80, save_every=5)
     assert_covered(ranks)
     assert ranks[0]["encoded"] == ranks[1]["encoded"] == []
+    assert not any(ranks[0]["shared"])  # only rank 0 keeps embeddings
     assert ranks[0]["weights"] == ranks[1]["weights"]
     across = [a % 10 == b % 10 for batch in global_batches(ranks, 1) for a in batch[:4] for b in batch[4:]]
     assert sum(across) / len(across) > 0.14

@@ -361,6 +361,34 @@ def test_an_instance_with_one_zero_side_is_nobodys_neighbor(graph):
     assert not (np.delete(neighbors, 7, axis=0) == 7).any()
 
 
+# Shared work
+
+
+@pytest.mark.parametrize("graph", [ExactGraph, NNDescentGraph, among_40, lambda k: RandomCandidateGraph(1000, k)])
+@pytest.mark.parametrize("embeddings", [clusters(301), two_sides(301)], ids=["one side", "two sides"])
+@pytest.mark.parametrize("n_parts", [2, 7, 400])
+def test_the_parts_of_a_graph_make_the_graph(graph, embeddings, n_parts, monkeypatch):
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 301)
+    embeddings = embeddings.clone()
+    embeddings[[5, 200]] = 0  # which have random neighbours
+    whole = graph(7)(embeddings, seed=3)
+    parts = [graph(7).part(embeddings, part, n_parts, seed=3) for part in range(n_parts)]
+    assert max(map(len, parts)) <= -(-301 // n_parts)
+    assert np.array_equal(graph(7).join(parts, embeddings, seed=3), whole)
+
+
+@pytest.mark.parametrize(("n_parts", "exact"), [(2, False), (3, True)])
+def test_processes_share_a_product_in_larger_pools_than_one_would_take(n_parts, exact, monkeypatch):
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 40)
+    nearest = np.tile(np.int32([0, 1, 2]), (100, 1))
+    monkeypatch.setattr(graphs, "descend", lambda data, n_found, seed: nearest)
+    embeddings = gaussian(100)
+    parts = [NNDescentGraph(2).part(embeddings, part, n_parts) for part in range(n_parts)]
+    assert [len(part) for part in parts] == ([33, 33, 34] if exact else [100, 0])
+    whole = NNDescentGraph(2).join(parts, embeddings)
+    assert np.array_equal(whole, ExactGraph(2)(embeddings) if exact else NNDescentGraph(2)(embeddings))
+
+
 # The approximate graph
 
 

@@ -115,11 +115,12 @@ def test_kernels_compiled_ahead_are_on_disk_for_this_process_and_the_next(tmp_pa
 
 def print_what_a_graph_compiles(n_sides, ahead):
     graph = NNDescentGraph(5)
+    embeddings = torch.randn(100, 8) if n_sides == 1 else torch.randn(100, 2, 8)
     if ahead:
-        graph.prepare(100, n_sides)
+        graph.prepare(100, embeddings)
     recorder = event.RecordingListener()
     with event.install_listener("numba:compile", recorder):
-        graph(torch.randn(100, 8) if n_sides == 1 else torch.randn(100, 2, 8))
+        graph(embeddings)
     assert _nndescent._compiler is None
     print(*(recorded.data["dispatcher"].py_func.__name__ for _, recorded in recorder.buffer))
 
@@ -127,7 +128,7 @@ def print_what_a_graph_compiles(n_sides, ahead):
 def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch):
     monkeypatch.setattr(_nndescent, "_compiled", False)
     monkeypatch.setattr(sys, "executable", "false")
-    NNDescentGraph(5).prepare(100)
+    NNDescentGraph(5).prepare(100, torch.zeros(2, 8))
     assert _nndescent._compiler is not None
     assert NNDescentGraph(5)(torch.randn(100, 8)).shape == (100, 5)
     assert _nndescent._compiler is None
@@ -138,7 +139,7 @@ def test_small_pools_prepare_nothing(monkeypatch, size):
     monkeypatch.setattr(graphs, "_SMALL_POOL", 100)
     monkeypatch.setattr(_nndescent, "_compiled", False)
     monkeypatch.setattr(subprocess, "Popen", pytest.fail)
-    NNDescentGraph(5).prepare(size)
+    NNDescentGraph(5).prepare(size, torch.zeros(2, 8))
 
 
 @numba.njit(parallel=True)

@@ -155,19 +155,21 @@ def similarity_factors(unit: Tensor) -> tuple[Tensor, Tensor]:
     return unit.flatten(1), unit.flip(1).flatten(1) / 2
 
 
-def similarity_blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the similarities of all instances to all instances, a block of rows at a time.
+def similarity_blocks(unit: Tensor, rows: range | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Yield the similarities of instances to all instances, a block of rows at a time.
 
     Args:
         unit: Rows of length 1, float32 ``[P, d]`` or ``[P, 2, d]``.
+        rows: The instances whose similarities are asked for; ``None`` asks for those of all instances.
 
     Yields:
         The block's first row, and its similarities: a new tensor of shape ``[rows in the block, P]``.
     """
     left, right = similarity_factors(unit)
+    rows = range(len(unit)) if rows is None else rows
     rows_per_block = max(1, BLOCK_ENTRIES // len(unit))
-    for start in range(0, len(unit), rows_per_block):
-        yield start, left[start : start + rows_per_block] @ right.T
+    for start in range(rows.start, rows.stop, rows_per_block):
+        yield start, left[start : min(start + rows_per_block, rows.stop)] @ right.T
 
 
 def unit_rows_with_gradient(embeddings: Tensor) -> Tensor:

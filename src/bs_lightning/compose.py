@@ -95,14 +95,14 @@ class Composer(ABC):
             batch_size: Instances in a batch; under several processes, in a global batch.
         """
 
-    def prepare(self, pool_size: int, n_sides: int) -> None:  # noqa: B027, most composers need no preparation
+    def prepare(self, pool_size: int, example: Tensor) -> None:  # noqa: B027, most composers need no preparation
         """Start what takes long before the first pool, such as compilation, and do not wait for it.
 
         Called in processes that compose, before the first of the uniform epochs at the start of training.
 
         Args:
             pool_size: The most instances that a pool may have.
-            n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+            example: Embeddings of a few instances, ``[b, d]`` or ``[b, 2, d]``, on the device of a pool's embeddings.
         """
 
     @abstractmethod
@@ -235,15 +235,15 @@ class RWRComposer(Composer):
         if self.n_roots > batch_size:
             raise ValueError(f"n_roots must be at most the {batch_size} instances of a batch, got {self.n_roots}.")
 
-    def prepare(self, pool_size: int, n_sides: int) -> None:
+    def prepare(self, pool_size: int, example: Tensor) -> None:
         """Start to compile what :class:`~bs_lightning.NNDescentGraph` needs in pools of this size.
 
         Args:
             pool_size: The most instances that a pool may have.
-            n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+            example: Embeddings of a few instances, ``[b, d]`` or ``[b, 2, d]``, on the device of a pool's embeddings.
         """
         if isinstance(self.graph, NNDescentGraph):
-            self.graph.prepare(pool_size, n_sides)
+            self.graph.prepare(pool_size, example)
 
     def __repr__(self) -> str:
         return f"RWRComposer({self.graph!r})"

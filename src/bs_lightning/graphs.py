@@ -6,9 +6,14 @@ never ``i`` itself or a placeholder.
 Embeddings have one side, ``[P, d]``, or two sides, ``[P, 2, d]``: query and document, image and text, or two views. Two
 sides are compared as losses compare them: the similarity of instances ``i`` and ``j`` is the mean of the cosines of
 ``first_i`` with ``second_j`` and of ``second_i`` with ``first_j``.
+
+Several processes that hold the same embeddings may share a graph's work: each calls ``part``, and then ``join`` makes
+the graph from all parts. With one part, the result is the graph itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +34,8 @@ from bs_lightning._nndescent import compile_ahead, descend
 from bs_lightning._types import Embeddings, Neighbors
 
 _SMALL_POOL = 4096  # instances up to which a matrix product is as fast as pynndescent, by `benchmarks/pools.py`
+# The same for embeddings on a GPU. Not measured: the product reads and writes 17 GB, a fraction of a second's work.
+_SMALL_POOL_ON_GPU = 65_536
 _CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
 # Runs of distances in `RandomCandidateGraph`. With more runs, two steps of a walk reach more instances, and a graph
 # takes longer. `benchmarks/composers` measures both.
@@ -36,14 +43,47 @@ _N_RUNS = 64
 _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 
 
+@runtime_checkable
+class SharedGraph(Protocol):
+    """A graph whose work several processes may share."""
+
+    def part(self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+        """Find the neighbours of a part of the instances.
+
+        Args:
+            embeddings: All embeddings, ``[P, d]`` or ``[P, 2, d]``, the same in every process.
+            part: The part's number, from 0.
+            n_parts: Number of parts.
+            seed: Seed of the graph.
+
+        Returns:
+            int32 of shape ``[part of P, K]``, for :meth:`join`.
+        """
+        ...
+
+    def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Make the graph from all its parts.
+
+        Args:
+            parts: What :meth:`part` returned for each part, in order.
+            embeddings: All embeddings, ``[P, d]`` or ``[P, 2, d]``.
+            seed: Seed of the graph.
+
+        Returns:
+            int32 of shape ``[P, K]``, each row nearest first.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class NNDescentGraph:
     """Find approximate nearest neighbours, with nearest neighbour descent in large pools.
 
-    In pools of up to 4,096 instances a matrix product is as fast. There the graph equals :class:`ExactGraph`. In larger
-    pools pynndescent finds the neighbours. On the first call on a machine, its kernels are compiled, which takes about
-    half a minute. numba keeps them on disk, as it keeps other functions of pynndescent. One line in the log says when.
-    :class:`~bs_lightning.BatchSamplerCallback` has them compiled in a process of its own while uniform epochs train.
+    In pools of up to 4,096 instances a matrix product is as fast, and for embeddings on a GPU up to 65,536. There the
+    graph equals :class:`ExactGraph`. In larger pools pynndescent finds the neighbours, on the CPU. On the first call on
+    a machine, its kernels are compiled, which takes about half a minute. numba keeps them on disk, as it keeps other
+    functions of pynndescent. One line in the log says when. :class:`~bs_lightning.BatchSamplerCallback` has them
+    compiled in a process of its own while uniform epochs train.
 
     pynndescent runs on numba's threads, which numba starts once per process. The first graph starts them on the layer
     that numba calls ``forksafe``, so that the process can fork data-loading workers afterwards. Unless ``tbb`` is
@@ -51,7 +91,8 @@ class NNDescentGraph:
     different threads wait for each other. If your own threads run such code, choose a different layer with the
     environment variable ``NUMBA_THREADING_LAYER``: the graph keeps to your choice.
 
-    The same seed gives the same graph if the number of threads is the same.
+    The same seed gives the same graph if the number of threads is the same. Several processes share a matrix product,
+    which then is as fast in pools as many times larger. They cannot share nearest neighbour descent.
 
     Args:
         n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
@@ -76,15 +117,15 @@ class NNDescentGraph:
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
 
-    def prepare(self, pool_size: int, n_sides: int = 1) -> None:
+    def prepare(self, pool_size: int, example: Tensor) -> None:
         """Start to compile what pools of this size need, in a process of its own. The first graph waits for its end.
 
         Args:
             pool_size: The most instances that a pool may have.
-            n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+            example: Embeddings of a few instances, ``[b, d]`` or ``[b, 2, d]``, on the device of a pool's embeddings.
         """
-        if pool_size > _SMALL_POOL:
-            compile_ahead(n_sides)
+        if pool_size > _small_pool(example):
+            compile_ahead(n_sides=example.ndim - 1)
 
     def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
         """Build the graph.
@@ -102,17 +143,28 @@ class NNDescentGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
                 or not finite, or ``seed`` is negative.
         """
-        seed = check_seed(seed)
+        return _whole(self, embeddings, seed)
+
+    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+        """Find the neighbours of a part of the instances, as :class:`SharedGraph` says.
+
+        If the pool is too large for a matrix product, the first part holds all instances.
+        """
         embeddings = as_embeddings(embeddings)
-        if len(embeddings) <= _SMALL_POOL:
-            return ExactGraph(self.n_neighbors)(embeddings, seed=seed)
-        unit = unit_rows(embeddings.cpu())
-        k = min(self.n_neighbors, len(unit) - 1)
+        size = len(embeddings)
+        if size <= _small_pool(embeddings) * n_parts:
+            return ExactGraph(self.n_neighbors).part(embeddings, part, n_parts, seed=seed)
+        k = min(self.n_neighbors, size - 1)
         # With one side, each instance is its own nearest neighbour. With two sides it may not be, and more candidates
         # find more of the nearest.
-        n_found = min(k + 1 if unit.ndim == 2 else 2 * k + 1, len(unit))
-        found = descend(unit.numpy(), n_found, seed)
-        return _real_neighbors(found, k, similar_to_nothing(unit).numpy(), seed)
+        n_found = min(k + 1 if embeddings.ndim == 2 else 2 * k + 1, size)
+        if part > 0:
+            return np.empty((0, n_found), dtype=np.int32)
+        return descend(unit_rows(embeddings.cpu()).numpy(), n_found, seed)
+
+    def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Make the graph from all its parts, as :class:`SharedGraph` says."""
+        return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -160,17 +212,27 @@ class ExactGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
                 or not finite, or ``seed`` is negative.
         """
-        seed = check_seed(seed)
+        return _whole(self, embeddings, seed)
+
+    @torch.no_grad()
+    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+        """Find the neighbours of a part of the instances, as :class:`SharedGraph` says."""
         unit = unit_rows(as_embeddings(embeddings))
-        size = len(unit)
-        k = min(self.n_neighbors, size - 1)
+        rows = _rows_of_part(len(unit), part, n_parts)
         isolated = similar_to_nothing(unit)
-        found = torch.empty((size, k), dtype=torch.int32, device=unit.device)
-        for start, similarity in similarity_blocks(unit):
+        k = min(self.n_neighbors, len(unit) - 1)
+        found = torch.empty((len(rows), k), dtype=torch.int32, device=unit.device)
+        for start, similarity in similarity_blocks(unit, rows):
             similarity[:, isolated] = BELOW_ANY_COSINE
             similarity.diagonal(start).fill_(-torch.inf)  # no instance is its own neighbour
-            found[start : start + len(similarity)] = similarity.topk(k, dim=1).indices.int()
-        return _real_neighbors(found.cpu().numpy(), k, isolated.cpu().numpy(), seed)
+            first = start - rows.start
+            found[first : first + len(similarity)] = similarity.topk(k, dim=1).indices.int()
+        return found.cpu().numpy()
+
+    def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Make the graph from all its parts, as :class:`SharedGraph` says."""
+        k = min(self.n_neighbors, len(embeddings) - 1)
+        return _real_neighbors(np.concatenate(parts), k, similar_to_nothing(embeddings).cpu().numpy(), seed)
 
 
 @dataclass(frozen=True)
@@ -238,43 +300,71 @@ class RandomCandidateGraph:
             ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
                 or not finite, or ``seed`` is negative.
         """
-        seed = check_seed(seed)
+        return _whole(self, embeddings, seed)
+
+    @torch.no_grad()
+    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+        """Find the neighbours of a part of the instances, as :class:`SharedGraph` says, in the circle's order."""
         embeddings = as_embeddings(embeddings)
         size = len(embeddings)
         if self.n_candidates >= size - 1:
-            return ExactGraph(self.n_neighbors)(embeddings, seed=seed)
+            return ExactGraph(self.n_neighbors).part(embeddings, part, n_parts, seed=seed)
         rng = np.random.default_rng(seed)
         device = embeddings.device
         order = torch.from_numpy(rng.permutation(size)).to(device)
         runs = _random_runs(size, self.n_candidates, rng)
         ahead = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
 
+        own = _rows_of_part(size, part, n_parts)
         chunk = max(_RUN_BLOCK, _CHUNK_ENTRIES // self.n_candidates // _RUN_BLOCK * _RUN_BLOCK)
-        chunk = min(chunk, -(-size // _RUN_BLOCK) * _RUN_BLOCK)
+        chunk = min(chunk, max(1, -(-len(own) // _RUN_BLOCK)) * _RUN_BLOCK)
         longest = chunk + max(stop - start for start, stop in runs)
         # The circle repeats its beginning after its end, so that each slice is in one piece.
         circle = unit_rows_(embeddings[order[torch.arange(size + longest, device=device) % size]].float())
         isolated = similar_to_nothing(circle[:size])
         left, right = similarity_factors(circle)
-        found = torch.empty((size, self.n_neighbors), dtype=torch.int32, device=device)
+        found = torch.empty((len(own), self.n_neighbors), dtype=torch.int32, device=device)
         similarity = torch.empty((chunk, self.n_candidates), device=device)
-        for first in range(0, size, chunk):
+        for first in range(own.start, own.stop, chunk):
             column = 0
             for start, stop in runs:
                 band = _banded_product(left, right, first, (first + start) % size, chunk, stop - start)
                 similarity[:, column : column + stop - start] = band.flatten(0, 1)
                 column += stop - start
-            rows = torch.arange(first, min(first + chunk, size), device=device)
+            rows = torch.arange(first, min(first + chunk, own.stop), device=device)
             if isolated.any():
                 candidates = (rows[:, None] + ahead) % size
                 similarity[: len(rows)].masked_fill_(isolated[candidates], BELOW_ANY_COSINE)
             nearest = ahead[similarity[: len(rows)].topk(self.n_neighbors, dim=1).indices]
-            found[order[rows]] = order[(rows[:, None] + nearest) % size].int()
+            found[rows - own.start] = order[(rows[:, None] + nearest) % size].int()
+        return found.cpu().numpy()
 
-        neighbors = found.cpu().numpy()
-        if not isolated.any():
-            return neighbors
-        return _real_neighbors(neighbors, self.n_neighbors, similar_to_nothing(embeddings).cpu().numpy(), seed)
+    def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
+        """Make the graph from all its parts, as :class:`SharedGraph` says."""
+        size = len(embeddings)
+        if self.n_candidates >= size - 1:
+            return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
+        neighbors = np.empty((size, self.n_neighbors), dtype=np.int32)
+        neighbors[np.random.default_rng(seed).permutation(size)] = np.concatenate(parts)
+        isolated = similar_to_nothing(embeddings).cpu().numpy()
+        return _real_neighbors(neighbors, self.n_neighbors, isolated, seed) if isolated.any() else neighbors
+
+
+def _whole(graph: SharedGraph, embeddings: Embeddings, seed: int) -> Neighbors:
+    """Build a graph in one process."""
+    seed = check_seed(seed)
+    embeddings = as_embeddings(embeddings)
+    return graph.join([graph.part(embeddings, 0, 1, seed=seed)], embeddings, seed=seed)
+
+
+def _rows_of_part(size: int, part: int, n_parts: int) -> range:
+    """Return the rows of one of ``n_parts`` parts of about equal size."""
+    return range(size * part // n_parts, size * (part + 1) // n_parts)
+
+
+def _small_pool(embeddings: Tensor) -> int:
+    """Return the most instances for which a matrix product is as fast as pynndescent."""
+    return _SMALL_POOL_ON_GPU if embeddings.is_cuda else _SMALL_POOL
 
 
 def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
+from bs_lightning.graphs import SharedGraph
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
@@ -120,7 +121,7 @@ class TrainerPlanner:
             if self._per_rank or trainer.is_global_zero:
                 whole = layout.n_full * layout.global_batch_size
                 pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole) // self._n_composing
-                self._composer.prepare(pool_size, n_sides=embeddings.ndim - 1)
+                self._composer.prepare(pool_size, embeddings)
                 size = max(min(pool_size, _MOST_REHEARSED) // self._batch_size, 1) * self._batch_size
                 random = torch.randn(size, *embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
                 try:
@@ -207,10 +208,15 @@ class TrainerPlanner:
 
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""
+        start = time.perf_counter()
+        neighbors = self._shared_neighbors(embeddings, seed)
+        graph_seconds = time.perf_counter() - start
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
-                composed = self._plan_share(embeddings, indices, seed, epoch)
+                composed = self._plan_share(embeddings, indices, seed, epoch, neighbors)
+                if neighbors is not None:
+                    composed.seconds["graph"] = composed.seconds.get("graph", 0.0) + graph_seconds
         return self.trainer.strategy.broadcast(composed)  # type: ignore[no-any-return]
 
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
@@ -225,10 +231,32 @@ class TrainerPlanner:
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
 
-    def _plan_share(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
+    def _shared_neighbors(self, embeddings: Tensor, seed: int) -> Neighbors | None:
+        """Build a pool's graph in all processes together, if all of them hold its embeddings.
+
+        Returns:
+            In the process of rank 0 the graph; ``None`` elsewhere, or if the composer or its graph shares no work.
+        """
+        trainer, composer = self.trainer, self._composer
+        if trainer.world_size == 1 or not self.source.in_all_processes:
+            return None
+        if not (isinstance(composer, RWRComposer) and "neighbors" in self._asked):
+            return None
+        graph = composer.graph
+        if not isinstance(graph, SharedGraph):
+            return None
+        with failing_together(trainer), isolated_rng(), isolated_threads():
+            part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
+        parts = gather(trainer, part)
+        return graph.join(parts, embeddings, seed=seed) if trainer.is_global_zero else None
+
+    def _plan_share(
+        self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None
+    ) -> _Composed:
         """Compose batches in this process alone, with the callback's own composer and rule."""
         own_rule = self._own_rule if embeddings.any() else None  # a bank without rows does not know how many sides
-        neighbors = self._fixed_neighbors(indices)
+        if neighbors is None:
+            neighbors = self._fixed_neighbors(indices)
         return self._compose(
             embeddings, indices, seed, epoch, composer=self._composer, own_rule=own_rule, neighbors=neighbors
         )

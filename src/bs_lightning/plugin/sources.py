@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,14 @@ Embed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
 
 
 class EmbeddingSource(Protocol):
-    """Gives a pool's embeddings to the process or processes that compose it."""
+    """Gives a pool's embeddings to the process or processes that compose it.
+
+    Attributes:
+        in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
+            composes.
+    """
+
+    in_all_processes: ClassVar[bool]
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that embedding needs.
@@ -106,6 +113,8 @@ class EncodedEmbeddings:
     Raises:
         TypeError: If ``embed`` is ``None`` and the module has neither ``embed`` nor ``forward``.
     """
+
+    in_all_processes: ClassVar[bool] = True
 
     def __init__(self, trainer: Trainer, embed: Embed | None, batch_size: int | None, per_rank: bool) -> None:
         module = trainer.lightning_module
@@ -234,6 +243,8 @@ class RecycledEmbeddings:
         per_rank: Whether each process composes its own share. If not, only rank 0 keeps embeddings.
     """
 
+    in_all_processes: ClassVar[bool] = False
+
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
         self._trainer = trainer
         self._per_rank = per_rank
@@ -306,6 +317,8 @@ class ReferenceEmbeddings:
         trainer: The Trainer, in its ``setup``.
         per_rank: Whether each process composes its own share. If not, only rank 0 reads the embeddings.
     """
+
+    in_all_processes: ClassVar[bool] = False
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
         self._trainer = trainer
