@@ -55,15 +55,18 @@ def encode(
     if check_integer("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows: list[int] = array.tolist()
-    chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    pieces: list[Tensor] = []
-    for chunk, batch in zip(chunks, load(chunks), strict=True):
+    starts = range(0, len(rows), batch_size)
+    chunks = [rows[start : start + batch_size] for start in starts]
+    embeddings: Tensor | None = None
+    for start, chunk, batch in zip(starts, chunks, load(chunks), strict=True):
         piece = as_sides(embed(batch), "embed must return")
-        _check_piece(piece, len(chunk), pieces[0].shape[1:] if pieces else None)
-        pieces.append(piece.to(torch.float32, copy=True))  # a compiled model may reuse its output's memory
+        if embeddings is None:
+            embeddings = torch.empty((len(rows), *piece.shape[1:]), dtype=torch.float32, device=piece.device)
+        _check_piece(piece, len(chunk), embeddings.shape[1:])
+        embeddings[start : start + len(chunk)] = piece
         if advance is not None:
             advance()
-    embeddings = torch.cat(pieces)
+    assert embeddings is not None
 
     row = first_not_finite(embeddings)
     if row is not None:
@@ -85,8 +88,8 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _check_piece(piece: Tensor, n_rows: int, shape: torch.Size | None) -> None:
-    if shape is not None and piece.shape[1:] != shape:
+def _check_piece(piece: Tensor, n_rows: int, shape: torch.Size) -> None:
+    if piece.shape[1:] != shape:
         raise ValueError(
             f"embed must return embeddings of one width, got {list(shape)} and then {list(piece.shape[1:])}."
         )

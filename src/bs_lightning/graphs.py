@@ -399,6 +399,8 @@ def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed:
     """
     own = np.arange(len(found), dtype=np.int32)[:, None]
     real = (found >= 0) & (found != own) & ~isolated[found] & ~isolated[:, None]
+    if real[:, :k].all():
+        return np.ascontiguousarray(found[:, :k], dtype=np.int32)
     nearest_first = np.argsort(~real, axis=1, kind="stable")[:, :k]
     neighbors = np.take_along_axis(found, nearest_first, axis=1)
     lacking = ~np.take_along_axis(real, nearest_first, axis=1)
