@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: test docs
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 	$(MAKE) --jobs 2 notebooks NOTEBOOKS_IN=build/notebooks
 	$(BIN)/python examples/glyphs.py
 

@@ -20,13 +20,7 @@ SETTINGS = [
     {"num_workers": 4, "prefetch_factor": 8, "persistent_workers": False},
     {"num_workers": 2, "multiprocessing_context": "fork"},
     pytest.param({"num_workers": 2, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
-    pytest.param(
-        {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": False}, marks=pytest.mark.slow
-    ),
     pytest.param({"num_workers": 2, "multiprocessing_context": "forkserver"}, marks=pytest.mark.slow),
-    pytest.param(
-        {"num_workers": 1, "multiprocessing_context": "forkserver", "persistent_workers": False}, marks=pytest.mark.slow
-    ),
 ]
 
 

@@ -186,7 +186,6 @@ def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
     ("loader", "save_every", "kills"),
     [
         ({"num_workers": 0}, 3, (8, 15, 33)),
-        ({"num_workers": 2, "prefetch_factor": 2}, 3, (9, 19, 29)),
         ({"num_workers": 2, "prefetch_factor": 8}, 5, (14, 24, 25)),
         ({"num_workers": 2, "prefetch_factor": 8, "persistent_workers": True}, 5, (15, 24, 40)),
     ],
