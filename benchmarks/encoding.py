@@ -21,18 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback
-from bs_lightning.recipes.resnet import ResNet18
 
 from .markdown import print_row
 from .overhead import Data, SimCLR
-
-
-class Wide(SimCLR):
-    """ResNet-18 for small images, trained with NT-Xent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = ResNet18()
 
 
 class Compare(Callback):
@@ -114,7 +105,7 @@ def main() -> None:
         enable_model_summary=False,
     )
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}
-    trainer.fit(Wide() if args.network == "resnet18" else SimCLR(), datamodule=Data(args.instances, **workers))
+    trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, **workers))
 
 
 if __name__ == "__main__":

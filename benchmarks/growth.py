@@ -1,0 +1,170 @@
+"""How the cost of planning grows with the dataset, the pool, the width of embeddings and the number of processes.
+
+    python -m benchmarks.growth --embeddings embeddings.npz --plot docs/growth.png
+
+The file holds `z`, floats [N, d]. A trivial encoder looks embeddings up: rows of the file, again and again. A figure is
+the time of all planning, graph and walk and what the sampler does with them, by the number of instances served. One
+value changes at a time; the others are N = 200,000, P = 4,096, d = 128 and one process. Memory is the growth of the
+peak of a process of its own. Several processes share the graph, over gloo, with one thread each.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, multiprocessing
+
+from bs_lightning import NNDescentGraph, PlannedPool, Planning, PoolBatchSampler, Pools, rwr_batches
+from bs_lightning.graphs import SharedGraph
+
+from .markdown import print_row
+from .memory import peak_mb, resident_mb
+
+N, P, D = 200_000, 4096, 128
+BATCH_SIZE = 256
+SERVED = 65_536  # instances that a measurement serves at least
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "N": (10_000, 100_000, 1_000_000, 10_000_000),
+    "P": (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, N),
+    "d": (64, 128, 256, 512, 1024),
+    "d in pools of 16,384": (64, 128, 256, 512, 1024),
+    "processes": (1, 2, 4),
+}
+
+
+def widened(z: Tensor, d: int) -> Tensor:
+    """Return rows of width ``d``: the first columns, or random projections if there are not as many."""
+    if d <= z.shape[1]:
+        return z[:, :d].contiguous()
+    return z @ torch.randn(z.shape[1], d, generator=torch.Generator().manual_seed(0))
+
+
+class Planner:
+    """Looks a pool's embeddings up and composes its batches."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+
+    def __call__(self, indices: np.ndarray[Any, np.dtype[np.int64]], *, seed: int, epoch: int) -> PlannedPool:
+        neighbors = NNDescentGraph()(self.z[torch.from_numpy(indices % len(self.z))], seed=seed)
+        return PlannedPool(rwr_batches(neighbors, BATCH_SIZE, seed=seed))
+
+
+def serve(planner: Planner, n_instances: int, pool_size: int) -> float:
+    """Serve whole pools, and return the seconds per instance."""
+    pool_size = min(pool_size, n_instances) // BATCH_SIZE * BATCH_SIZE
+    sampler = PoolBatchSampler(n_instances, BATCH_SIZE, planning=Planning(planner, Pools(pool_size)))
+    n_pools = max(SERVED // pool_size, 1)
+    served = 0
+    start = time.perf_counter()
+    while served < n_pools * pool_size:
+        for batch in sampler:
+            served += len(batch)
+            if served == n_pools * pool_size:
+                break
+    return (time.perf_counter() - start) / served
+
+
+def share(rank: int, world_size: int, address: str, z: Tensor, results: Any) -> None:
+    """Build graphs together with other processes, and put rank 0's median seconds and each one's processor seconds."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    graph: SharedGraph = NNDescentGraph()
+    seconds, processor = [], []
+    for seed in range(8):
+        torch.distributed.barrier()
+        start, spent = time.perf_counter(), time.process_time()
+        part = graph.part(z, rank, world_size, seed=seed)
+        parts: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(parts, part)
+        if rank == 0:
+            graph.join(parts, z, seed=seed)
+        torch.distributed.barrier()
+        seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - spent)
+    results.put((rank, statistics.median(seconds[2:]), statistics.median(processor[2:])))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def shared_seconds(z: Tensor, world_size: int) -> tuple[float, float]:
+    """Return the seconds that processes take together, and the most processor seconds that one of them takes."""
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"file://{folder}/store"
+        multiprocessing.spawn(share, (world_size, address, z, results), nprocs=world_size)  # type: ignore[attr-defined,no-untyped-call]
+    measured = [results.get() for _ in range(world_size)]
+    return next(wall for rank, wall, _ in measured if rank == 0), max(spent for _, _, spent in measured)
+
+
+def measure(sweep: str, value: int, z: Tensor) -> dict[str, Any]:
+    """Return a row of the table."""
+    row = {"what grows": sweep, "value": value, "µs per instance": 0.0, "peak growth, MB": "", "processor µs": ""}
+    if sweep == "processes":
+        wall, processor = shared_seconds(z[:P], value)
+        return row | {"µs per instance": wall / P * 1e6, "processor µs": round(processor / P * 1e6, 2)}
+    if sweep == "N":
+        command = [sys.executable, "-m", "benchmarks.growth", *sys.argv[1:], "--memory", str(value)]
+        row["peak growth, MB"] = float(subprocess.run(command, check=True, capture_output=True).stdout)
+    n_instances = value if sweep == "N" else N
+    pool_size = {"P": value, "d in pools of 16,384": 16_384}.get(sweep, P)
+    planner = Planner(widened(z, value if sweep.startswith("d") else D))
+    serve(planner, n_instances, pool_size)  # loads kernels
+    return row | {"µs per instance": statistics.median(serve(planner, n_instances, pool_size) for _ in range(3)) * 1e6}
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw a panel for each sweep."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 4, figsize=(13, 3), layout="constrained")
+    for panel, sweep in zip(panels, ("N", "P", "d", "processes"), strict=True):
+        for name in SWEEPS:
+            if not name.startswith(sweep):
+                continue
+            drawn = [row for row in rows if row["what grows"] == name]
+            label = "pools of 4,096" if name == "d" else name.removeprefix("d in ")
+            panel.plot(*zip(*((row["value"], row["µs per instance"]) for row in drawn), strict=True), "o-", label=label)
+        if sweep == "processes":
+            spent = [(row["value"], row["processor µs"]) for row in rows if row["what grows"] == sweep]
+            panel.plot(*zip(*spent, strict=True), "o--", label="processor time of one")
+        if sweep in ("d", "processes"):
+            panel.legend(frameon=False)
+        panel.set(xscale="log", xlabel=sweep, ylim=(0, None))
+    panels[0].set_ylabel("µs per instance")
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measure each sweep, print a table and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embeddings", required=True, help="an .npz file with z [N, d]")
+    parser.add_argument("--plot", type=Path, help="the picture to write")
+    parser.add_argument("--memory", type=int, help="only print the peak's growth at this N")
+    args = parser.parse_args()
+    z = torch.from_numpy(np.load(args.embeddings)["z"].astype(np.float32))
+    if args.memory:
+        planner = Planner(z)
+        serve(planner, 10_000, P)  # loads kernels
+        before = resident_mb()
+        serve(planner, args.memory, P)
+        print(peak_mb() - before)
+        return
+    rows = [measure(sweep, value, z) for sweep, values in SWEEPS.items() for value in values]
+    for before_, after in pairwise([None, *rows]):
+        assert after is not None
+        print_row(after, with_header=before_ is None)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
