@@ -44,9 +44,9 @@ def measure(row: str, threads: int) -> None:
     meanwhile = []
     if row == "compiled ahead":
         graph.prepare(len(embeddings), embeddings)
-        compiler = _nndescent._compiler
-        assert compiler is not None
-        while compiler.poll() is None:
+        importer = _nndescent._importer
+        assert importer is not None
+        while importer.is_alive():
             meanwhile.append(step(network))
     seconds = []
     for _ in range(2):

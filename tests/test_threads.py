@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -71,6 +72,26 @@ def test_a_graph_in_one_thread_does_not_block_the_children_of_another():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_waits_for_the_thread_that_imports():
+    begun, done = threading.Event(), []
+
+    def import_slowly():
+        with _nndescent._import_lock:
+            begun.set()
+            time.sleep(0.2)
+            done.append(True)
+
+    importer = threading.Thread(target=import_slowly)
+    importer.start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if done and _nndescent._import_lock.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    importer.join()
+
+
 def test_refuses_to_run_where_openmp_was_forked(monkeypatch):
     monkeypatch.setattr(_nndescent, "_forked_from_gnu_openmp", True)
     with pytest.raises(RuntimeError, match=r"forked from a process in which numba had started GNU OpenMP.*=workqueue"):
@@ -108,6 +129,7 @@ def test_kernels_compiled_ahead_are_on_disk_for_this_process_and_the_next(tmp_pa
     for ahead in (True, False):
         compiled = run("kernels", str(n_sides), str(ahead), NUMBA_CACHE_DIR=str(tmp_path)).split()
         kept = {"process_candidates", "init_rp_tree", "init_random", "generate_leaf_updates", "deheap_sort"}
+        kept |= {"_dense_planes", "_dense_sides", "_partition"}  # of more than a megabyte
         assert not kept & set(compiled), (
             "pynndescent or numba has changed: kernels are compiled again in each process. See _keep_kernels."
         )
@@ -115,9 +137,12 @@ def test_kernels_compiled_ahead_are_on_disk_for_this_process_and_the_next(tmp_pa
 
 def print_what_a_graph_compiles(n_sides, ahead):
     graph = NNDescentGraph(5)
-    embeddings = torch.randn(100, 8) if n_sides == 1 else torch.randn(100, 2, 8)
+    embeddings = torch.randn(5000, 128) if n_sides == 1 else torch.randn(5000, 2, 64)
     if ahead:
-        graph.prepare(100, embeddings)
+        graph.prepare(5000, embeddings)
+        assert "pynndescent" not in sys.modules  # its import compiles, too, the first time
+        _nndescent._importer.join()
+        assert "pynndescent" in sys.modules
     recorder = event.RecordingListener()
     with event.install_listener("numba:compile", recorder):
         graph(embeddings)
@@ -228,7 +253,7 @@ def pynndescent_without_a_folder(monkeypatch, tmp_path):
     (package / "__init__.py").write_text(f"{compiled}def NNDescent():\n    return 3\n__version__ = '0'\n")
     (package / "pynndescent_.py").touch()
     (package / "distances.py").write_text("alternative_cosine = alternative_dot = None\n")
-    monkeypatch.setattr(_nndescent, "_folder", None)
+    monkeypatch.setattr(_nndescent, "_spare_folder", None)
     _nndescent._import_nndescent.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")

@@ -23,9 +23,11 @@ from bs_lightning.isolation import isolated_threads, numba_threading_layer
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
+_import_lock = threading.RLock()  # held while a thread imports pynndescent: no process is forked in the middle of it
 _compiled = False
 _compiler: subprocess.Popen[bytes] | None = None  # compiles ahead of the first call
-_folder: str | None = None  # where numba keeps compiled code, if it can be kept nowhere else
+_importer: threading.Thread | None = None  # imports pynndescent when `_compiler` is done
+_spare_folder: str | None = None  # where numba keeps compiled code, if it can be kept nowhere else
 _forked_from_gnu_openmp = False
 
 
@@ -67,7 +69,8 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
 def compile_ahead(n_sides: int) -> None:
     """Start to compile pynndescent's kernels in a process of its own, unless they are compiled or being compiled.
 
-    That process leaves them on disk. :func:`descend` waits for it.
+    That process leaves them on disk. A thread of this process then imports pynndescent, which loads many of them.
+    :func:`descend` waits for both.
 
     Args:
         n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
@@ -75,48 +78,64 @@ def compile_ahead(n_sides: int) -> None:
     Raises:
         RuntimeError: If numba finds no folder, not even a temporary one, for the compiled code of pynndescent.
     """
-    global _compiler
+    global _compiler, _importer
     with _lock:
         if _compiled or _compiler is not None:
             return
         _start_numba_threads()
-        _import_nndescent()  # takes seconds, too
-        code = f"from bs_lightning import _nndescent; _nndescent.compile_now({n_sides})"
+        try:
+            spare = _temporary_folder()
+        except OSError:
+            _import_nndescent()  # refuses now if pynndescent's folder cannot be written either
+            spare = None
+        code = f"from bs_lightning import _nndescent; _nndescent.compile_now({n_sides}, {spare!r})"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         environment |= {"NUMBA_THREADING_LAYER": str(numba_threading_layer())}
-        if _folder is not None:
-            environment["NUMBA_CACHE_DIR"] = _folder
         quiet = subprocess.DEVNULL
         _compiler = subprocess.Popen(
             [sys.executable, "-c", code], env=environment, stdin=quiet, stdout=quiet, stderr=quiet
         )
         atexit.register(_compiler.kill)
+        _importer = threading.Thread(target=_import_after, args=(_compiler,), daemon=True)
+        _importer.start()
 
 
-def compile_now(n_sides: int) -> None:
+def _import_after(compiler: "subprocess.Popen[bytes]") -> None:
+    """Import pynndescent when its kernels are on disk. Then the first graph does not wait for the import."""
+    if compiler.wait() == 0:
+        with _import_lock, contextlib.suppress(Exception):  # the first graph meets the same error, and raises it
+            _import_nndescent()
+
+
+def compile_now(n_sides: int, spare_folder: str | None) -> None:
     """Compile pynndescent's kernels with low priority, and leave them on disk.
 
     Args:
         n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
+        spare_folder: Where to leave them if numba finds no other folder.
     """
+    global _spare_folder
+    _spare_folder = spare_folder
     if hasattr(os, "nice"):  # not on Windows
         os.nice(10)
-    rng = np.random.default_rng(0)
-    data = rng.normal(size=(500, 4) if n_sides == 1 else (500, 2, 4)).astype(np.float32)
+    # More than a megabyte: pynndescent splits so many rows with kernels of their own.
+    shape = (5000, 128) if n_sides == 1 else (5000, 2, 64)
+    data = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     descend(data / np.linalg.norm(data, axis=-1, keepdims=True), n_neighbors=5, seed=0)
 
 
 def _wait_for_compiler() -> None:
     """Let :func:`compile_ahead` come to its end."""
-    global _compiler
-    if _compiler is None:
+    global _compiler, _importer
+    if _compiler is None or _importer is None:
         return
     if _compiler.poll() is None:
         _log.info("NNDescentGraph: waits for pynndescent's kernels, which are being compiled.")
+    _importer.join()
     atexit.unregister(_compiler.kill)
-    if _compiler.wait() != 0:
+    if _compiler.returncode != 0:
         _log.info("NNDescentGraph: the process that compiles pynndescent's kernels failed. They are compiled here.")
-    _compiler = None
+    _compiler = _importer = None
 
 
 @contextlib.contextmanager
@@ -214,7 +233,6 @@ def _start_numba_threads() -> None:
 
 @functools.cache
 def _import_nndescent() -> Any:
-    global _folder
     try:
         from pynndescent import NNDescent
 
@@ -223,7 +241,7 @@ def _import_nndescent() -> Any:
         if "no locator available" not in str(error):
             raise
         try:
-            _folder = _temporary_folder()
+            folder = _temporary_folder()
         except OSError:
             raise RuntimeError(
                 "NNDescentGraph cannot import pynndescent: numba can write its compiled code neither beside "
@@ -233,12 +251,12 @@ def _import_nndescent() -> Any:
         _log.info(
             "NNDescentGraph: numba can write its compiled code neither beside pynndescent nor in the home folder. "
             "Until this process ends, %s holds it. To keep it, set NUMBA_CACHE_DIR.",
-            _folder,
+            folder,
         )
         import numba
 
         config: Any = numba.config
-        chosen, config.CACHE_DIR = config.CACHE_DIR, _folder  # numba reads it for each function that is to be cached
+        chosen, config.CACHE_DIR = config.CACHE_DIR, folder  # numba reads it for each function that is to be cached
         try:
             from pynndescent import NNDescent
 
@@ -249,15 +267,18 @@ def _import_nndescent() -> Any:
 
 
 def _temporary_folder() -> str:
-    """Return a new temporary folder. It is removed when this process ends, not when a forked process ends."""
-    folder, owner = tempfile.mkdtemp(prefix="bs_lightning_"), os.getpid()
+    """Return this process's temporary folder. It is removed when the process ends, not when a forked process ends."""
+    global _spare_folder
+    if _spare_folder is None:
+        folder, owner = tempfile.mkdtemp(prefix="bs_lightning_"), os.getpid()
 
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
+        def remove() -> None:
+            if os.getpid() == owner:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(remove)
-    return folder
+        atexit.register(remove)
+        _spare_folder = folder
+    return _spare_folder
 
 
 def _runs_gnu_openmp() -> bool:
@@ -267,15 +288,19 @@ def _runs_gnu_openmp() -> bool:
 
 
 def _after_fork_in_child() -> None:
-    """Note whether OpenMP is broken in this process, and free a lock whose thread was not forked.
+    """Note whether OpenMP is broken in this process, and free locks whose threads were not forked.
 
     A process that compiles is not this process's to wait for.
     """
-    global _lock, _compiler, _forked_from_gnu_openmp
-    _lock = threading.Lock()
-    _compiler = None
+    global _lock, _import_lock, _compiler, _importer, _forked_from_gnu_openmp
+    _lock, _import_lock = threading.Lock(), threading.RLock()
+    _compiler = _importer = None
     _forked_from_gnu_openmp = _forked_from_gnu_openmp or _runs_gnu_openmp()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=lambda: _import_lock.acquire(),
+        after_in_parent=lambda: _import_lock.release(),
+        after_in_child=_after_fork_in_child,
+    )
