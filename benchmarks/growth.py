@@ -131,14 +131,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             if not name.startswith(sweep):
                 continue
             drawn = [row for row in rows if row["what grows"] == name]
-            label = "pools of 4,096" if name == "d" else name.removeprefix("d in ")
+            label = {"d": "pools of 4,096", "processes": "time of all"}.get(name, name.removeprefix("d in "))
             panel.plot(*zip(*((row["value"], row["µs per instance"]) for row in drawn), strict=True), "o-", label=label)
         if sweep == "processes":
             spent = [(row["value"], row["processor µs"]) for row in rows if row["what grows"] == sweep]
-            panel.plot(*zip(*spent, strict=True), "o--", label="processor time of one")
+            panel.plot(*zip(*spent, strict=True), "o--", label="processor time of each")
         if sweep in ("d", "processes"):
             panel.legend(frameon=False)
-        panel.set(xscale="log", xlabel=sweep, ylim=(0, None))
+        panel.set(xlabel=sweep, ylim=(0, 1.1 * panel.dataLim.y1))
+        if sweep == "processes":
+            panel.set_xticks(SWEEPS[sweep])
+        else:
+            panel.set_xscale("log")
     panels[0].set_ylabel("µs per instance")
     figure.savefig(file, dpi=120)
 

@@ -77,8 +77,9 @@ def encode(
     if similar_to_nothing(embeddings).any():
         _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
     unit_rows_(embeddings)
-    # Two equal embeddings prove nothing: the dataset may hold an instance twice.
-    if len(embeddings) > 2 and torch.allclose(embeddings, embeddings[:1], atol=1e-6):
+    # Two equal embeddings prove nothing: the dataset may hold an instance twice. The comparison of all embeddings needs
+    # memory several times over, so the first ones come first.
+    if len(embeddings) > 2 and all(torch.allclose(some, some[:1], atol=1e-6) for some in (embeddings[:99], embeddings)):
         _warn_once("All embeddings are equal: the model has collapsed. Batches composed from them are random.")
     return embeddings
 

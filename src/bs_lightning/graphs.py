@@ -220,10 +220,12 @@ class ExactGraph:
         unit = unit_rows(as_embeddings(embeddings))
         rows = _rows_of_part(len(unit), part, n_parts)
         isolated = similar_to_nothing(unit)
+        some_isolated = bool(isolated.any())
         k = min(self.n_neighbors, len(unit) - 1)
         found = torch.empty((len(rows), k), dtype=torch.int32, device=unit.device)
         for start, similarity in similarity_blocks(unit, rows):
-            similarity[:, isolated] = BELOW_ANY_COSINE
+            if some_isolated:
+                similarity[:, isolated] = BELOW_ANY_COSINE
             similarity.diagonal(start).fill_(-torch.inf)  # no instance is its own neighbour
             first = start - rows.start
             found[first : first + len(similarity)] = similarity.topk(k, dim=1).indices.int()
