@@ -42,7 +42,7 @@ from .markdown import print_row
 
 def pynndescent() -> BatchSamplerCallback:
     """Return the default callback, whose pools are too small for pynndescent, and send them there. Call it once."""
-    graphs._SMALL_POOL = 0
+    graphs._SMALL_POOL = graphs._SMALL_POOL_ON_GPU = 0
     return BatchSamplerCallback()
 
 

@@ -377,6 +377,21 @@ def test_the_parts_of_a_graph_make_the_graph(graph, embeddings, n_parts, monkeyp
     assert np.array_equal(graph(7).join(parts, embeddings, seed=3), whole)
 
 
+def test_which_graphs_are_shared(monkeypatch):
+    class Centred(ExactGraph):
+        def __call__(self, embeddings, *, seed=0):
+            return super().__call__(embeddings - embeddings.mean(dim=0), seed=seed)
+
+    monkeypatch.setattr(graphs, "_SMALL_POOL", 40)
+    embeddings = gaussian(100)
+    assert graphs.can_share(ExactGraph(5), embeddings, 2)
+    assert graphs.can_share(RandomCandidateGraph(40, 5), embeddings, 2)
+    assert graphs.can_share(NNDescentGraph(5), embeddings, 3)
+    assert not graphs.can_share(NNDescentGraph(5), embeddings, 2)
+    assert not graphs.can_share(Centred(5), embeddings, 2)
+    assert not graphs.can_share(None, embeddings, 2)
+
+
 @pytest.mark.parametrize(("n_parts", "exact"), [(2, False), (3, True)])
 def test_processes_share_a_product_in_larger_pools_than_one_would_take(n_parts, exact, monkeypatch):
     monkeypatch.setattr(graphs, "_SMALL_POOL", 40)

@@ -95,9 +95,9 @@ def compile_ahead(n_sides: int) -> None:
         _compiler = subprocess.Popen(
             [sys.executable, "-c", code], env=environment, stdin=quiet, stdout=quiet, stderr=quiet
         )
-        atexit.register(_compiler.kill)
         _importer = threading.Thread(target=_import_after, args=(_compiler,), daemon=True)
         _importer.start()
+        atexit.register(_stop_compiler, os.getpid())
 
 
 def _import_after(compiler: "subprocess.Popen[bytes]") -> None:
@@ -105,6 +105,13 @@ def _import_after(compiler: "subprocess.Popen[bytes]") -> None:
     if compiler.wait() == 0:
         with _import_lock, contextlib.suppress(Exception):  # the first graph meets the same error, and raises it
             _import_nndescent()
+
+
+def _stop_compiler(owner: int) -> None:
+    """End the process that compiles, and let the thread come to its end, before Python exits."""
+    if os.getpid() == owner and _compiler is not None and _importer is not None:
+        _compiler.kill()
+        _importer.join(timeout=10)
 
 
 def compile_now(n_sides: int, spare_folder: str | None) -> None:
@@ -132,7 +139,7 @@ def _wait_for_compiler() -> None:
     if _compiler.poll() is None:
         _log.info("NNDescentGraph: waits for pynndescent's kernels, which are being compiled.")
     _importer.join()
-    atexit.unregister(_compiler.kill)
+    atexit.unregister(_stop_compiler)
     if _compiler.returncode != 0:
         _log.info("NNDescentGraph: the process that compiles pynndescent's kernels failed. They are compiled here.")
     _compiler = _importer = None

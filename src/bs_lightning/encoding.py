@@ -60,9 +60,9 @@ def encode(
     embeddings: Tensor | None = None
     for start, chunk, batch in zip(starts, chunks, load(chunks), strict=True):
         piece = as_sides(embed(batch), "embed must return")
+        _check_piece(piece, len(chunk), piece.shape[1:] if embeddings is None else embeddings.shape[1:])
         if embeddings is None:
             embeddings = torch.empty((len(rows), *piece.shape[1:]), dtype=torch.float32, device=piece.device)
-        _check_piece(piece, len(chunk), embeddings.shape[1:])
         embeddings[start : start + len(chunk)] = piece
         if advance is not None:
             advance()

@@ -13,7 +13,7 @@ the graph from all parts. With one part, the result is the graph itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,9 +43,8 @@ _N_RUNS = 64
 _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 
 
-@runtime_checkable
 class SharedGraph(Protocol):
-    """A graph whose work several processes may share."""
+    """A graph whose work several processes may share, if :func:`can_share` says so."""
 
     def part(self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances.
@@ -350,6 +349,21 @@ class RandomCandidateGraph:
         neighbors[np.random.default_rng(seed).permutation(size)] = np.concatenate(parts)
         isolated = similar_to_nothing(embeddings).cpu().numpy()
         return _real_neighbors(neighbors, self.n_neighbors, isolated, seed) if isolated.any() else neighbors
+
+
+def can_share(graph: object, embeddings: Tensor, n_parts: int) -> bool:
+    """Return whether several processes may build a graph in parts, as :class:`SharedGraph` says.
+
+    They may not share pynndescent's work, nor a subclass, which may override ``__call__`` alone.
+
+    Args:
+        graph: Any graph.
+        embeddings: The embeddings of a pool, ``[P, d]`` or ``[P, 2, d]``.
+        n_parts: Number of parts.
+    """
+    if type(graph) is NNDescentGraph:
+        return len(embeddings) <= _small_pool(embeddings) * n_parts
+    return type(graph) in (ExactGraph, RandomCandidateGraph)
 
 
 def _whole(graph: SharedGraph, embeddings: Embeddings, seed: int) -> Neighbors:

@@ -15,7 +15,7 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
-from bs_lightning.graphs import SharedGraph
+from bs_lightning.graphs import can_share
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
@@ -209,13 +209,17 @@ class TrainerPlanner:
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""
         start = time.perf_counter()
-        neighbors = self._shared_neighbors(embeddings, seed)
-        graph_seconds = time.perf_counter() - start
+        parts = self._parts_of_graph(embeddings, seed)
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
+                neighbors = None
+                if parts is not None:
+                    with isolated_rng(), isolated_threads():
+                        neighbors = self._composer.graph.join(parts, embeddings, seed=seed)
+                graph_seconds = time.perf_counter() - start
                 composed = self._plan_share(embeddings, indices, seed, epoch, neighbors)
-                if neighbors is not None:
+                if parts is not None:
                     composed.seconds["graph"] = composed.seconds.get("graph", 0.0) + graph_seconds
         return self.trainer.strategy.broadcast(composed)  # type: ignore[no-any-return]
 
@@ -231,24 +235,23 @@ class TrainerPlanner:
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
 
-    def _shared_neighbors(self, embeddings: Tensor, seed: int) -> Neighbors | None:
-        """Build a pool's graph in all processes together, if all of them hold its embeddings.
+    def _parts_of_graph(self, embeddings: Tensor, seed: int) -> list[Neighbors] | None:
+        """Build the parts of a pool's graph, one in each process, if all processes hold the pool's embeddings.
 
         Returns:
-            In the process of rank 0 the graph; ``None`` elsewhere, or if the composer or its graph shares no work.
+            All parts, in every process; ``None`` if the composer or its graph shares no work.
         """
         trainer, composer = self.trainer, self._composer
         if trainer.world_size == 1 or not self.source.in_all_processes:
             return None
-        if not (isinstance(composer, RWRComposer) and "neighbors" in self._asked):
-            return None
-        graph = composer.graph
-        if not isinstance(graph, SharedGraph):
+        graph = composer.graph if isinstance(composer, RWRComposer) and "neighbors" in self._asked else None
+        own = repr(graph) if can_share(graph, embeddings, trainer.world_size) else None
+        everywhere = set(gather(trainer, own))  # all processes decide alike, or they would wait for each other
+        if None in everywhere or len(everywhere) > 1:
             return None
         with failing_together(trainer), isolated_rng(), isolated_threads():
-            part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
-        parts = gather(trainer, part)
-        return graph.join(parts, embeddings, seed=seed) if trainer.is_global_zero else None
+            part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)  # type: ignore[union-attr]
+        return gather(trainer, part)
 
     def _plan_share(
         self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None
