@@ -44,7 +44,7 @@ _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 
 
 class SharedGraph(Protocol):
-    """A graph whose work several processes may share, if :func:`can_share` says so."""
+    """A graph whose work several processes may share, if ``can_share`` says so."""
 
     def part(self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances.
@@ -145,7 +145,7 @@ class NNDescentGraph:
         return _whole(self, embeddings, seed)
 
     def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
-        """Find the neighbours of a part of the instances, as :class:`SharedGraph` says.
+        """Find the neighbours of a part of the instances, as ``SharedGraph`` says.
 
         If the pool is too large for a matrix product, the first part holds all instances.
         """
@@ -162,7 +162,7 @@ class NNDescentGraph:
         return descend(unit_rows(embeddings.cpu()).numpy(), n_found, seed)
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
-        """Make the graph from all its parts, as :class:`SharedGraph` says."""
+        """Make the graph from all its parts, as ``SharedGraph`` says."""
         return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
 
 
@@ -215,7 +215,7 @@ class ExactGraph:
 
     @torch.no_grad()
     def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
-        """Find the neighbours of a part of the instances, as :class:`SharedGraph` says."""
+        """Find the neighbours of a part of the instances, as ``SharedGraph`` says."""
         unit = unit_rows(as_embeddings(embeddings))
         rows = _rows_of_part(len(unit), part, n_parts)
         isolated = similar_to_nothing(unit)
@@ -231,7 +231,7 @@ class ExactGraph:
         return found.cpu().numpy()
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
-        """Make the graph from all its parts, as :class:`SharedGraph` says."""
+        """Make the graph from all its parts, as ``SharedGraph`` says."""
         k = min(self.n_neighbors, len(embeddings) - 1)
         return _real_neighbors(np.concatenate(parts), k, similar_to_nothing(embeddings).cpu().numpy(), seed)
 
@@ -305,7 +305,7 @@ class RandomCandidateGraph:
 
     @torch.no_grad()
     def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
-        """Find the neighbours of a part of the instances, as :class:`SharedGraph` says, in the circle's order."""
+        """Find the neighbours of a part of the instances, as ``SharedGraph`` says, in the circle's order."""
         embeddings = as_embeddings(embeddings)
         size = len(embeddings)
         if self.n_candidates >= size - 1:
@@ -341,7 +341,7 @@ class RandomCandidateGraph:
         return found.cpu().numpy()
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
-        """Make the graph from all its parts, as :class:`SharedGraph` says."""
+        """Make the graph from all its parts, as ``SharedGraph`` says."""
         size = len(embeddings)
         if self.n_candidates >= size - 1:
             return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
@@ -352,7 +352,7 @@ class RandomCandidateGraph:
 
 
 def can_share(graph: object, embeddings: Tensor, n_parts: int) -> bool:
-    """Return whether several processes may build a graph in parts, as :class:`SharedGraph` says.
+    """Return whether several processes may build a graph in parts, as ``SharedGraph`` says.
 
     They may not share pynndescent's work, nor a subclass, which may override ``__call__`` alone.
 
