@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback
 
 from .markdown import print_row
-from .overhead import Data, SimCLR
+from .overhead import Data, SimCLR, quiet_trainer
 
 
 class Compare(Callback):
@@ -93,17 +93,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     seed_everything(0, verbose=False)
     sampling = BatchSamplerCallback(args.pool_size, encode_batch_size=args.encode_batch_size)
-    trainer = Trainer(
-        max_steps=1,
-        callbacks=[sampling, Compare(sampling, args)],
-        accelerator="cpu" if args.device == "cpu" else "gpu",
-        devices=1,
-        precision=args.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(args, [sampling, Compare(sampling, args)], max_steps=1)
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, **workers))
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +162,8 @@ def main() -> None:
         print(peak_mb() - before)
         return
     rows = [measure(sweep, value, z) for sweep, values in SWEEPS.items() for value in values]
-    for before_, after in pairwise([None, *rows]):
-        assert after is not None
-        print_row(after, with_header=before_ is None)
+    for row in rows:
+        print_row(row, with_header=row is rows[0])
     if args.plot:
         plot(rows, args.plot)
 

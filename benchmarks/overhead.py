@@ -141,16 +141,10 @@ class Turns(Callback):
         self.connection.send((seconds, *(float(logged.get(f"batch_sampler/{step}_seconds", 0.0)) for step in STEPS)))
 
 
-def train(arm: str, threads: int, epochs: int, args: argparse.Namespace, connection: "Connection[Any, Any]") -> None:
-    """Train one arm, an epoch at each turn."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "bs_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(threads)
-    seed_everything(0, verbose=False)
-    trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=[ARMS[arm](), Turns(connection)],
+def quiet_trainer(args: argparse.Namespace, callbacks: list[Callback], **limits: int) -> Trainer:
+    """Return a Trainer that shows and keeps nothing, on one device and in the precision that were asked for."""
+    return Trainer(
+        callbacks=callbacks,
         accelerator="cpu" if args.device == "cpu" else "gpu",
         devices=1,
         precision=args.precision,
@@ -158,7 +152,18 @@ def train(arm: str, threads: int, epochs: int, args: argparse.Namespace, connect
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **limits,  # type: ignore[arg-type]
     )
+
+
+def train(arm: str, threads: int, epochs: int, args: argparse.Namespace, connection: "Connection[Any, Any]") -> None:
+    """Train one arm, an epoch at each turn."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "bs_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
+    seed_everything(0, verbose=False)
+    trainer = quiet_trainer(args, [ARMS[arm](), Turns(connection)], max_epochs=epochs)
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, args.batch_size))
 
 

@@ -12,12 +12,12 @@ import warnings
 from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningModule, seed_everything
 from torch.profiler import ProfilerActivity, profile
 
 from bs_lightning import BatchSamplerCallback
 
-from .overhead import Data, SimCLR
+from .overhead import Data, SimCLR, quiet_trainer
 
 
 class Profile(Callback):
@@ -56,17 +56,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     seed_everything(0, verbose=False)
     sampling = BatchSamplerCallback(args.pool_size)
-    trainer = Trainer(
-        max_steps=1,
-        callbacks=[sampling, Profile(sampling, args)],
-        accelerator="cpu" if args.device == "cpu" else "gpu",
-        devices=1,
-        precision=args.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(args, [sampling, Profile(sampling, args)], max_steps=1)
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, args.batch_size))
 
 

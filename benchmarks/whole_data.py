@@ -107,8 +107,8 @@ def by_hnswlib(z: Tensor) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
 LIBRARIES = {"pynndescent": by_pynndescent, "faiss": by_faiss, "hnswlib": by_hnswlib}
 
 
-def measure(library: str, size: int, args: argparse.Namespace, goal: float, send: Any) -> None:
-    """Send a row of the table for each setting that was tried, until one reaches the goal."""
+def measured(library: str, size: int, args: argparse.Namespace, goal: float) -> Iterator[dict[str, Any]]:
+    """Yield a row of the table for each setting that is tried, until one reaches the goal."""
     torch.set_num_threads(args.threads)
     NNDescentGraph(K)(torch.randn(5000, 128))  # loads kernels, and numba's threads
     if library == "encode":
@@ -117,9 +117,8 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float, send
         network = SimCLR().eval()
         before, start = resident_mb(), time.perf_counter()
         embeddings = encode((np.arange(size) % size_of_file).tolist(), images, network, batch_size=256)
-        send.send({"library": "encode", "seconds": time.perf_counter() - start, "bytes": peak_mb() - before})
+        yield {"library": "encode", "seconds": time.perf_counter() - start, "bytes": peak_mb() - before}
         assert len(embeddings) == size
-        send.send(None)
         return
     z = grown(args.embeddings, size)
     rows = np.random.default_rng(0).choice(size, SAMPLED, replace=False)
@@ -127,15 +126,13 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float, send
         start = time.perf_counter()
         nearest(z, rows)
         spent = (time.perf_counter() - start) * size / SAMPLED
-        send.send({"library": "product, extrapolated", "seconds": spent, "recall": 1.0})
-        send.send(None)
+        yield {"library": "product, extrapolated", "seconds": spent, "recall": 1.0}
         return
     if library == "walk":
         neighbors = NNDescentGraph(K)(z)
         start = time.perf_counter()
         rwr_batches(neighbors[: size // 256 * 256] % (size // 256 * 256), 256)
-        send.send({"library": "walk", "seconds": time.perf_counter() - start})
-        send.send(None)
+        yield {"library": "walk", "seconds": time.perf_counter() - start}
         return
     true: Rows | None = None
     for setting, build in LIBRARIES[library](z):
@@ -146,10 +143,16 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float, send
             row["bytes"] = peak_mb() - before
             true = nearest(z, rows)
         row["recall"] = recall(found, rows, true)
-        send.send(row)
+        yield row
         if row["recall"] >= goal:
             break
-    send.send(None)
+
+
+def measure(library: str, size: int, args: argparse.Namespace, goal: float, connection: Any) -> None:
+    """Send the rows from a process of its own, and `None` after the last."""
+    for row in measured(library, size, args, goal):
+        connection.send(row)
+    connection.send(None)
 
 
 def main() -> None:
