@@ -1,12 +1,7 @@
 """The data, and what is measured of batches: hardness, false negatives, time and memory."""
 
 import argparse
-import multiprocessing
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +10,9 @@ from torch import Tensor
 
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
 
+from ..processes import measured
+
 Batches = NDArray[np.int64]
-Result = TypeVar("Result")
 
 
 def load(args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
@@ -47,12 +43,6 @@ def mixture(size: int, d: int = 128, n_components: int = 1000) -> Tensor:
     return z
 
 
-def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a new process, so that its memory peak is not an earlier call's."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
-
-
 def compose(composer: Any, z: Tensor, batch_size: int) -> tuple[Batches, float, int]:
     """Return the batches of an epoch, the seconds they took, and the growth of memory in bytes.
 
@@ -62,17 +52,7 @@ def compose(composer: Any, z: Tensor, batch_size: int) -> tuple[Batches, float, 
     inner = getattr(composer, "composer", composer)  # a pool may be larger than the slice
     few = max(4, 1024 // batch_size) * batch_size
     inner(z[: min(few, getattr(composer, "pool_size", few))], batch_size, seed=0, epoch=0)
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    start = time.perf_counter()
-    batches = composer(z, batch_size, seed=0, epoch=0)
-    return batches, time.perf_counter() - start, memory("VmHWM") - before
-
-
-def memory(field: str) -> int:
-    """Return the process's memory in bytes: now ("VmRSS") or at its peak ("VmHWM"). On Linux only."""
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].removesuffix("kB")) * 1024
+    return measured(lambda: composer(z, batch_size, seed=0, epoch=0))
 
 
 def describe(batches: Batches, z: Tensor, y: Tensor | None, temperature: float = 0.5) -> dict[str, Any]:

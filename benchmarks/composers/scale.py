@@ -5,6 +5,7 @@ import argparse
 from .. import csv_files
 from ..csv_files import Row
 from ..markdown import print_row
+from ..processes import in_new_process
 from . import measure
 from .catalog import Key, composers, name_of, scaled
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         rows: list[Row] = []
         for size in sizes:
             if not rows or rows[-1]["seconds"] <= args.seconds:
-                rows.append(measure.in_new_process(scale_row, key, size, args))
+                rows.append(in_new_process(scale_row, key, size, args))
                 csv_files.append(args.results / "scale.csv", {**rows[-1], "batch_size": args.batch_size})
         base = next((row["seconds"] / BASE_SIZE for row in rows if row["instances"] == BASE_SIZE), None)
         for row in rows:

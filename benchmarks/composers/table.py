@@ -7,6 +7,7 @@ import numpy as np
 from .. import csv_files
 from ..csv_files import Row
 from ..markdown import print_row
+from ..processes import in_new_process
 from . import measure
 from .catalog import FAMILIES, Key, composers, name_of, too_few
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         why = too_few(composer, size // args.batch_size * args.batch_size)
         if not why:
             try:
-                row = measure.in_new_process(table_row, key, args)
+                row = in_new_process(table_row, key, args)
             except ValueError as error:
                 why = str(error)
         if why:

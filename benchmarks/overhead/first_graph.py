@@ -1,21 +1,21 @@
 """How long the first graph of pynndescent takes in a process, and what compiling it ahead costs training.
 
-    python -m benchmarks.first_graph
-
 Each row is a new process that trains a small network and builds two graphs of 5,120 instances:
 
 - compiled: numba finds nothing on disk, so the first graph compiles pynndescent's kernels.
 - on disk: the kernels are those that the process before has left.
 - compiled ahead: numba finds nothing on disk. The kernels are compiled in a process of their own while steps train, and
   the first graph comes after it has ended. "Step ratio" is a step's median seconds meanwhile, by those afterwards.
+
+Training runs on the CPU, whatever the device.
 """
 
 import argparse
+import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -23,7 +23,8 @@ from torch import nn
 
 from bs_lightning import NNDescentGraph, _nndescent
 
-from .markdown import print_row
+from ..csv_files import Row
+from ..processes import in_new_process
 
 
 def step(network: nn.Module) -> float:
@@ -33,8 +34,8 @@ def step(network: nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def measure(row: str, threads: int) -> None:
-    """Build two graphs, and print a row."""
+def measure(kernels: str, threads: int) -> Row:
+    """Build two graphs, and return a row."""
     torch.set_num_threads(threads)
     channels = (3, 64, 64, 64, 64)
     layers = [nn.Conv2d(before, after, 3) for before, after in pairwise(channels)]
@@ -42,7 +43,7 @@ def measure(row: str, threads: int) -> None:
     embeddings = torch.randn(5120, 128)
     graph = NNDescentGraph()
     meanwhile = []
-    if row == "compiled ahead":
+    if kernels == "compiled ahead":
         graph.prepare(len(embeddings), embeddings)
         importer = _nndescent._importer
         assert importer is not None
@@ -54,31 +55,23 @@ def measure(row: str, threads: int) -> None:
         graph(embeddings)
         seconds.append(time.perf_counter() - start)
     afterwards = [step(network) for _ in range(30)]
-    values = {
-        "kernels": row,
-        "torch's threads": threads,
+    return {
+        "kernels": kernels,
+        "threads": threads,
         "first graph, seconds": seconds[0],
         "second graph, seconds": seconds[1],
         "seconds compiled ahead": sum(meanwhile) if meanwhile else "",
         "step ratio": statistics.median(meanwhile) / statistics.median(afterwards) if meanwhile else "",
     }
-    print_row(values, with_header=row == "compiled")
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add no options: this command has none of its own."""
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Measure each row in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.row:
-        measure(args.row, args.threads)
-        return
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        for row, folder in (("compiled", first), ("on disk", first), ("compiled ahead", second)):
-            command = [sys.executable, "-m", "benchmarks.first_graph", "--row", row, "--threads", str(args.threads)]
-            subprocess.run(["env", f"NUMBA_CACHE_DIR={folder}", *command], check=True)
-
-
-if __name__ == "__main__":
-    main()
+        for kernels, folder in (("compiled", first), ("on disk", first), ("compiled ahead", second)):
+            os.environ["NUMBA_CACHE_DIR"] = folder  # a new process reads it before it imports numba
+            yield in_new_process(measure, kernels, args.threads)

@@ -1,18 +1,15 @@
 """Encode, graph and walk for pools as large as a dataset, and how fast other libraries find the same neighbours.
 
-    python -m benchmarks.whole_data --embeddings embeddings.npz --sizes 50000 500000 1280000
-
-The file holds `z`, floats [N, d]. Larger datasets are made from it: each row lies between a row of the file and one of
-its 15 nearest. So neighbours are found as in the file, and no two rows are equal. Recall@15 is counted on 1,000 rows.
-The product's seconds are those of 1,000 rows, times N / 1,000. faiss and hnswlib are measured if they are installed:
-at the first of a few settings whose recall is that of pynndescent, or at the last. Each row is measured in a process of
-its own, after the kernels are loaded. Bytes are the growth of that process's peak, by N, at a library's first setting.
+Datasets larger than the embeddings file are made from it: each row lies between a row of the file and one of its 15
+nearest. So neighbours are found as in the file, and no two rows are equal. Recall@15 is counted on 1,000 rows. The
+product's seconds are those of 1,000 rows, times N / 1,000. faiss and hnswlib are measured if they are installed: at the
+first of a few settings whose recall is that of pynndescent, or at the last. A library is measured in a process of its
+own, after the kernels are loaded. Bytes are the growth of that process's peak, by N. The embeddings are not counted in
+them where they come from the file.
 """
 
 import argparse
 import importlib.util
-import multiprocessing
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,9 +20,9 @@ from torch import Tensor, nn
 
 from bs_lightning import BatchFetcher, NNDescentGraph, encode, rwr_batches
 
-from .markdown import print_row
-from .memory import peak_mb, resident_mb
-from .overhead import Images, SimCLR
+from ..csv_files import Row
+from ..processes import in_new_process, measured
+from .model import Images, SimCLR, as_loaded
 
 K = 15
 SAMPLED = 1000
@@ -107,90 +104,66 @@ def by_hnswlib(z: Tensor) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
 LIBRARIES = {"pynndescent": by_pynndescent, "faiss": by_faiss, "hnswlib": by_hnswlib}
 
 
-def measured(library: str, size: int, args: argparse.Namespace, goal: float) -> Iterator[dict[str, Any]]:
-    """Yield a row of the table for each setting that is tried, until one reaches the goal."""
+def measure(library: str, size: int, args: argparse.Namespace, goal: float) -> list[Row]:
+    """Return a row for each setting that is tried, until one reaches the goal."""
+
+    def row(seconds: float, growth: int | None, setting: str = "", share: float | str = "") -> Row:
+        return {
+            "N": size,
+            "what": library,
+            "setting": setting,
+            "threads": args.threads,
+            "seconds": seconds,
+            "recall@15": share,
+            "bytes per instance": "" if growth is None else round(growth / size),
+        }
+
     torch.set_num_threads(args.threads)
     NNDescentGraph(K)(torch.randn(5000, 128))  # loads kernels, and numba's threads
     if library == "encode":
         size_of_file = 8192
-        images: Any = BatchFetcher(Images(size_of_file), collate_fn=lambda batch: batch)
+        images: Any = BatchFetcher(Images(size_of_file), collate_fn=as_loaded)
         network = SimCLR().eval()
-        before, start = resident_mb(), time.perf_counter()
-        embeddings = encode((np.arange(size) % size_of_file).tolist(), images, network, batch_size=256)
-        yield {"library": "encode", "seconds": time.perf_counter() - start, "bytes": peak_mb() - before}
-        assert len(embeddings) == size
-        return
+        network(torch.rand(256, 3, 32, 32))  # chooses kernels
+        indices = (np.arange(size) % size_of_file).tolist()
+        _, seconds, growth = measured(lambda: encode(indices, images, network, batch_size=256))
+        return [row(seconds, growth)]
     z = grown(args.embeddings, size)
-    rows = np.random.default_rng(0).choice(size, SAMPLED, replace=False)
-    if library == "product":
-        start = time.perf_counter()
-        nearest(z, rows)
-        spent = (time.perf_counter() - start) * size / SAMPLED
-        yield {"library": "product, extrapolated", "seconds": spent, "recall": 1.0}
-        return
     if library == "walk":
-        neighbors = NNDescentGraph(K)(z)
-        start = time.perf_counter()
-        rwr_batches(neighbors[: size // 256 * 256] % (size // 256 * 256), 256)
-        yield {"library": "walk", "seconds": time.perf_counter() - start}
-        return
+        n = size // 256 * 256
+        neighbors = NNDescentGraph(K)(z)[:n] % n
+        rwr_batches(neighbors[:2560] % 2560, 256)  # loads the kernel
+        _, seconds, growth = measured(lambda: rwr_batches(neighbors, 256))
+        return [row(seconds, growth)]
+    sampled = np.random.default_rng(0).choice(size, SAMPLED, replace=False)
+    if library == "product":
+        _, seconds, _ = measured(lambda: nearest(z, sampled))
+        return [row(seconds * size / SAMPLED, None, "extrapolated", 1.0)]
+    rows = []
     true: Rows | None = None
     for setting, build in LIBRARIES[library](z):
-        before, start = resident_mb(), time.perf_counter()
-        found = build()
-        row: dict[str, Any] = {"library": library, "setting": setting, "seconds": time.perf_counter() - start}
-        if true is None:  # not earlier: the true neighbours take memory, too
-            row["bytes"] = peak_mb() - before
-            true = nearest(z, rows)
-        row["recall"] = recall(found, rows, true)
-        yield row
-        if row["recall"] >= goal:
+        found, seconds, growth = measured(build)
+        true = nearest(z, sampled) if true is None else true
+        rows.append(row(seconds, growth, setting, recall(found, sampled, true)))
+        if rows[-1]["recall@15"] >= goal:
             break
+    return rows
 
 
-def measure(library: str, size: int, args: argparse.Namespace, goal: float, connection: Any) -> None:
-    """Send the rows from a process of its own, and `None` after the last."""
-    for row in measured(library, size, args, goal):
-        connection.send(row)
-    connection.send(None)
-
-
-def main() -> None:
-    """Measure every library at every size, and print a row for each setting that was tried."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", required=True, help="an .npz file with z [N, d]")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--sizes", type=int, nargs="+", default=[50_000, 500_000, 1_280_000])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", default=["encode", "walk", "product", *LIBRARIES])
-    args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with_header = True
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Measure every library at every size, and yield a row for each setting that was tried."""
     for size in args.sizes:
         goal = 0.0
         for library in args.only:
             if library in ("faiss", "hnswlib") and importlib.util.find_spec(library) is None:
                 continue
-            ours, theirs = context.Pipe()
-            child = context.Process(target=measure, args=(library, size, args, goal, theirs))
-            child.start()
-            while (row := ours.recv()) is not None:
+            for row in in_new_process(measure, library, size, args, goal):
                 if library == "pynndescent":
-                    goal = row["recall"]
-                growth = row.get("bytes")
-                print_row(
-                    {
-                        "N": size,
-                        "what": row["library"],
-                        "setting": row.get("setting", ""),
-                        "seconds": row["seconds"],
-                        "recall@15": row.get("recall", ""),
-                        "bytes per instance": "" if growth is None else round(growth * 2**20 / size),
-                    },
-                    with_header=with_header,
-                )
-                with_header = False
-            child.join()
-
-
-if __name__ == "__main__":
-    main()
+                    goal = row["recall@15"]
+                yield row

@@ -1,29 +1,27 @@
-"""Compare how fast the callback encodes a pool with how fast a bare loop over the same batches is.
-
-    python -m benchmarks.encoding
-    python -m benchmarks.encoding --device cuda --precision bf16-mixed --network resnet18 --workers 8
+"""How fast the callback encodes a pool, compared with a bare loop over the same batches.
 
 Within one training step, the callback and a bare inference loop embed the same pool in turn: the same model, dataset,
 workers, batch size and precision. A row holds medians over the rounds. The ratio is the bare loop's seconds by the
-callback's, pair by pair; the goal is at least 0.95.
+callback's, pair by pair; the goal is at least 0.95. "From" and "to" are a 95% interval of this median.
 """
 
 import argparse
 import statistics
 import time
-import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, seed_everything
+from scipy.stats import quantile_test
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback
 
-from .markdown import print_row
-from .overhead import Data, SimCLR, quiet_trainer
+from ..csv_files import Row
+from .model import Data, SimCLR, quiet_trainer
 
 
 class Compare(Callback):
@@ -36,8 +34,8 @@ class Compare(Callback):
     def on_train_batch_start(self, trainer: Any, module: LightningModule, batch: Any, batch_idx: int) -> None:
         planner: Any = self.sampling._planner
         pool = np.random.default_rng(0).permutation(self.args.instances)[: self.args.pool_size]
-        size = planner.source._size
-        batches = [pool[start : start + size].tolist() for start in range(0, len(pool), size)]
+        self.size = planner.source._size
+        batches = [pool[start : start + self.size].tolist() for start in range(0, len(pool), self.size)]
         settings = trainer.datamodule.dataloader_kwargs | {"pin_memory": module.device.type == "cuda"}
         loader: Any = DataLoader(trainer.datamodule.pool_dataset(), batch_sampler=batches, **settings)
 
@@ -59,44 +57,39 @@ class Compare(Callback):
         for _ in range(self.args.rounds + 2):  # the first ones start workers and choose kernels
             self.pairs.append((timed(lambda: planner.source.read(pool)), timed(bare)))
         module.train()
-        print_row(
-            {
-                "device": torch.cuda.get_device_name() if module.device.type == "cuda" else "CPU",
-                "network": self.args.network,
-                "threads": torch.get_num_threads(),
-                "workers": self.args.workers,
-                "precision": self.args.precision,
-                "embedded at a time": size,
-                "callback seconds": statistics.median(ours for ours, _ in self.pairs[2:]),
-                "bare seconds": statistics.median(bare for _, bare in self.pairs[2:]),
-                "ratio": statistics.median(bare / ours for ours, bare in self.pairs[2:]),
-            },
-            with_header=True,
-        )
         trainer.should_stop = True
 
 
-def main() -> None:
-    """Compare once, and print a row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--network", default="small", choices=["small", "resnet18"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--instances", type=int, default=8192)
     parser.add_argument("--pool-size", type=int, default=8192)
     parser.add_argument("--encode-batch-size", type=int, help="by default, the callback's")
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(args.threads)
+    parser.add_argument("--rounds", type=int, default=21)
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Compare once."""
     seed_everything(0, verbose=False)
     sampling = BatchSamplerCallback(args.pool_size, encode_batch_size=args.encode_batch_size)
-    trainer = quiet_trainer(args, [sampling, Compare(sampling, args)], max_steps=1)
+    compare = Compare(sampling, args)
+    trainer = quiet_trainer(args, [sampling, compare], max_steps=1)
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, **workers))
-
-
-if __name__ == "__main__":
-    main()
+    pairs = compare.pairs[2:]
+    ratios = [bare / ours for ours, bare in pairs]
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    yield {
+        "network": args.network,
+        "precision": args.precision,
+        "threads": args.threads,
+        "workers": args.workers,
+        "instances": args.pool_size,
+        "embedded at a time": compare.size,
+        "callback seconds": statistics.median(ours for ours, _ in pairs),
+        "bare seconds": statistics.median(bare for _, bare in pairs),
+        "ratio": statistics.median(ratios),
+        "from": float(interval.low),
+        "to": float(interval.high),
+    }

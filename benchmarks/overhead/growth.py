@@ -1,19 +1,16 @@
 """How the cost of planning grows with the dataset, the pool, the width of embeddings and the number of processes.
 
-    python -m benchmarks.growth --embeddings embeddings.npz --plot docs/growth.png
-
-The file holds `z`, floats [N, d]. A trivial encoder looks embeddings up: rows of the file, again and again. A figure is
-the time of all planning, graph and walk and what the sampler does with them, by the number of instances served. One
-value changes at a time; the others are N = 200,000, P = 4,096, d = 128 and one process. Memory is the growth of the
-peak of a process of its own. Several processes share the graph, over gloo, with one thread each.
+A trivial encoder looks embeddings up: rows of the embeddings file, again and again. A figure is the time of all
+planning, graph and walk and what the sampler does with them, by the number of instances served. One value changes at a
+time; the others are N = 200,000, P = 4,096, d = 128 and one process. Memory is the growth of the peak of a process of
+its own. Several processes share the graph, over gloo, with one thread each.
 """
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ from torch import Tensor, multiprocessing
 from bs_lightning import NNDescentGraph, PlannedPool, Planning, PoolBatchSampler, Pools, rwr_batches
 from bs_lightning.graphs import SharedGraph
 
-from .markdown import print_row
-from .memory import peak_mb, resident_mb
+from ..csv_files import Row
+from ..processes import in_new_process, measured
 
 N, P, D = 200_000, 4096, 128
 BATCH_SIZE = 256
@@ -104,15 +101,21 @@ def shared_seconds(z: Tensor, world_size: int) -> tuple[float, float]:
     return next(wall for rank, wall, _ in measured if rank == 0), max(spent for _, _, spent in measured)
 
 
-def measure(sweep: str, value: int, z: Tensor) -> dict[str, Any]:
+def peak_growth(n_instances: int, z: Tensor) -> int:
+    """Return the bytes by which a process's peak grows while it serves pools."""
+    planner = Planner(z)
+    serve(planner, 10_000, P)  # loads kernels
+    return measured(lambda: serve(planner, n_instances, P))[2]
+
+
+def measure(sweep: str, value: int, z: Tensor) -> Row:
     """Return a row of the table."""
     row = {"what grows": sweep, "value": value, "µs per instance": 0.0, "peak growth, MB": "", "processor µs": ""}
     if sweep == "processes":
         wall, processor = shared_seconds(z[:P], value)
         return row | {"µs per instance": wall / P * 1e6, "processor µs": round(processor / P * 1e6, 2)}
     if sweep == "N":
-        command = [sys.executable, "-m", "benchmarks.growth", *sys.argv[1:], "--memory", str(value)]
-        row["peak growth, MB"] = float(subprocess.run(command, check=True, capture_output=True).stdout)
+        row["peak growth, MB"] = round(in_new_process(peak_growth, value, z) / 2**20, 1)
     n_instances = value if sweep == "N" else N
     pool_size = {"P": value, "d in pools of 16,384": 16_384}.get(sweep, P)
     planner = Planner(widened(z, value if sweep.startswith("d") else D))
@@ -120,7 +123,7 @@ def measure(sweep: str, value: int, z: Tensor) -> dict[str, Any]:
     return row | {"µs per instance": statistics.median(serve(planner, n_instances, pool_size) for _ in range(3)) * 1e6}
 
 
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
+def plot(rows: list[Row], file: Path) -> None:
     """Draw a panel for each sweep."""
     from matplotlib import pyplot
 
@@ -146,27 +149,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
-    """Measure each sweep, print a table and draw it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", required=True, help="an .npz file with z [N, d]")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
     parser.add_argument("--plot", type=Path, help="the picture to write")
-    parser.add_argument("--memory", type=int, help="only print the peak's growth at this N")
-    args = parser.parse_args()
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Measure each sweep, and draw them all at the end."""
     z = torch.from_numpy(np.load(args.embeddings)["z"].astype(np.float32))
-    if args.memory:
-        planner = Planner(z)
-        serve(planner, 10_000, P)  # loads kernels
-        before = resident_mb()
-        serve(planner, args.memory, P)
-        print(peak_mb() - before)
-        return
-    rows = [measure(sweep, value, z) for sweep, values in SWEEPS.items() for value in values]
-    for row in rows:
-        print_row(row, with_header=row is rows[0])
+    drawn = []
+    for sweep, values in SWEEPS.items():
+        for value in values:
+            drawn.append(measure(sweep, value, z))
+            yield drawn[-1]
     if args.plot:
-        plot(rows, args.plot)
-
-
-if __name__ == "__main__":
-    main()
+        plot(drawn, args.plot)

@@ -1,0 +1,1 @@
+"""What composing costs: seconds and memory beside training, and how both grow."""

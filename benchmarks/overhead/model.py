@@ -1,0 +1,85 @@
+"""The model, the data and the Trainer whose epochs and pools are timed."""
+
+import argparse
+import logging
+import warnings
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bs_lightning import BatchSamplerDataModule
+from bs_lightning.recipes.resnet import ResNet18
+
+
+class Images(Dataset[Tensor]):
+    """Random images; both views are the same, as augmentation is not what is measured."""
+
+    def __init__(self, size: int) -> None:
+        self.images = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.images[indices]
+
+
+def as_loaded(batch: Tensor) -> Tensor:
+    """Collate what is a batch already. A function of a module, so that any worker can load it."""
+    return batch
+
+
+class Data(BatchSamplerDataModule):
+    """The data of all arms."""
+
+    def __init__(self, size: int, batch_size: int = 64, **kwargs: Any) -> None:
+        super().__init__(batch_size, collate_fn=as_loaded, **kwargs)
+        self.size = size
+
+    def train_dataset(self) -> Dataset[Tensor]:
+        return Images(self.size)
+
+
+class SimCLR(LightningModule):
+    """A small convolutional net or a ResNet-18, trained with NT-Xent."""
+
+    def __init__(self, network: str = "small") -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        small = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 128))
+        self.net: nn.Module = ResNet18() if network == "resnet18" else small
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.net(images)
+        return embeddings
+
+    def training_step(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        first, second = (nn.functional.normalize(self(images), dim=1) for _ in range(2))
+        loss = nn.functional.cross_entropy(first @ second.T / 0.5, torch.arange(len(first), device=first.device))
+        return {"loss": loss, "embeddings": first}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def quiet_trainer(args: argparse.Namespace, callbacks: list[Callback], **limits: int) -> Trainer:
+    """Return a Trainer that shows and keeps nothing, on one device and in the precision that were asked for."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "bs_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Trainer(
+        callbacks=callbacks,
+        accelerator="cpu" if args.device == "cpu" else "gpu",
+        devices=1,
+        precision=args.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **limits,  # type: ignore[arg-type]
+    )
