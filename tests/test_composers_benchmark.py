@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import csv_files
 from benchmarks.composers import __main__ as composers
-from benchmarks.composers import catalog, measure, plot
+from benchmarks.composers import catalog, plot, scale, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,8 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["composers", command, "--results", str(tmp_path), *map(str, options)])
         composers.main()
 
-    monkeypatch.setattr(measure, "in_new_process", lambda function, *arguments: function(*arguments))
+    for module in (table, scale):
+        monkeypatch.setattr(module, "in_new_process", lambda function, *arguments: function(*arguments))
     return run
 
 
