@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, seed_everything
-from scipy.stats import quantile_test
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,6 +21,7 @@ from bs_lightning import BatchSamplerCallback
 
 from ..csv_files import Row
 from .model import Data, SimCLR, quiet_trainer
+from .ratios import ratio_columns
 
 
 class Compare(Callback):
@@ -74,12 +74,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     seed_everything(0, verbose=False)
     sampling = BatchSamplerCallback(args.pool_size, encode_batch_size=args.encode_batch_size)
     compare = Compare(sampling, args)
-    trainer = quiet_trainer(args, [sampling, compare], max_steps=1)
+    trainer = quiet_trainer(args, [sampling, compare], None, max_steps=1)
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, **workers))
     pairs = compare.pairs[2:]
-    ratios = [bare / ours for ours, bare in pairs]
-    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
     yield {
         "network": args.network,
         "precision": args.precision,
@@ -89,7 +87,5 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         "embedded at a time": compare.size,
         "callback seconds": statistics.median(ours for ours, _ in pairs),
         "bare seconds": statistics.median(bare for _, bare in pairs),
-        "ratio": statistics.median(ratios),
-        "from": float(interval.low),
-        "to": float(interval.high),
+        **ratio_columns([bare / ours for ours, bare in pairs]),
     }

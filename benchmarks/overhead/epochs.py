@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from scipy.stats import quantile_test
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, graphs
 
 from ..csv_files import Row
 from .model import Data, SimCLR, as_loaded, quiet_trainer
+from .ratios import ratio_columns
 
 
 def pynndescent() -> BatchSamplerCallback:
@@ -89,7 +89,7 @@ def train(arm: str, epochs: int, args: argparse.Namespace, connection: "Connecti
     """Train one arm, an epoch at each turn."""
     torch.set_num_threads(args.threads)
     seed_everything(0, verbose=False)
-    trainer = quiet_trainer(args, [ARMS[arm](), Turns(connection)], max_epochs=epochs)
+    trainer = quiet_trainer(args, [ARMS[arm](), Turns(connection)], epochs)
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, args.batch_size))
 
 
@@ -117,7 +117,6 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     for arm, measured in epochs.items():
         counted = measured[UNCOUNTED:]
         ratios = [seconds / uniform for (seconds, *_), uniform in zip(counted, base, strict=True)]
-        interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
         steps = [(seconds - sum(spent)) / uniform for (seconds, *spent), uniform in zip(counted, base, strict=True)]
         refreshes = [spent for _, *spent in counted if sum(spent)]
         shares = [1 - encode / sum((encode, *rest)) for encode, *rest in refreshes]
@@ -127,9 +126,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             "threads": args.threads,
             "instances": args.instances,
             "epoch seconds": statistics.median(seconds for seconds, *_ in counted),
-            "epoch ratio": statistics.median(ratios),
-            "from": float(interval.low),
-            "to": float(interval.high),
+            **ratio_columns(ratios, "epoch ratio"),
             "step ratio": statistics.median(steps),
             "graph share": statistics.median(shares) if shares else "",
         }

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.recipes.resnet import ResNet18
 
+from ..trainers import make_trainer
+
 
 class Images(Dataset[Tensor]):
     """Random images; both views are the same, as augmentation is not what is measured."""
@@ -67,19 +69,9 @@ class SimCLR(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def quiet_trainer(args: argparse.Namespace, callbacks: list[Callback], **limits: int) -> Trainer:
-    """Return a Trainer that shows and keeps nothing, on one device and in the precision that were asked for."""
+def quiet_trainer(args: argparse.Namespace, callbacks: list[Callback], epochs: int | None, **limits: int) -> Trainer:
+    """Return a Trainer on the device and in the precision that were asked for, and silence warnings."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "bs_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return Trainer(
-        callbacks=callbacks,
-        accelerator="cpu" if args.device == "cpu" else "gpu",
-        devices=1,
-        precision=args.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **limits,  # type: ignore[arg-type]
-    )
+    return make_trainer(epochs, callbacks, args.device, precision=args.precision, **limits)

@@ -56,7 +56,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     seed_everything(0, verbose=False)
     sampling = BatchSamplerCallback(args.pool_size)
     profiled = Profile(sampling, args)
-    quiet_trainer(args, [sampling, profiled], max_steps=1).fit(
+    quiet_trainer(args, [sampling, profiled], None, max_steps=1).fit(
         SimCLR(args.network), datamodule=Data(args.instances, args.batch_size)
     )
     settings = {"network": args.network, "P": args.pool_size}

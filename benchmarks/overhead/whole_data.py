@@ -119,7 +119,6 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float) -> l
         }
 
     torch.set_num_threads(args.threads)
-    NNDescentGraph(K)(torch.randn(5000, 128))  # loads kernels, and numba's threads
     if library == "encode":
         size_of_file = 8192
         images: Any = BatchFetcher(Images(size_of_file), collate_fn=as_loaded)
@@ -128,6 +127,7 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float) -> l
         indices = (np.arange(size) % size_of_file).tolist()
         _, seconds, growth = measured(lambda: encode(indices, images, network, batch_size=256))
         return [row(seconds, growth)]
+    NNDescentGraph(K)(torch.randn(5000, 128))  # loads kernels, and numba's threads
     z = grown(args.embeddings, size)
     if library == "walk":
         n = size // 256 * 256

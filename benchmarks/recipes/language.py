@@ -28,10 +28,11 @@ from bs_lightning.recipes.texts import read_evaluation, read_pairs, read_sentenc
 from bs_lightning.rules import AbovePositive
 
 from ..csv_files import Row
+from ..trainers import make_trainer
 from ..training.arms import walk
 from ..training.remedies import UniformComposer
 from ..training.text import STS
-from .runs import LastBatches, chosen_settings, describe, make_trainer, run_missing, show
+from .runs import LastBatches, chosen_settings, describe, run_missing, show
 
 SETTINGS: dict[str, Row] = {
     # As transformer-simcse in benchmarks/training, with fewer sentences, so that a run takes a minute or two of a core.

@@ -1,4 +1,4 @@
-"""What the benchmarks of the recipes share: resuming, a quiet Trainer, and what the last epoch's batches were like."""
+"""What the benchmarks of the recipes share: resuming, and what the last epoch's batches were like."""
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
@@ -50,21 +50,6 @@ def show(rows: Iterable[Row]) -> None:
 def chosen_settings(args: argparse.Namespace, defaults: Row) -> Row:
     """Return the defaults, with those replaced that the command line gives."""
     return {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
-
-
-def make_trainer(epochs: int, callbacks: list[Callback], device: str = "cpu", **options: Any) -> Trainer:
-    """Return a Trainer that writes and shows nothing."""
-    return Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        accelerator=device,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 class LastBatches(Callback):

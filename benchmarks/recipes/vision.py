@@ -27,10 +27,11 @@ from bs_lightning.recipes.resnet import ResNet18
 from bs_lightning.recipes.simclr import SimCLR
 
 from ..csv_files import Row
+from ..trainers import make_trainer
 from ..training import cifar10, omniglot
 from ..training.evaluate import retrieval
 from ..training.model import apply_in_chunks
-from .runs import LastBatches, chosen_settings, describe, make_trainer, run_missing, show
+from .runs import LastBatches, chosen_settings, describe, run_missing, show
 
 PRESETS: dict[str, Row] = {
     "two-cores": {"encoder": "small", "instances": 3840, "batch_size": 128, "epochs": 8, "temperature": 0.5},

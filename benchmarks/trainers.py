@@ -1,0 +1,20 @@
+"""The Trainer of the benchmarks."""
+
+from typing import Any
+
+from lightning import Callback, Trainer
+
+
+def make_trainer(epochs: int | None, callbacks: list[Callback], device: str = "cpu", **options: Any) -> Trainer:
+    """Return a Trainer that writes and shows nothing."""
+    return Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        accelerator=device,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
