@@ -99,7 +99,7 @@ def attribute(owner, path, change):
         ("precision_plugin.convert_input", "sources.EncodedEmbeddings"),
         ("precision_plugin.forward_context", "sources.EncodedEmbeddings"),
         ("strategy.reduce_boolean_decision", "processes.failing_together"),
-        ("progress_bar_callback", "sources._progress"),
+        ("progress_bar_callback", "progress.progress"),
     ],
 )
 def test_what_lightning_is_asked_for_is_there(path, change):

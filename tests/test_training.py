@@ -16,6 +16,7 @@ from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
 from bs_lightning.encoding import _warn_once
+from bs_lightning.plugin import planner
 
 # Batches
 
@@ -511,8 +512,11 @@ def test_encodes_in_its_own_batch_size():
     assert sizes == [20, 20, 8] * 2
 
 
-@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar()], ids=["tqdm", "rich"])
-def test_encoding_shows_in_the_progress_bar(bar, monkeypatch, capfd):
+@pytest.mark.parametrize("make_bar", [TQDMProgressBar, RichProgressBar])
+@pytest.mark.parametrize(("quickly_composed", "bars"), [(48, ["Encoding"]), (47, ["Encoding", "Composing"])])
+def test_planning_shows_in_the_progress_bar(make_bar, quickly_composed, bars, monkeypatch, capfd):
+    monkeypatch.setattr(planner, "_QUICKLY_COMPOSED", quickly_composed)
+    bar = make_bar()
     shown = []
     if isinstance(bar, TQDMProgressBar):
         made = bar.init_validation_tqdm
@@ -534,8 +538,8 @@ def test_encoding_shows_in_the_progress_bar(bar, monkeypatch, capfd):
             return add_task(self, text, *args, **kwargs)
 
         monkeypatch.setattr(Progress, "add_task", add)
-    fit(Model(), Data(), walker(), bar, max_epochs=1, enable_progress_bar=True)
-    assert [text for text in shown if "Encoding" in text] == ["Encoding"] * 3
+    fit(Model(), Data(n=96), walker(48), bar, max_epochs=1, enable_progress_bar=True)
+    assert [text for text in shown if text in ("Encoding", "Composing")] == bars * 2
 
 
 # Warnings

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +26,12 @@ from bs_lightning.permutation import permutation
 from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather, own_share
+from bs_lightning.plugin.progress import progress
 from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
 _MOST_REHEARSED = 4096  # instances; in larger pools NNDescentGraph compiles, which a rehearsal must not wait for
+_QUICKLY_COMPOSED = 4096  # instances; such pools are composed before one could read a progress bar
 _MarkEdges = Callable[[Neighbors], tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 """A pool's graph -> which edges are likely false negatives, from each row's node and towards it."""
 
@@ -186,7 +189,8 @@ class TrainerPlanner:
             torch.cuda.synchronize(embeddings.device)
         encode_seconds = time.perf_counter() - start
         compose = self._compose_per_rank if self._per_rank else self._compose_once
-        pool, self._log, seconds = compose(embeddings, indices, seed, epoch)
+        with nullcontext() if len(indices) <= _QUICKLY_COMPOSED else progress(self.trainer, "Composing", total=1):
+            pool, self._log, seconds = compose(embeddings, indices, seed, epoch)
         self._log["batch_sampler/pool_size"] = float(len(indices))
         self._n_batches = len(pool.batches)
         for step, spent in {"encode": encode_seconds, **seconds}.items():

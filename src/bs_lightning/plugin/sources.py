@@ -1,14 +1,12 @@
 """Sources: where the embeddings of a pool come from, encoded by the model or recycled from training."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,6 +21,7 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import check_equal, failing_together, own_share
+from bs_lightning.plugin.progress import progress
 from bs_lightning.rules import as_float_tensor
 
 Embed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
@@ -224,7 +223,7 @@ class EncodedEmbeddings:
                 error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset, how))
                 raise
 
-        with no_trace(module), _progress(trainer, -(-len(indices) // self._size)) as advance:
+        with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
             # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
             module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
@@ -379,23 +378,3 @@ def _batch_hook(trainer: Trainer, name: str) -> Callable[..., Any]:
     """Return the DataModule's hook if the DataModule overrides it, else the module's. Lightning chooses so, too."""
     owner = trainer.datamodule if is_overridden(name, trainer.datamodule) else trainer.lightning_module
     return getattr(owner, name)  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _progress(trainer: Trainer, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar for encoding below the Trainer's progress bar, if the Trainer has one."""
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar) and bar.progress is not None:
-        progress = bar.progress
-        task = progress.add_task("Encoding", total=total)
-        try:
-            yield lambda: progress.advance(task)
-        finally:
-            progress.remove_task(task)
-    elif isinstance(bar, TQDMProgressBar):
-        with bar.init_validation_tqdm() as tqdm:
-            tqdm.set_description("Encoding")
-            tqdm.reset(total)
-            yield lambda: tqdm.update() and None
-    else:
-        yield lambda: None
