@@ -2,25 +2,35 @@
 
 Each arm trains the same SimCLR model in a process of its own, and all arms train one epoch in turn, so that a machine
 whose speed drifts is as fast for each. The first composed epochs, in which code is compiled, do not count. A row holds
-medians over the rounds, of ratios to the uniform arm's epoch in the same round:
+medians over the rounds:
 
-- epoch ratio: the whole epoch. "From" and "to" are a 95% interval of this median.
-- step ratio: the epoch without the seconds that the callback logs for encode, graph and walk. It shows whether training
-  itself is slowed, as it was when the first graph changed torch's number of threads.
-- graph share: graph and walk by all that a refresh takes.
+- epoch ratio: the whole epoch, by the epoch in the same round of the arm in "compared with". "From" and "to" are a 95%
+  interval of this median.
+- step ratio: the epoch without the seconds that the callback logs for encode, graph and walk, by the uniform epoch. It
+  shows whether training itself is slowed, as it was when the first graph changed torch's number of threads.
+- graph share: graph and walk by all that a refresh takes; and by a uniform epoch.
+
+A process is faster or slower than another of the same arm by some hundredths, all its life. The interval does not hold
+this. The last column does not suffer from it.
 
 The "forward pass" arm trains uniform batches after a bare loop that embeds each instance once, in batches of the
-callback's size. Composing from fresh embeddings may cost this much and 2% more, and from recycled ones 2%.
+callback's size. Composing from fresh embeddings may cost this much and 2% of a uniform epoch more, and from recycled
+ones 2%.
+
+All arms start with the same fixed thresholds of glibc's malloc. By default glibc raises them when a process frees a
+large block. Only arms that embed free such blocks, and their steps were then faster by a tenth.
 """
 
 import argparse
 import multiprocessing
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
@@ -38,6 +48,7 @@ def pynndescent() -> BatchSamplerCallback:
     return BatchSamplerCallback()
 
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # bytes; as high as they may rise
 UNCOUNTED = 3  # epochs: uniform, and two composed ones
 ARMS: dict[str, Callable[[], Callback]] = {
     "uniform": Callback,
@@ -47,6 +58,7 @@ ARMS: dict[str, Callable[[], Callback]] = {
     "pynndescent": pynndescent,
     "recycled": lambda: BatchSamplerCallback(composer=RWRComposer(ExactGraph(15)), recycle=True),
 }
+FRESH = ("exact graph", "default", "pynndescent")  # compared with the forward pass, which they need
 STEPS = ("encode", "graph", "walk")
 
 
@@ -82,7 +94,7 @@ class Turns(Callback):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.start
         logged = trainer.callback_metrics
-        self.connection.send((seconds, *(float(logged.get(f"batch_sampler/{step}_seconds", 0.0)) for step in STEPS)))
+        self.connection.send([seconds, *(float(logged.get(f"batch_sampler/{step}_seconds", 0.0)) for step in STEPS)])
 
 
 def train(arm: str, epochs: int, args: argparse.Namespace, connection: "Connection[Any, Any]") -> None:
@@ -104,29 +116,30 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Let all arms train in turn, and yield a row for each."""
     context = multiprocessing.get_context("spawn")
     ends = {}
-    for arm in ARMS:
-        ours, theirs = context.Pipe()
-        context.Process(target=train, args=(arm, UNCOUNTED + args.rounds, args, theirs), daemon=True).start()
-        ends[arm] = ours
-    epochs: dict[str, list[tuple[float, ...]]] = {arm: [] for arm in ARMS}
+    with mock.patch.dict(os.environ, MALLOC):
+        for arm in ARMS:
+            ours, theirs = context.Pipe()
+            context.Process(target=train, args=(arm, UNCOUNTED + args.rounds, args, theirs), daemon=True).start()
+            ends[arm] = ours
+    measured: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for _ in range(UNCOUNTED + args.rounds):
         for arm, end in ends.items():
             end.send("go")
-            epochs[arm].append(end.recv())
-    base = [seconds for seconds, *_ in epochs["uniform"]][UNCOUNTED:]
-    for arm, measured in epochs.items():
-        counted = measured[UNCOUNTED:]
-        ratios = [seconds / uniform for (seconds, *_), uniform in zip(counted, base, strict=True)]
-        steps = [(seconds - sum(spent)) / uniform for (seconds, *spent), uniform in zip(counted, base, strict=True)]
-        refreshes = [spent for _, *spent in counted if sum(spent)]
-        shares = [1 - encode / sum((encode, *rest)) for encode, *rest in refreshes]
+            measured[arm].append(end.recv())
+    counted = {arm: np.array(epochs[UNCOUNTED:]).T for arm, epochs in measured.items()}
+    for arm, (seconds, encode, graph, walk) in counted.items():
+        base = "forward pass" if arm in FRESH else "uniform"
+        refresh = encode + graph + walk
+        ratios = ratio_columns(seconds / counted[base][0])
         yield {
             "batches": arm,
+            "compared with": base,
             "network": args.network,
             "threads": args.threads,
             "instances": args.instances,
-            "epoch seconds": statistics.median(seconds for seconds, *_ in counted),
-            **ratio_columns(ratios, "epoch ratio"),
-            "step ratio": statistics.median(steps),
-            "graph share": statistics.median(shares) if shares else "",
+            "epoch seconds": float(np.median(seconds)),
+            **{f"epoch {name}": value for name, value in ratios.items()},
+            "step ratio": float(np.median((seconds - refresh) / counted["uniform"][0])),
+            "graph share": float(np.median((graph + walk) / refresh)) if refresh.all() else "",
+            "graph share of epoch": float(np.median((graph + walk) / counted["uniform"][0])),
         }

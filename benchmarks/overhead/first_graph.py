@@ -4,15 +4,16 @@ Each row is a new process that trains a small network and builds two graphs of 5
 
 - compiled: numba finds nothing on disk, so the first graph compiles pynndescent's kernels.
 - on disk: the kernels are those that the process before has left.
-- compiled ahead: numba finds nothing on disk. The kernels are compiled in a process of their own while steps train, and
-  the first graph comes after it has ended. "Step ratio" is a step's median seconds meanwhile, by those afterwards.
+- compiled ahead: numba finds nothing on disk, and the kernels are compiled in a process of their own. The first graph
+  comes after it has ended. Before, steps train while that process goes on, and while it is paused, in turn. "Ratio" is
+  the time of the former by the latter, pair by pair. "From" and "to" are a 95% interval of its median.
 
 Training runs on the CPU, whatever the device.
 """
 
 import argparse
 import os
-import statistics
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,12 +26,16 @@ from bs_lightning import NNDescentGraph, _nndescent
 
 from ..csv_files import Row
 from ..processes import in_new_process
+from .ratios import ratio_columns
+
+PAIRS = 60
 
 
-def step(network: nn.Module) -> float:
-    """Train one step, and return its seconds."""
+def train(network: nn.Module) -> float:
+    """Train ten steps, and return their seconds."""
     start = time.perf_counter()
-    network(torch.rand(64, 3, 32, 32)).square().mean().backward()
+    for _ in range(10):
+        network(torch.rand(64, 3, 32, 32)).square().mean().backward()
     return time.perf_counter() - start
 
 
@@ -42,26 +47,32 @@ def measure(kernels: str, threads: int) -> Row:
     network = nn.Sequential(*layers)
     embeddings = torch.randn(5120, 128)
     graph = NNDescentGraph()
-    meanwhile = []
+    slowed: Row = {"ratio": "", "from": "", "to": ""}
     if kernels == "compiled ahead":
         graph.prepare(len(embeddings), embeddings)
-        importer = _nndescent._importer
+        compiler, importer = _nndescent._compiler, _nndescent._importer
+        assert compiler is not None
         assert importer is not None
-        while importer.is_alive():
-            meanwhile.append(step(network))
+        pairs = []
+        for _ in range(PAIRS):
+            compiler.send_signal(signal.SIGCONT)
+            meanwhile = train(network)
+            compiler.send_signal(signal.SIGSTOP)
+            pairs.append((meanwhile, train(network)))
+        slowed = ratio_columns([meanwhile / alone for meanwhile, alone in pairs])
+        compiler.send_signal(signal.SIGCONT)
+        importer.join()
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
         graph(embeddings)
         seconds.append(time.perf_counter() - start)
-    afterwards = [step(network) for _ in range(30)]
     return {
         "kernels": kernels,
         "threads": threads,
         "first graph, seconds": seconds[0],
         "second graph, seconds": seconds[1],
-        "seconds compiled ahead": sum(meanwhile) if meanwhile else "",
-        "step ratio": statistics.median(meanwhile) / statistics.median(afterwards) if meanwhile else "",
+        **slowed,
     }
 
 
