@@ -9,7 +9,6 @@ before, keeps the copy while the pool is encoded, and compares afterwards. The s
 import argparse
 import statistics
 import time
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,39 +16,10 @@ from torch import Tensor, nn
 
 from bs_lightning import encode
 from bs_lightning.isolation import no_trace
+from bs_lightning.recipes.resnet import ResNet18
 
 from .markdown import print_row
 from .training.model import convolution
-
-
-class Block(nn.Module):
-    """ResNet's block of two convolutions."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            convolution(n_in, n_out, stride), nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
-        )
-        same = n_in == n_out and stride == 1
-        self.shortcut = (
-            nn.Identity()
-            if same
-            else nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return features ``[n, n_out, height / stride, width / stride]``."""
-        return torch.relu(self.layers(x) + self.shortcut(x))
-
-
-def resnet18() -> nn.Sequential:
-    """Return ResNet-18 as it is usual for images of 32 x 32: a first convolution of stride 1, and no max-pooling."""
-    blocks = [
-        block
-        for n_in, n_out in pairwise([64, 64, 128, 256, 512])
-        for block in (Block(n_in, n_out, 1 if n_in == n_out else 2), Block(n_out, n_out, 1))
-    ]
-    return nn.Sequential(convolution(3, 64), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 128))
 
 
 def small() -> nn.Sequential:
@@ -103,7 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(args.pool_size, 3, 32, 32, device=args.device)
     print_row(measure("four convolutions", small(), images, args.repeats), with_header=True)
-    print_row(measure("ResNet-18", resnet18(), images, args.repeats))
+    print_row(measure("ResNet-18", ResNet18(), images, args.repeats))
 
 
 if __name__ == "__main__":
