@@ -33,6 +33,7 @@ from bs_lightning.rules import AbovePositive
 
 from .. import csv_files
 from ..csv_files import Row
+from ..trainers import make_trainer
 from .arms import ARMS, Arm
 from .cifar10 import CIFAR10ResNet18, CIFAR10SimCLR
 from .code import CodeSearch
@@ -131,15 +132,7 @@ def train(
     if arm.masked == "labels":
         mask = same_label
     model = Contrastive(*task.networks(), loss, settings["learning_rate"], steps, mask)
-    trainer = Trainer(
-        max_epochs=n_epochs,
-        callbacks=[] if callback is None else [callback],
-        accelerator=accelerator,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(n_epochs, [] if callback is None else [callback], accelerator)
     trainer.fit(model, datamodule=Data(task, batch_size, arm))
     logged = {
         f"last_epoch/{name.removeprefix('batch_sampler/')}": float(value)
