@@ -48,7 +48,7 @@ def pynndescent() -> BatchSamplerCallback:
     return BatchSamplerCallback()
 
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # bytes; as high as they may rise
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # bytes
 UNCOUNTED = 3  # epochs: uniform, and two composed ones
 ARMS: dict[str, Callable[[], Callback]] = {
     "uniform": Callback,
