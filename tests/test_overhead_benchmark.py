@@ -16,7 +16,10 @@ from benchmarks.processes import measured
     [
         ("encoding", "--instances 64 --pool-size 64 --rounds 6", "ratio"),
         ("profile", "--instances 64 --pool-size 32 --batch-size 8", "share"),
-        ("memory", "--instances 20_000 --pool-size 512 --pools 2", "peak growth, MB"),
+        # These start processes.
+        pytest.param(
+            "memory", "--instances 20_000 --pool-size 512 --pools 2", "peak growth, MB", marks=pytest.mark.slow
+        ),
         pytest.param("epochs", "--instances 64 --batch-size 8 --rounds 6", "epoch ratio", marks=pytest.mark.slow),
     ],
 )
