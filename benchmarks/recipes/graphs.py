@@ -33,6 +33,7 @@ from bs_lightning.recipes.mvgrl import MVGRL
 
 from .. import csv_files
 from ..csv_files import Row
+from ..trainers import make_trainer
 from ..training.study import quiet, row_key
 
 DATASETS = ("MUTAG", "IMDB-BINARY", "IMDB-MULTI", "PROTEINS", "NCI1")
@@ -137,15 +138,11 @@ def train(model: LightningModule, data: GraphDataModule, arm: str, epochs: int, 
     with tempfile.TemporaryDirectory() as scratch:
         best = ModelCheckpoint(scratch, monitor="train/loss", save_weights_only=True, save_on_train_epoch_end=True)
         stop = EarlyStopping("train/loss", patience=patience or 0, check_on_train_epoch_end=True)
-        trainer = Trainer(
-            max_epochs=epochs,
+        trainer = make_trainer(
+            epochs,
+            [*([callback] if callback else []), last, *([best, stop] if patience else [])],
             overfit_batches=1.0 if arm == "fixed" else 0.0,
-            callbacks=[*([callback] if callback else []), last, *([best, stop] if patience else [])],
-            accelerator="cpu",
-            logger=False,
             enable_checkpointing=patience is not None,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         trainer.fit(model, datamodule=data)
         if patience:
