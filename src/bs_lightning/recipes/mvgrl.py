@@ -13,6 +13,7 @@ from bs_lightning.recipes.graph_data import check_features
 
 try:
     from torch_geometric.data import Batch
+    from torch_geometric.nn import global_add_pool
     from torch_geometric.utils import to_dense_adj, to_dense_batch
 except ImportError as error:
     raise ImportError("MVGRL needs torch_geometric: pip install bs-lightning[graphs]") from error
@@ -65,11 +66,10 @@ class MVGRL(LightningModule):
             ``[B, width]``; and which graph each node belongs to, int64 ``[n_nodes]``.
         """
         check_features(graphs, self.n_features)
-        x, is_node = to_dense_batch(graphs.x, graphs.batch, batch_size=graphs.num_graphs)
         nodes, wholes = [], []
         for network, matrix in zip(self.networks, adjacency_and_diffusion(graphs, self.teleport), strict=True):
-            of_nodes, of_graphs = network(x, matrix, is_node)
-            nodes.append(self.node_head(of_nodes[is_node]))
+            of_nodes, of_graphs = network(graphs.x, matrix, graphs.batch)
+            nodes.append(self.node_head(of_nodes))
             wholes.append(self.graph_head(of_graphs))
         return nodes, wholes, graphs.batch
 
@@ -102,18 +102,18 @@ class GCN(nn.Module):
         inputs = [n_features, *[width] * (n_layers - 1)]
         self.layers = nn.ModuleList(GraphConvolution(n_inputs, width) for n_inputs in inputs)
 
-    def forward(self, x: Tensor, matrix: Tensor, is_node: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last layer's nodes ``[B, n, width]``, and each layer's sums over nodes ``[B, n_layers * width]``.
+    def forward(self, x: Tensor, matrix: Tensor, graph_of: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last layer's nodes ``[n_nodes, width]``, and each layer's sums ``[B, n_layers * width]``.
 
         Args:
-            x: Floats ``[B, n, n_features]``, padded to the largest graph.
-            matrix: Floats ``[B, n, n]``: what each node takes from the others.
-            is_node: bool ``[B, n]``, false where a graph is padded.
+            x: Floats ``[n_nodes, n_features]``.
+            matrix: Floats ``[B, n, n]``, padded to the largest graph: what each node takes from the others.
+            graph_of: int64 ``[n_nodes]``, ascending: which graph each node belongs to.
         """
         sums = []
         for layer in self.layers:
-            x = layer(x, matrix)
-            sums.append((x.float() * is_node[:, :, None]).sum(dim=1))
+            x = layer(x, matrix, graph_of)
+            sums.append(global_add_pool(x.float(), graph_of, size=len(matrix)))
         return x, torch.cat(sums, dim=1)
 
 
@@ -131,9 +131,13 @@ class GraphConvolution(nn.Linear):
         nn.init.zeros_(self.bias)
         self.activation = nn.PReLU()
 
-    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:  # type: ignore[override]
-        """Return floats ``[B, n, width]`` for ``x``, ``[B, n, n_inputs]``, and ``matrix``, ``[B, n, n]``."""
-        outputs: Tensor = self.activation(matrix @ F.linear(x, self.weight) + self.bias)
+    def forward(self, x: Tensor, matrix: Tensor, graph_of: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the nodes' outputs, floats ``[n_nodes, width]``, for the arguments of :class:`GCN`."""
+        # Only this product needs padded graphs: most rows of a padded batch are no nodes.
+        padded, is_node = to_dense_batch(
+            F.linear(x, self.weight), graph_of, batch_size=len(matrix), max_num_nodes=matrix.shape[1]
+        )
+        outputs: Tensor = self.activation((matrix @ padded)[is_node] + self.bias)
         return outputs
 
 
