@@ -58,29 +58,28 @@ class MVGRL(LightningModule):
         self.node_head = Head(width, width)
         self.graph_head = Head(n_layers * width, width)
 
-    def encode_views(self, graphs: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def views(self, graphs: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Encode both views.
 
         Returns:
-            For each view, the nodes' embeddings ``[n_nodes, width]``; for each view, the graphs' embeddings
-            ``[B, width]``; and which graph each node belongs to, int64 ``[n_nodes]``.
+            For each view, what :class:`GCN` returns: the nodes' features ``[n_nodes, width]`` and the graphs' features
+            ``[B, n_layers * width]``.
         """
         check_features(graphs, self.n_features)
-        nodes, wholes = [], []
-        for network, matrix in zip(self.networks, adjacency_and_diffusion(graphs, self.teleport), strict=True):
-            of_nodes, of_graphs = network(graphs.x, matrix, graphs.batch)
-            nodes.append(self.node_head(of_nodes))
-            wholes.append(self.graph_head(of_graphs))
-        return nodes, wholes, graphs.batch
+        adjacency, diffusion = adjacency_and_diffusion(graphs, self.teleport)
+        first, second = self.networks
+        return first(graphs.x, adjacency, graphs.batch), second(graphs.x, diffusion, graphs.batch)
 
     def forward(self, graphs: Batch) -> Tensor:
         """Return the graphs' representations, ``[B, width]``. The callback composes batches from them."""
-        _, (first, second), _ = self.encode_views(graphs)
-        return first + second
+        (_, first), (_, second) = self.views(graphs)
+        representations: Tensor = self.graph_head(first) + self.graph_head(second)
+        return representations
 
     def training_step(self, graphs: Batch, batch_idx: int) -> Tensor:
-        nodes, wholes, graph_of = self.encode_views(graphs)
-        loss = local_global_loss(nodes[0], wholes[1], graph_of) + local_global_loss(nodes[1], wholes[0], graph_of)
+        (first_nodes, first), (second_nodes, second) = self.views(graphs)
+        loss = local_global_loss(self.node_head(first_nodes), self.graph_head(second), graphs.batch)
+        loss = loss + local_global_loss(self.node_head(second_nodes), self.graph_head(first), graphs.batch)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=graphs.num_graphs, sync_dist=True)
         return loss
 
