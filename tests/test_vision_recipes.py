@@ -17,7 +17,7 @@ from PIL import Image
 from processes import finish, seen
 from test_docs import printed
 from torch.utils.data import TensorDataset
-from vision import RECIPES, Records, same
+from vision import RECIPES, Encoder, Records, same
 
 from bs_lightning.recipes import images as images_module
 from bs_lightning.recipes import probes
@@ -59,7 +59,7 @@ def test_training_learns(name):
     fit(model, data, walker(64), records, max_epochs=10)
     (after,) = trainer().test(model, datamodule=data, verbose=False)[:1]
     assert np.mean(records.losses[-8:]) < 0.9 * np.mean(records.losses[:8])
-    assert after["test/knn"] > before["test/knn"] + 0.03
+    assert after["test/linear_probe"] > before["test/linear_probe"] + 0.05
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -139,7 +139,7 @@ def test_loads_from_a_checkpoint(name, tmp_path):
     model = vision.model(name, temperature=0.25)
     save = ModelCheckpoint(tmp_path, save_last=True)
     fit(model, vision.data(), save, enable_checkpointing=True, max_epochs=1)
-    loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt", encoder=ResNet18(4))
+    loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt", encoder=Encoder())
     assert loaded.hparams.temperature == 0.25
     assert_equal(loaded.state_dict(), model.state_dict())
 
@@ -150,7 +150,7 @@ def test_embedding_sees_clean_images_and_training_sees_views():
             (self.views if self.training else self.clean).append(images)
             return super().embed(images)
 
-    model, data = Sees(ResNet18(4), embedding_width=8), vision.data()
+    model, data = Sees(Encoder(), embedding_width=8), vision.data()
     model.views, model.clean = [], []
     fit(model, data, walker(96), max_epochs=1)
     pixels = torch.stack([data.pool_dataset()[index] for index in range(96)])
