@@ -87,14 +87,27 @@ def _last_words(process: "subprocess.Popen[str]") -> str:
 
 def run(folder: Path, *, fails: bool = False, devices: int = 2, timeout: float = 240, **settings: Any) -> Any:
     """Run to the end and return what each rank recorded; with ``fails``, return the error output."""
-    folder.mkdir(exist_ok=True)
-    settings = {"strategy": "ddp" if devices > 1 else "auto", "devices": devices} | settings
-    done = finish([sys.executable, SCRIPT, folder, json.dumps(settings)], timeout)
     if fails:
+        done = _start({folder: settings}, devices, timeout)
         assert done.returncode != 0
         return done.error
+    return run_all({folder: settings}, devices, timeout)[0]
+
+
+def run_all(runs: dict[Path, dict[str, Any]], devices: int = 2, timeout: float = 240) -> list[list[dict[str, Any]]]:
+    """Run one after the other in the same processes, whose start takes longer; return what each rank recorded."""
+    done = _start(runs, devices, timeout)
     assert done.returncode == 0, done.error[-4000:]
-    return seen(folder, devices)
+    return [seen(folder, devices) for folder in runs]
+
+
+def _start(runs: dict[Path, dict[str, Any]], devices: int, timeout: float) -> Finished:
+    command: list[Any] = [sys.executable, SCRIPT]
+    for folder, settings in runs.items():
+        folder.mkdir(exist_ok=True)
+        strategy = {"strategy": "ddp" if devices > 1 else "auto"}
+        command += [folder, json.dumps(strategy | {"devices": devices} | settings)]
+    return finish(command, timeout)
 
 
 def seen(folder: Path, world_size: int) -> list[dict[str, Any]]:

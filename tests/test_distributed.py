@@ -1,5 +1,6 @@
 """Several processes, started as users start them."""
 
+import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,36 @@ from pathlib import Path
 import pytest
 import torch
 from parts import same_cluster_share
-from processes import SCRIPT, Hung, batches_by_step, finish, run, seen
+from processes import SCRIPT, Hung, batches_by_step, finish, run, run_all, seen
+
+SETTINGS = {
+    "slow rank 1": {"slow_rank": 1},
+    "slow rank 0": {"slow_rank": 0, "loader": {"num_workers": 2, "prefetch_factor": 8}},
+    "workers": {"loader": {"num_workers": 1, "persistent_workers": True}, "warmup_epochs": 1},
+    "unused parameters": {"strategy": "ddp_find_unused_parameters_true"},
+    "no distributed sampler": {"use_distributed_sampler": False},
+    "odd sizes": {"pool_size": 45, "n": 211},
+}
+RUNS = SETTINGS | {
+    "default": {"num_sanity_val_steps": 0, "mask_nearest": 3},
+    "rest": {"drop_last": False, "n": 205},
+    "per rank": {"per_rank": True, "pool_size": 240, "n": 1003, "mask_nearest": 3},
+    "sides": {"two_sides": True, "groups": True},
+    "sides, per rank": {"two_sides": True, "groups": True, "per_rank": True},
+    "low loss": {"pool_size": "auto", "target_loss": 100.0},
+    "high loss": {"pool_size": "auto", "target_loss": 1e-9},
+    "recycled": {"recycle": True, "warmup_epochs": 1, "pool_size": 80, "save_every": 5},
+    "encoded": {"composer": "pool order", "warmup_epochs": 1, "max_epochs": 3},
+    "plain": {"composer": "none", "warmup_epochs": 1, "max_epochs": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All of these runs, in two processes that are started once; return what each rank of each run recorded."""
+    folder = tmp_path_factory.mktemp("runs")
+    ranks = run_all({folder / name: settings for name, settings in RUNS.items()})
+    return folder, dict(zip(RUNS, ranks, strict=True))
 
 
 def global_batches(ranks, epoch):
@@ -24,8 +54,8 @@ def assert_covered(ranks, epochs=2, n=203, batch_size=4):
         assert len(set(indices)) == len(indices) == n // size * size
 
 
-def test_ddp_with_default_flags(tmp_path):
-    ranks = run(tmp_path, num_sanity_val_steps=0, mask_nearest=3)
+def test_ddp_with_default_flags(trained):
+    ranks = trained[1]["default"]
     assert_covered(ranks)
     assert ranks[0]["masks"] == ranks[1]["masks"]
     assert any(max(pair) >= 4 for mask in ranks[0]["masks"] for pair in mask)  # of the global batch
@@ -46,37 +76,32 @@ def test_ddp_with_default_flags(tmp_path):
     assert logged[0]["batch_sampler/false_negative_rate"] == pytest.approx(share, abs=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"strategy": "ddp_spawn"},
-        {"strategy": "ddp_find_unused_parameters_true"},
-        {"strategy": "ddp", "slow_rank": 1},
-        {"strategy": "ddp", "slow_rank": 0, "loader": {"num_workers": 2, "prefetch_factor": 8}},
-        {"strategy": "ddp", "loader": {"num_workers": 1, "persistent_workers": True}, "warmup_epochs": 1},
-        {"strategy": "ddp", "use_distributed_sampler": False},
-        {"strategy": "ddp", "pool_size": 45, "n": 211},
-        {"sharded": True},
-    ],
-    ids=str,
-)
-def test_strategies_speeds_and_loaders(settings, tmp_path):
-    ranks = run(tmp_path, **settings)
-    assert_covered(ranks, n=settings.get("n", 203))
+def assert_trained_alike(ranks, n=203):
+    assert_covered(ranks, n=n)
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert same_cluster_share(global_batches(ranks, 1)) > 0.2
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_speeds_loaders_and_flags(trained, name):
+    assert_trained_alike(trained[1][name], SETTINGS[name].get("n", 203))
+
+
 @pytest.mark.slow
-def test_a_last_batch_is_shared_out(tmp_path):
-    ranks = run(tmp_path, drop_last=False, n=205)
+@pytest.mark.parametrize("settings", [{"strategy": "ddp_spawn"}, {"sharded": True}], ids=str)
+def test_other_strategies(settings, tmp_path):
+    assert_trained_alike(run(tmp_path, **settings))
+
+
+def test_a_last_batch_is_shared_out(trained):
+    ranks = trained[1]["rest"]
     for epoch in (0, 1):
         batches = global_batches(ranks, epoch)
         assert sorted(sum(batches, [])) == list(range(205))
     assert [len(rank["epochs"]["0"][-1]) for rank in ranks] == [3, 2]
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_processes_under_torchrun(tmp_path):
     """Two launchers on one machine, as on two."""
     settings = json.dumps({"strategy": "ddp", "devices": 2, "num_nodes": 2, "batch_size": 2, "pool_size": 44})
@@ -94,8 +119,8 @@ def test_two_nodes_of_two_processes_under_torchrun(tmp_path):
     assert same_cluster_share(global_batches(ranks, 1)) > 0.25
 
 
-def test_walks_of_each_rank(tmp_path):
-    ranks = run(tmp_path, per_rank=True, pool_size=240, n=1003, mask_nearest=3)
+def test_walks_of_each_rank(trained):
+    ranks = trained[1]["per rank"]
     assert_covered(ranks, n=1003)
     assert set(ranks[0]["shared"] + ranks[1]["shared"]) == {False}  # each process builds graphs of its own
     shares = [same_cluster_share(rank["epochs"]["1"]) for rank in ranks]
@@ -110,9 +135,9 @@ def test_walks_of_each_rank(tmp_path):
     assert sum(across) / len(across) < 0.16
 
 
-@pytest.mark.parametrize("per_rank", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_sides_groups_and_rules(tmp_path, per_rank):
-    ranks = run(tmp_path, two_sides=True, groups=True, per_rank=per_rank)
+@pytest.mark.parametrize("name", ["sides", "sides, per rank"])
+def test_two_sides_groups_and_rules(trained, name):
+    ranks = trained[1][name]
     assert_covered(ranks)
     assert ranks[0]["weights"] == ranks[1]["weights"]
     for batch in global_batches(ranks, 0) + global_batches(ranks, 1):
@@ -122,25 +147,27 @@ def test_two_sides_groups_and_rules(tmp_path, per_rank):
     assert any((b, a) not in mask for mask in masks for a, b in mask)  # the own rule has a direction
 
 
-@pytest.mark.parametrize("target_loss", [100.0, pytest.param(1e-9, marks=pytest.mark.slow)])
-def test_pools_that_follow_the_loss_are_the_same_in_all_processes(tmp_path, target_loss):
-    ranks = run(tmp_path, pool_size="auto", target_loss=target_loss)
+@pytest.mark.parametrize("name", ["low loss", "high loss"])
+def test_pools_that_follow_the_loss_are_the_same_in_all_processes(trained, name):
+    ranks = trained[1][name]
     assert_covered(ranks)
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert ranks[0]["logged"]["batch_sampler/pool_size"] == ranks[1]["logged"]["batch_sampler/pool_size"]
     composed = same_cluster_share(global_batches(ranks, 1)) > 0.2
-    assert composed == (target_loss > 1)
+    assert composed == (name == "low loss")
 
 
-def test_recycled_embeddings_are_those_of_all_ranks(tmp_path):
-    ranks = run(tmp_path, recycle=True, warmup_epochs=1, pool_size=80, save_every=5)
+def test_recycled_embeddings_are_those_of_all_ranks(trained):
+    ranks = trained[1]["recycled"]
     assert_covered(ranks)
     assert ranks[0]["encoded"] == ranks[1]["encoded"] == []
     assert set(ranks[0]["shared"]) == {False}  # only rank 0 keeps embeddings
     assert ranks[0]["weights"] == ranks[1]["weights"]
     across = [a % 10 == b % 10 for batch in global_batches(ranks, 1) for a in batch[:4] for b in batch[4:]]
     assert sum(across) / len(across) > 0.14
-    bank = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["BatchSamplerCallback"]["rows"]
+    bank = torch.load(trained[0] / "recycled" / "last.ckpt", weights_only=True)["callbacks"]["BatchSamplerCallback"][
+        "rows"
+    ]
     assert bank.dtype == torch.float16
     trained = sum(global_batches(ranks, 0) + global_batches(ranks, 1), [])
     assert set(bank.any(dim=1).nonzero().flatten().tolist()) == set(trained)
@@ -152,10 +179,9 @@ def test_recycled_embeddings_are_those_of_all_ranks(tmp_path):
 )
 def test_recycling_killed_and_resumed(kind, tmp_path):
     settings = {"recycle": True, "warmup_epochs": 1, "max_epochs": 3, "save_every": 3, "n": 205} | kind
-    whole = run(tmp_path / "whole", **settings)
     for kill_at in (8, 31, 40):
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
-    killed = run(tmp_path / "killed", **settings)
+    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings})
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
@@ -164,12 +190,11 @@ def test_recycling_killed_and_resumed(kind, tmp_path):
     ("fail", "how"),
     [
         ("encode", {}),
-        ("graph", {}),
-        ("encode", {"sharded": True}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("graph", {"sharded": True}), ("encode", {"per_rank": True}), ("graph", {"per_rank": True}))
+            for case in itertools.product(("encode", "graph"), ({"sharded": True}, {"per_rank": True}))
         ),
+        ("graph", {}),
     ],
     ids=str,
 )
@@ -194,10 +219,9 @@ def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
 def test_killed_and_resumed(loader, save_every, kills, tmp_path):
     """Pools of 5 batches of 25 an epoch; killed in mid-pool, at a pool's first and last batch, and at an epoch's."""
     settings = {"loader": loader, "save_every": save_every, "warmup_epochs": 0}
-    whole = run(tmp_path / "whole", **settings)
     for kill_at in kills:
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
-    killed = run(tmp_path / "killed", **settings)
+    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings})
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
@@ -217,12 +241,9 @@ def test_resumed_on_another_number_of_processes(tmp_path):
     assert len(set(indices)) == len(indices) == 200
 
 
-@pytest.mark.slow
-def test_no_trace_on_two_processes(tmp_path):
+def test_no_trace_on_two_processes(trained):
     """Weights, buffers, optimizer and random states of every rank, bit for bit."""
-    settings = {"warmup_epochs": 1, "max_epochs": 3}
-    encoded = run(tmp_path / "encoded", composer="pool order", **settings)
-    plain = run(tmp_path / "plain", composer="none", **settings)
+    encoded, plain = trained[1]["encoded"], trained[1]["plain"]
     assert [rank["digest"] for rank in encoded] == [rank["digest"] for rank in plain]
     assert encoded[0]["encoded"]
     assert not plain[0]["encoded"]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, walker
-from processes import batches_by_step, run
+from processes import batches_by_step, run, run_all
 from torch.utils.data import DataLoader
 
 # Each epoch has 12 batches of 8, in pools of 4 batches. The first epoch is uniform.
@@ -319,24 +319,24 @@ def test_resuming_is_not_called_unreliable(tmp_path, recwarn):
     assert not [w for w in recwarn if "not resumable" in str(w.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loader", "kills"),
     [
         (LOADERS[1], (14, 16, 24)),
-        pytest.param(LOADERS[0], (14, 16, 24), marks=pytest.mark.slow),
-        pytest.param({"num_workers": 0}, (15, 19, 23), marks=pytest.mark.slow),
-        pytest.param(LOADERS[2], (15, 19, 23), marks=pytest.mark.slow),
+        (LOADERS[0], (14, 16, 24)),
+        ({"num_workers": 0}, (15, 19, 23)),
+        (LOADERS[2], (15, 19, 23)),
     ],
     ids=str,
 )
 def test_killed_and_resumed(loader, kills, tmp_path):
     """A run is killed at the first and last batch of an epoch and of a pool, and between them."""
-    settings = {"devices": 1, "n": 100, "batch_size": 8, "pool_size": 32, "warmup_epochs": 1, "max_epochs": EPOCHS}
+    settings = {"n": 100, "batch_size": 8, "pool_size": 32, "warmup_epochs": 1, "max_epochs": EPOCHS}
     settings |= {"loader": loader, "save_every": 3}
-    whole = run(tmp_path / "whole", **settings)
     for kill_at in kills:
-        run(tmp_path / "killed", fails=True, kill_at=kill_at, **settings)
-    killed = run(tmp_path / "killed", **settings)
+        run(tmp_path / "killed", fails=True, devices=1, kill_at=kill_at, **settings)
+    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings}, devices=1)
     assert len(batches_by_step(tmp_path / "whole", 1)) == EPOCHS * 12
     assert batches_by_step(tmp_path / "killed", 1) == batches_by_step(tmp_path / "whole", 1)
     assert killed[0]["weights"] == whole[0]["weights"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
-from processes import batches_by_step, run
+from processes import batches_by_step, run, run_all
 from streams import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
 
 from bs_lightning import BatchFetcher, BatchSamplerCallback, PlannedPool, RWRComposer, StreamLoader, encode
@@ -450,10 +450,17 @@ def test_a_stream_has_no_dataset_indices():
 TWO = {"per_rank": True, "warmup_epochs": 1, "n": 60, "pool_size": 80, "num_sanity_val_steps": 0}
 
 
-@pytest.mark.parametrize("kind", ["Stream", pytest.param("Sized", marks=pytest.mark.slow)])
-def test_two_processes(kind, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder, kinds = tmp_path_factory.mktemp("runs"), ("Stream", "Sized")
+    runs = {folder / kind: TWO | {"stream": {"kind": kind, "more": 21}, "mask_nearest": 3} for kind in kinds}
+    return dict(zip(kinds, run_all(runs), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["Stream", "Sized"])
+def test_two_processes(kind, two_processes):
     """Each reads its own part. Where one part is longer, both end with the shorter one."""
-    ranks = run(tmp_path, stream={"kind": kind, "more": 21}, mask_nearest=3, **TWO)
+    ranks = two_processes[kind]
     for rank, seen in enumerate(ranks):
         own = range(60 * rank, 60 + rank * 81)
         for epoch in ("0", "1"):
@@ -472,10 +479,9 @@ def test_two_processes(kind, tmp_path):
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(tmp_path):
     settings = TWO | {"stream": {"kind": "SizedStateful"}, "save_every": 3}
-    whole = run(tmp_path / "whole", **settings)
     for kill_at in (8, 23):
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
-    killed = run(tmp_path / "killed", **settings)
+    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings})
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
