@@ -1,6 +1,6 @@
-"""Tiny models and data for the recipes of texts. As a script, it trains one: ``python language.py RECIPE FOLDER``.
+"""Tiny models and data for the recipes of texts. As a script, it trains each in turn: ``python language.py FOLDER``.
 
-The script trains in two processes and writes what they logged to ``FOLDER/logged.json``.
+The script trains in two processes and writes what they logged to ``FOLDER/simcse/logged.json`` and so on.
 """
 
 import json
@@ -19,6 +19,7 @@ from bs_lightning.recipes.clip import CLIP, ImageTextData
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
 from bs_lightning.recipes.simcse import SentenceData, SimCSE
 
+RECIPES = ("simcse", "dual_encoder", "clip")
 COLOURS = [(red, green, blue) for red in range(5) for green in range(5) for blue in range(5)][:103]
 SENTENCES = [f"r{red} g{green} b{blue}" for red, green, blue in COLOURS]
 PAIRS = [(f"r{red} g{green} b{blue}", f"B{blue} and G{green} and R{red}") for red, green, blue in COLOURS]
@@ -88,10 +89,12 @@ def train(recipe: str, folder: Path, batch_size: int = 8, **kwargs: Any) -> dict
 
 
 if __name__ == "__main__":
-    recipe, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    logged = train(recipe, folder, batch_size=4, strategy="ddp", devices=2)
-    if torch.distributed.get_rank() == 0:
-        (folder / "logged.json").write_text(json.dumps(logged))
+    for recipe in RECIPES:
+        folder = Path(sys.argv[1]) / recipe
+        folder.mkdir(exist_ok=True)
+        logged = train(recipe, folder, batch_size=4, strategy="ddp", devices=2)
+        if torch.distributed.get_rank() == 0:
+            (folder / "logged.json").write_text(json.dumps(logged))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

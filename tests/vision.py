@@ -1,6 +1,6 @@
 """Parts that the tests of the vision recipes share, and a training run in two processes.
 
-``python vision.py FOLDER NAME`` starts the run. Each rank writes ``FOLDER/rank0.json`` and so on when training is done.
+``python vision.py FOLDER`` trains each recipe in turn. Each rank writes ``FOLDER/simclr/rank0.json`` and so on.
 """
 
 import hashlib
@@ -106,7 +106,8 @@ class Records(Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def main(folder: Path, name: str) -> None:
+def train(name: str, folder: Path) -> None:
+    """Train a recipe in two processes."""
     seed_everything(0)
     records, recipe = Records(), model(name, temperature=1e6)
     made = trainer(records, walker(48), strategy="ddp", devices=2, max_epochs=1)
@@ -114,10 +115,12 @@ def main(folder: Path, name: str) -> None:
     weights = b"".join(parameter.detach().numpy().tobytes() for parameter in recipe.parameters())
     seen = {"epochs": list(records.epochs.values()), "losses": records.losses}
     seen["weights"] = hashlib.sha256(weights).hexdigest()
+    folder.mkdir(exist_ok=True)
     (folder / f"rank{made.global_rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    for name in RECIPES:
+        train(name, Path(sys.argv[1]) / name)
     torch.distributed.barrier()  # gloo may abort a process that leaves while the other is still there
     torch.distributed.destroy_process_group()
