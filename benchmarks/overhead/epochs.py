@@ -128,18 +128,16 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         graphs._SMALL_POOL = graphs._SMALL_POOL_ON_GPU = 0
     seed_everything(0, verbose=False)
     rounds = UNCOUNTED + args.rounds
-    orders = np.random.default_rng(0).permuted(np.tile(np.arange(len(KINDS)), (rounds, 1)), axis=1)
-    kinds = [KINDS[kind] for kind in orders.flat]
+    kinds = np.random.default_rng(0).permuted(np.tile(KINDS, (rounds, 1)), axis=1).flatten().tolist()
     clock = Clock()
     trainer = quiet_trainer(args, [InTurn(kinds, **ARMS[arm]), ForwardPass(kinds), clock], len(kinds))
     trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, args.batch_size))
-    by_kind = np.array(clock.epochs).reshape(rounds, len(KINDS), -1)[UNCOUNTED:]
-    by_kind = np.take_along_axis(by_kind, orders[UNCOUNTED:].argsort(axis=1)[:, :, None], axis=1)
-    uniform, forward_pass, composed = by_kind[:, :, 0].T
-    encode, graph, walk = by_kind[:, KINDS.index("composed"), 1:].T
+    by_kind = {kind: np.array(clock.epochs)[np.array(kinds) == kind][UNCOUNTED:].T for kind in KINDS}
+    seconds = {kind: of_kind[0] for kind, of_kind in by_kind.items()}
+    uniform, forward_pass, composed = seconds.values()
+    encode, graph, walk = by_kind["composed"][1:]
     refresh = encode + graph + walk
     base = "uniform" if arm == "recycled" else "forward pass"
-    compared_with = uniform if arm == "recycled" else forward_pass
     return {
         "batches": arm,
         "compared with": base,
@@ -148,8 +146,8 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         "instances": args.instances,
         "epoch seconds": float(np.median(composed)),
         "forward pass ratio": float(np.median(forward_pass / uniform)),
-        **{f"epoch {name}": value for name, value in ratio_columns(composed / compared_with).items()},
-        "extra share": float(np.median((composed - compared_with) / uniform)),
+        **{f"epoch {name}": value for name, value in ratio_columns(composed / seconds[base]).items()},
+        "extra share": float(np.median((composed - seconds[base]) / uniform)),
         "step ratio": float(np.median((composed - refresh) / uniform)),
         "graph share": float(np.median((graph + walk) / refresh)),
         "graph share of epoch": float(np.median((graph + walk) / uniform)),
