@@ -87,18 +87,19 @@ def _last_words(process: "subprocess.Popen[str]") -> str:
 
 def run(folder: Path, *, fails: bool = False, devices: int = 2, timeout: float = 240, **settings: Any) -> Any:
     """Run to the end and return what each rank recorded; with ``fails``, return the error output."""
+    done = _start({folder: settings}, devices, timeout)
     if fails:
-        done = _start({folder: settings}, devices, timeout)
         assert done.returncode != 0
         return done.error
-    return run_all({folder: settings}, devices, timeout)[0]
-
-
-def run_all(runs: dict[Path, dict[str, Any]], devices: int = 2, timeout: float = 240) -> list[list[dict[str, Any]]]:
-    """Run one after the other in the same processes, whose start takes longer; return what each rank recorded."""
-    done = _start(runs, devices, timeout)
     assert done.returncode == 0, done.error[-4000:]
-    return [seen(folder, devices) for folder in runs]
+    return seen(folder, devices)
+
+
+def run_all(folder: Path, runs: dict[str, dict[str, Any]], devices: int = 2) -> dict[str, list[dict[str, Any]]]:
+    """Run each in its subfolder, in the same processes, whose start takes longer; return what each rank recorded."""
+    done = _start({folder / name: settings for name, settings in runs.items()}, devices, timeout=240)
+    assert done.returncode == 0, done.error[-4000:]
+    return {name: seen(folder / name, devices) for name in runs}
 
 
 def _start(runs: dict[Path, dict[str, Any]], devices: int, timeout: float) -> Finished:

@@ -37,8 +37,7 @@ RUNS = SETTINGS | {
 def trained(tmp_path_factory):
     """All of these runs, in two processes that are started once; return what each rank of each run recorded."""
     folder = tmp_path_factory.mktemp("runs")
-    ranks = run_all({folder / name: settings for name, settings in RUNS.items()})
-    return folder, dict(zip(RUNS, ranks, strict=True))
+    return folder, run_all(folder, RUNS)
 
 
 def global_batches(ranks, epoch):
@@ -181,7 +180,7 @@ def test_recycling_killed_and_resumed(kind, tmp_path):
     settings = {"recycle": True, "warmup_epochs": 1, "max_epochs": 3, "save_every": 3, "n": 205} | kind
     for kill_at in (8, 31, 40):
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
-    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings})
+    killed, whole = run_all(tmp_path, {"killed": settings, "whole": settings}).values()
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
@@ -221,7 +220,7 @@ def test_killed_and_resumed(loader, save_every, kills, tmp_path):
     settings = {"loader": loader, "save_every": save_every, "warmup_epochs": 0}
     for kill_at in kills:
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
-    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings})
+    killed, whole = run_all(tmp_path, {"killed": settings, "whole": settings}).values()
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 

@@ -336,7 +336,7 @@ def test_killed_and_resumed(loader, kills, tmp_path):
     settings |= {"loader": loader, "save_every": 3}
     for kill_at in kills:
         run(tmp_path / "killed", fails=True, devices=1, kill_at=kill_at, **settings)
-    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings}, devices=1)
+    killed, whole = run_all(tmp_path, {"killed": settings, "whole": settings}, devices=1).values()
     assert len(batches_by_step(tmp_path / "whole", 1)) == EPOCHS * 12
     assert batches_by_step(tmp_path / "killed", 1) == batches_by_step(tmp_path / "whole", 1)
     assert killed[0]["weights"] == whole[0]["weights"]

@@ -452,9 +452,8 @@ TWO = {"per_rank": True, "warmup_epochs": 1, "n": 60, "pool_size": 80, "num_sani
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder, kinds = tmp_path_factory.mktemp("runs"), ("Stream", "Sized")
-    runs = {folder / kind: TWO | {"stream": {"kind": kind, "more": 21}, "mask_nearest": 3} for kind in kinds}
-    return dict(zip(kinds, run_all(runs), strict=True))
+    runs = {kind: TWO | {"stream": {"kind": kind, "more": 21}, "mask_nearest": 3} for kind in ("Stream", "Sized")}
+    return run_all(tmp_path_factory.mktemp("runs"), runs)
 
 
 @pytest.mark.parametrize("kind", ["Stream", "Sized"])
@@ -481,7 +480,7 @@ def test_two_processes_killed_and_resumed(tmp_path):
     settings = TWO | {"stream": {"kind": "SizedStateful"}, "save_every": 3}
     for kill_at in (8, 23):
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
-    killed, whole = run_all({tmp_path / "killed": settings, tmp_path / "whole": settings})
+    killed, whole = run_all(tmp_path, {"killed": settings, "whole": settings}).values()
     assert batches_by_step(tmp_path / "killed", 2) == batches_by_step(tmp_path / "whole", 2)
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
