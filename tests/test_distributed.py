@@ -226,6 +226,17 @@ def test_killed_and_resumed(loader, save_every, kills, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_share_a_descent(tmp_path):
+    """The script compares its graphs with ExactGraph's."""
+    ranks = run(tmp_path, composer="descent", pool_size=1000, n=1003, warmup_epochs=1)
+    assert_covered(ranks, n=1003)
+    assert ranks[0]["shared"] == [True]
+    assert ranks[1]["shared"] == []
+    assert same_cluster_share(global_batches(ranks, 1)) > 0.25
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+@pytest.mark.slow
 def test_resumed_on_another_number_of_processes(tmp_path):
     """With an equal global batch: the pool in progress goes on, and no instance comes twice in an epoch."""
     settings = {"save_every": 3, "warmup_epochs": 0}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, _nndescent, graphs
+from bs_lightning._cells import cell
 
 # pynndescent compiles once per process, so no other test module may build a large NNDescentGraph.
 
@@ -66,6 +67,10 @@ def naive_two_sides(sides, k):
     first, second = torch.nn.functional.normalize(sides.double(), dim=2).unbind(1)
     similarity = (first @ second.T + second @ first.T).fill_diagonal_(-torch.inf)
     return similarity.topk(k, dim=1).indices.numpy()
+
+
+def recall(neighbors, exact):
+    return np.mean([len(set(row) & set(true)) / len(true) for row, true in zip(neighbors, exact, strict=True)])
 
 
 # Every graph
@@ -382,26 +387,69 @@ def test_which_graphs_are_shared(monkeypatch):
         def __call__(self, embeddings, *, seed=0):
             return super().__call__(embeddings - embeddings.mean(dim=0), seed=seed)
 
-    monkeypatch.setattr(graphs, "_SMALL_POOL", 40)
-    embeddings = gaussian(100)
-    assert graphs.can_share(ExactGraph(5), embeddings, 2)
-    assert graphs.can_share(RandomCandidateGraph(40, 5), embeddings, 2)
-    assert graphs.can_share(NNDescentGraph(5), embeddings, 3)
-    assert not graphs.can_share(NNDescentGraph(5), embeddings, 2)
-    assert not graphs.can_share(Centred(5), embeddings, 2)
-    assert not graphs.can_share(None, embeddings, 2)
+    assert graphs.can_share(ExactGraph(5))
+    assert graphs.can_share(RandomCandidateGraph(40, 5))
+    assert graphs.can_share(NNDescentGraph(5))
+    assert not graphs.can_share(Centred(5))
+    assert not graphs.can_share(None)
+
+
+def exact_descent(data, n_found, seed, max_threads=None):
+    """Stands in for pynndescent, which counts each row as its own neighbour."""
+    unit = torch.from_numpy(data)
+    left, right = (unit, unit) if unit.ndim == 2 else (unit.flatten(1), unit.flip(1).flatten(1))
+    return (left @ right.T).topk(n_found, dim=1).indices.int().numpy()
+
+
+def share(embeddings, k, n_parts, monkeypatch, small_pool=1):
+    """Return the graph that parts make, and how many rows each part searched."""
+    searched = []
+    monkeypatch.setattr(graphs, "_SMALL_POOL", small_pool)
+    monkeypatch.setattr(graphs, "compile_ahead", lambda n_sides: None)
+    monkeypatch.setattr(graphs, "descend", lambda data, *more: searched.append(len(data)) or exact_descent(data, *more))
+    parts = [NNDescentGraph(k).part(embeddings, part, n_parts, max_threads=1) for part in range(n_parts)]
+    return NNDescentGraph(k).join(parts, embeddings), searched
 
 
 @pytest.mark.parametrize(("n_parts", "exact"), [(2, False), (3, True)])
 def test_processes_share_a_product_in_larger_pools_than_one_would_take(n_parts, exact, monkeypatch):
-    monkeypatch.setattr(graphs, "_SMALL_POOL", 40)
-    nearest = np.tile(np.int32([0, 1, 2]), (100, 1))
-    monkeypatch.setattr(graphs, "descend", lambda data, n_found, seed: nearest)
     embeddings = gaussian(100)
-    parts = [NNDescentGraph(2).part(embeddings, part, n_parts) for part in range(n_parts)]
-    assert [len(part) for part in parts] == ([33, 33, 34] if exact else [100, 0])
-    whole = NNDescentGraph(2).join(parts, embeddings)
-    assert np.array_equal(whole, ExactGraph(2)(embeddings) if exact else NNDescentGraph(2)(embeddings))
+    neighbors, searched = share(embeddings, 2, n_parts, monkeypatch, small_pool=40)
+    assert bool(searched) is not exact
+    assert np.array_equal(neighbors, ExactGraph(2)(embeddings)) is exact
+
+
+@pytest.mark.parametrize(("n_parts", "most"), [(2, 0.63), (3, 0.51), (4, 0.40), (7, 0.33)])
+@pytest.mark.parametrize(
+    ("embeddings", "least"), [(clusters(2000), 0.9), (two_sides(2000), 0.75)], ids=["one side", "two sides"]
+)
+def test_parts_of_a_descent_search_cells_and_find_most_neighbors(embeddings, least, n_parts, most, monkeypatch):
+    neighbors, searched = share(embeddings, 15, n_parts, monkeypatch)
+    assert_real(neighbors, 2000, 15)
+    assert max(searched) <= most * 2000
+    assert recall(neighbors, ExactGraph(15)(embeddings)) > least
+
+
+def test_cells_overlap_and_each_row_is_the_own_row_of_one_part():
+    unit = torch.nn.functional.normalize(gaussian(500), dim=1)
+    for n_parts in (1, 2, 3, 5, 8, 500):
+        cells = [cell(unit, part, n_parts) for part in range(n_parts)]
+        assert np.array_equal(np.sort(np.concatenate([rows[own] for rows, own in cells])), np.arange(500))
+        assert all(np.array_equal(rows, np.unique(rows)) for rows, _ in cells)
+        assert n_parts in (1, 500) or sum(len(rows) for rows, _ in cells) > 1.2 * 500
+
+
+@pytest.mark.parametrize("embeddings", [torch.ones(300, 8), torch.zeros(300, 8)], ids=["equal", "zero"])
+def test_parts_of_a_descent_where_all_rows_are_equal(embeddings, monkeypatch):
+    neighbors, searched = share(embeddings, 5, 4, monkeypatch)
+    assert_real(neighbors, 300, 5)
+    assert max(searched) <= 0.4 * 300
+
+
+def test_parts_of_a_descent_fill_up_what_a_cell_does_not_hold(monkeypatch):
+    neighbors, searched = share(gaussian(60), 50, 4, monkeypatch)
+    assert max(searched) < 50
+    assert_real(neighbors, 60, 50)
 
 
 # The approximate graph
@@ -409,15 +457,11 @@ def test_processes_share_a_product_in_larger_pools_than_one_would_take(n_parts, 
 
 def test_nndescent_takes_the_exact_graph_in_small_pools(monkeypatch):
     monkeypatch.setattr(graphs, "_SMALL_POOL", 100)
-    monkeypatch.setattr(graphs, "descend", lambda data, k, seed: pytest.fail("descended") if len(data) <= 100 else data)
+    monkeypatch.setattr(graphs, "descend", lambda *_: pytest.fail("descended"))
     embeddings = clusters(100)
     assert np.array_equal(NNDescentGraph(10)(embeddings), ExactGraph(10)(embeddings))
-    monkeypatch.setattr(graphs, "descend", lambda data, k, seed: np.zeros((len(data), k), dtype=np.int32))
+    monkeypatch.setattr(graphs, "descend", lambda data, k, *_: np.zeros((len(data), k), dtype=np.int32))
     assert not np.array_equal(NNDescentGraph(10)(clusters(101)), ExactGraph(10)(clusters(101)))
-
-
-def recall(neighbors, exact):
-    return np.mean([len(set(row) & set(true)) / len(true) for row, true in zip(neighbors, exact, strict=True)])
 
 
 @pytest.mark.parametrize("size", [64, 2560])
@@ -439,6 +483,22 @@ def test_nndescent_is_determined_by_the_seed():
     one, same, other = (NNDescentGraph(15)(embeddings, seed=seed) for seed in (1, 1, 2**40))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+def test_nndescent_uses_no_more_threads_than_it_may(monkeypatch):
+    embeddings = gaussian(1500, dim=64)
+    NNDescentGraph(15)(embeddings)
+    seen, most = [], numba.get_num_threads()
+    nndescent = _nndescent._import_nndescent()
+    monkeypatch.setattr(
+        _nndescent,
+        "_import_nndescent",
+        lambda: lambda *args, **more: seen.append(more["n_jobs"]) or nndescent(*args, **more),
+    )
+    for max_threads in (None, 1, 10_000):
+        NNDescentGraph(15).part(embeddings, 0, 1, max_threads=max_threads)
+    assert seen == [None, 1, most]
+    assert numba.get_num_threads() == most
 
 
 def test_nndescent_leaves_random_states_and_threads_alone():

@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from threadpoolctl import ThreadpoolController
 
 from bs_lightning import NNDescentGraph, _nndescent, _walk_kernel, graphs, rwr_batches
 from bs_lightning.isolation import isolated_threads
+from bs_lightning.plugin import processes
 
 LINUX = sys.platform == "linux"
 
@@ -101,6 +103,24 @@ def test_refuses_to_run_where_openmp_was_forked(monkeypatch):
         NNDescentGraph(5)(torch.randn(20, 4))
 
 
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([], 8),
+        ([("here", set(range(8)))], 4),
+        ([("here", set(range(8)))] * 15, 1),
+        ([("here", set(range(8, 16)))], 8),  # bound to other cores
+        ([("elsewhere", set(range(8)))] * 3, 8),
+    ],
+)
+@pytest.mark.skipif(not LINUX, reason="asks for the cores that a process may use")
+def test_processes_on_the_same_cores_divide_them(others, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(platform, "node", lambda: "here")
+    monkeypatch.setattr(processes, "gather", lambda trainer, own: [own, *others])
+    assert processes.cores_of_one_process(None) == expected
+
+
 # These tests run this file as a script in a new process, because only the first graph starts numba's threads.
 
 
@@ -151,6 +171,23 @@ def print_what_a_graph_compiles(n_sides, ahead):
         graph(embeddings)
     assert _nndescent._compiler is None
     print(*(recorded.data["dispatcher"].py_func.__name__ for _, recorded in recorder.buffer))
+
+
+@pytest.mark.slow
+def test_one_process_of_a_machine_compiles_and_the_others_wait(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, __file__, "compile"]
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    compiled = sorted(int(process.communicate(timeout=280)[0]) for process in started)
+    assert [process.returncode for process in started] == [0, 0]
+    assert compiled[0] < compiled[1] / 2
+
+
+def print_how_much_is_compiled():
+    recorder = event.RecordingListener()
+    with event.install_listener("numba:compile", recorder):
+        _nndescent.compile_now(1, None)
+    print(len(recorder.buffer))
 
 
 def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch):
@@ -303,5 +340,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "kernels":
         graphs._SMALL_POOL = 0  # pynndescent builds the graphs
         print_what_a_graph_compiles(int(sys.argv[2]), sys.argv[3] == "True")
+    elif sys.argv[1] == "compile":
+        print_how_much_is_compiled()
     else:
         main(*sys.argv[1:])

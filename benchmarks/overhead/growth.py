@@ -8,7 +8,6 @@ its own. Several processes share the graph, over gloo, with one thread each.
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from bs_lightning import NNDescentGraph, PlannedPool, Planning, PoolBatchSampler, Pools, rwr_batches
-from bs_lightning.graphs import SharedGraph
 
 from ..csv_files import Row
 from ..processes import in_new_process, measured
+from .sharing import build_together
 
 N, P, D = 200_000, 4096, 128
 BATCH_SIZE = 256
@@ -69,38 +68,6 @@ def serve(planner: Planner, n_instances: int, pool_size: int) -> float:
     return (time.perf_counter() - start) / served
 
 
-def share(rank: int, world_size: int, address: str, z: Tensor, results: Any) -> None:
-    """Build graphs together with other processes, and put rank 0's median seconds and each one's processor seconds."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    graph: SharedGraph = NNDescentGraph()
-    seconds, processor = [], []
-    for seed in range(8):
-        torch.distributed.barrier()
-        start, spent = time.perf_counter(), time.process_time()
-        part = graph.part(z, rank, world_size, seed=seed)
-        parts: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(parts, part)
-        if rank == 0:
-            graph.join(parts, z, seed=seed)
-        torch.distributed.barrier()
-        seconds.append(time.perf_counter() - start)
-        processor.append(time.process_time() - spent)
-    results.put((rank, statistics.median(seconds[2:]), statistics.median(processor[2:])))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def shared_seconds(z: Tensor, world_size: int) -> tuple[float, float]:
-    """Return the seconds that processes take together, and the most processor seconds that one of them takes."""
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        address = f"file://{folder}/store"
-        multiprocessing.spawn(share, (world_size, address, z, results), nprocs=world_size)  # type: ignore[attr-defined,no-untyped-call]
-    measured = [results.get() for _ in range(world_size)]
-    return next(wall for rank, wall, _ in measured if rank == 0), max(spent for _, _, spent in measured)
-
-
 def peak_growth(n_instances: int, z: Tensor) -> int:
     """Return the bytes by which a process's peak grows while it serves pools."""
     planner = Planner(z)
@@ -112,7 +79,7 @@ def measure(sweep: str, value: int, z: Tensor) -> Row:
     """Return a row of the table."""
     row = {"what grows": sweep, "value": value, "µs per instance": 0.0, "peak growth, MB": "", "processor µs": ""}
     if sweep == "processes":
-        wall, processor = shared_seconds(z[:P], value)
+        wall, processor, _ = build_together(z[:P].clone(), value, n_graphs=6)
         return row | {"µs per instance": wall / P * 1e6, "processor µs": round(processor / P * 1e6, 2)}
     if sweep == "N":
         row["peak growth, MB"] = round(in_new_process(peak_growth, value, z) / 2**20, 1)

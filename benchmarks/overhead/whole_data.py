@@ -5,7 +5,8 @@ nearest. So neighbours are found as in the file, and no two rows are equal. Reca
 product's seconds are those of 1,000 rows, times N / 1,000. faiss and hnswlib are measured if they are installed: at the
 first of a few settings whose recall is at most 0.005 below pynndescent's, or at the last. A library is measured in a
 process of its own, after the kernels are loaded. Bytes are the growth of that process's peak, by N. The embeddings are
-not counted in them where they come from the file.
+not counted in them where they come from the file. "shared" is the default graph, built by several processes with one
+thread each; "processor s" is what the slowest of them takes for its part.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from bs_lightning import BatchFetcher, NNDescentGraph, encode, rwr_batches
 from ..csv_files import Row
 from ..processes import in_new_process, measured
 from .model import Images, SimCLR, as_loaded
+from .sharing import build_together
 
 K = 15
 SAMPLED = 1000
@@ -118,6 +120,7 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float) -> l
             "seconds": seconds,
             "recall@15": share,
             "bytes per instance": "" if growth is None else round(growth / size),
+            "processor s": "",
         }
 
     torch.set_num_threads(args.threads)
@@ -132,6 +135,14 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float) -> l
     NNDescentGraph(K)(torch.randn(5000, 128))  # loads kernels, and starts numba's threads
     numba.set_num_threads(args.threads)
     z = grown(args.embeddings, size)
+    if library == "shared":
+        sampled, rows = np.random.default_rng(0).choice(size, SAMPLED, replace=False), []
+        nearest_rows = nearest(z, sampled)
+        for n_processes in (1, 2, 4):
+            seconds, processor, found = build_together(z, n_processes, n_graphs=1)
+            rows.append(row(seconds, None, f"{n_processes} processes", recall(found, sampled, nearest_rows)))
+            rows[-1] |= {"threads": 1, "processor s": round(processor, 2)}
+        return rows
     if library == "walk":
         n = size // 256 * 256
         neighbors = NNDescentGraph(K)(z)[:n] % n
@@ -156,7 +167,7 @@ def measure(library: str, size: int, args: argparse.Namespace, goal: float) -> l
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--sizes", type=int, nargs="+", default=[50_000, 500_000, 1_280_000])
-    parser.add_argument("--only", nargs="+", default=["encode", "walk", "product", *LIBRARIES])
+    parser.add_argument("--only", nargs="+", default=["encode", "walk", "product", "shared", *LIBRARIES])
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:

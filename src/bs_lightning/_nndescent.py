@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from bs_lightning._types import Neighbors
@@ -31,7 +32,7 @@ _spare_folder: str | None = None  # where numba keeps compiled code, if it can b
 _forked_from_gnu_openmp = False
 
 
-def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors:
+def descend(data: NDArray[np.float32], n_neighbors: int, seed: int, max_threads: int | None = None) -> Neighbors:
     """Find approximate nearest neighbours by cosine similarity, or by the similarity of two sides.
 
     Calls from several threads wait for each other: numba's ``workqueue`` layer aborts a process in which two threads
@@ -41,6 +42,7 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
         data: float32 of shape ``[P, d]``, or ``[P, 2, d]`` with rows of length 1.
         n_neighbors: Columns of the result. pynndescent counts each row as its own neighbour.
         seed: The same seed gives the same result on the same number of threads.
+        max_threads: The most threads to use; ``None`` for as many as numba has.
 
     Returns:
         int32 of shape ``[P, n_neighbors]``, nearest first, with -1 where pynndescent found too few.
@@ -49,6 +51,8 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
         RuntimeError: If this process was forked from one that ran GNU OpenMP through numba, or if numba finds no
             folder, not even a temporary one, for the compiled code of pynndescent.
     """
+    import numba
+
     global _compiled
     with _lock, isolated_threads(), warnings.catch_warnings():
         _wait_for_compiler()
@@ -60,8 +64,9 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int) -> Neighbors
         warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
         metric: Any = "cosine" if data.ndim == 2 else _two_sides_distance()
         rows = data.reshape(len(data), -1)
+        n_jobs = None if max_threads is None else min(max_threads, numba.get_num_threads())
         with _outermost_in_python():
-            index = nndescent(rows, metric=metric, n_neighbors=n_neighbors, random_state=seed % 2**32)
+            index = nndescent(rows, metric=metric, n_neighbors=n_neighbors, random_state=seed % 2**32, n_jobs=n_jobs)
         _compiled = True
         return index.neighbor_graph[0]  # type: ignore[no-any-return]
 
@@ -117,6 +122,8 @@ def _stop_compiler(owner: int) -> None:
 def compile_now(n_sides: int, spare_folder: str | None) -> None:
     """Compile pynndescent's kernels with low priority, and leave them on disk.
 
+    Where several processes of a machine call it, one compiles. The others wait for it, and find the kernels.
+
     Args:
         n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
         spare_folder: Where to leave them if numba finds no other folder.
@@ -128,7 +135,15 @@ def compile_now(n_sides: int, spare_folder: str | None) -> None:
     # More than a megabyte: pynndescent splits so many rows with kernels of their own.
     shape = (5000, 128) if n_sides == 1 else (5000, 2, 64)
     data = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    descend(data / np.linalg.norm(data, axis=-1, keepdims=True), n_neighbors=5, seed=0)
+    with FileLock(_lock_file()):
+        descend(data / np.linalg.norm(data, axis=-1, keepdims=True), n_neighbors=5, seed=0)
+
+
+def _lock_file() -> str:
+    """Return the file that is locked while kernels are compiled: one for each folder that keeps them, and each user."""
+    user = os.getuid() if hasattr(os, "getuid") else ""  # on Windows the folder is the user's own
+    digest = zlib.crc32(f"{user} {sys.prefix} {os.environ.get('NUMBA_CACHE_DIR')}".encode())
+    return os.path.join(tempfile.gettempdir(), f"bs_lightning_{digest}.lock")
 
 
 def _wait_for_compiler() -> None:

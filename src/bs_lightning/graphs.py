@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bs_lightning._cells import cell
 from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
@@ -46,7 +47,9 @@ _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 class SharedGraph(Protocol):
     """A graph whose work several processes may share, if ``can_share`` says so."""
 
-    def part(self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(
+        self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0, max_threads: int | None = None
+    ) -> Neighbors:
         """Find the neighbours of a part of the instances.
 
         Args:
@@ -54,9 +57,10 @@ class SharedGraph(Protocol):
             part: The part's number, from 0.
             n_parts: Number of parts.
             seed: Seed of the graph.
+            max_threads: The most threads of numba to use; ``None`` for as many as numba has. torch keeps its own.
 
         Returns:
-            int32 of shape ``[part of P, K]``, for :meth:`join`.
+            int32 with a row for each instance of the part, for :meth:`join`.
         """
         ...
 
@@ -90,8 +94,9 @@ class NNDescentGraph:
     different threads wait for each other. If your own threads run such code, choose a different layer with the
     environment variable ``NUMBA_THREADING_LAYER``: the graph keeps to your choice.
 
-    The same seed gives the same graph if the number of threads is the same. Several processes share a matrix product,
-    which then is as fast in pools as many times larger. They cannot share nearest neighbour descent.
+    The same seed gives the same graph if the numbers of threads and processes are the same. Several processes share the
+    work. A matrix product then is as fast in pools as many times larger. In still larger pools, each process searches a
+    cell of instances that are alike. Cells overlap, but a few neighbours beyond a cell's edge are missed.
 
     Args:
         n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
@@ -144,26 +149,50 @@ class NNDescentGraph:
         """
         return _whole(self, embeddings, seed)
 
-    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(
+        self,
+        embeddings: Embeddings,
+        part: int,
+        n_parts: int,
+        *,
+        seed: int = 0,
+        max_threads: int | None = None,
+    ) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says.
 
-        If the pool is too large for a matrix product, the first part holds all instances.
+        If the pool is too large for a matrix product, each row begins with the number of its instance.
         """
         embeddings = as_embeddings(embeddings)
-        size = len(embeddings)
-        if size <= _small_pool(embeddings) * n_parts:
+        if _suits_product(embeddings, n_parts):
             return ExactGraph(self.n_neighbors).part(embeddings, part, n_parts, seed=seed)
-        k = min(self.n_neighbors, size - 1)
-        # With one side, each instance is its own nearest neighbour. With two sides it may not be, and more candidates
-        # find more of the nearest.
-        n_found = min(k + 1 if embeddings.ndim == 2 else 2 * k + 1, size)
-        if part > 0:
-            return np.empty((0, n_found), dtype=np.int32)
-        return descend(unit_rows(embeddings.cpu()).numpy(), n_found, seed)
+        unit, n_found = unit_rows(embeddings.cpu()), self._n_found(embeddings)
+        if n_parts == 1:
+            return descend(unit.numpy(), n_found, seed, max_threads)
+        compile_ahead(n_sides=embeddings.ndim - 1)  # else each process of a machine would compile the kernels
+        rows, own = cell(unit, part, n_parts)
+        near = descend(unit[rows].numpy(), min(n_found, len(rows)), seed, max_threads)[own]
+        found = np.full((len(near), 1 + n_found), -1, dtype=np.int32)
+        found[:, 0] = rows[own]
+        found[:, 1 : 1 + near.shape[1]] = np.where(near < 0, -1, rows[near])
+        return found
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
         """Make the graph from all its parts, as ``SharedGraph`` says."""
-        return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
+        if len(parts) == 1 or _suits_product(embeddings, len(parts)):
+            return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
+        found = np.full((len(embeddings), self._n_found(embeddings)), -1, dtype=np.int32)
+        for part in parts:
+            found[part[:, 0]] = part[:, 1:]
+        return ExactGraph(self.n_neighbors).join([found], embeddings, seed=seed)
+
+    def _n_found(self, embeddings: Tensor) -> int:
+        """Return how many neighbours pynndescent looks for, the instance itself included.
+
+        With one side, each instance is its own nearest neighbour. With two sides it may not be, and more candidates
+        find more of the nearest.
+        """
+        k = min(self.n_neighbors, len(embeddings) - 1)
+        return min(k + 1 if embeddings.ndim == 2 else 2 * k + 1, len(embeddings))
 
 
 @dataclass(frozen=True)
@@ -214,7 +243,15 @@ class ExactGraph:
         return _whole(self, embeddings, seed)
 
     @torch.no_grad()
-    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(
+        self,
+        embeddings: Embeddings,
+        part: int,
+        n_parts: int,
+        *,
+        seed: int = 0,
+        max_threads: int | None = None,
+    ) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says."""
         unit = unit_rows(as_embeddings(embeddings))
         rows = _rows_of_part(len(unit), part, n_parts)
@@ -304,7 +341,15 @@ class RandomCandidateGraph:
         return _whole(self, embeddings, seed)
 
     @torch.no_grad()
-    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(
+        self,
+        embeddings: Embeddings,
+        part: int,
+        n_parts: int,
+        *,
+        seed: int = 0,
+        max_threads: int | None = None,
+    ) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says, in the circle's order."""
         embeddings = as_embeddings(embeddings)
         size = len(embeddings)
@@ -351,19 +396,15 @@ class RandomCandidateGraph:
         return _real_neighbors(neighbors, self.n_neighbors, isolated, seed) if isolated.any() else neighbors
 
 
-def can_share(graph: object, embeddings: Tensor, n_parts: int) -> bool:
+def can_share(graph: object) -> bool:
     """Return whether several processes may build a graph in parts, as ``SharedGraph`` says.
 
-    They may not share pynndescent's work, nor a subclass, which may override ``__call__`` alone.
+    They may not share a subclass, which may override ``__call__`` alone.
 
     Args:
         graph: Any graph.
-        embeddings: The embeddings of a pool, ``[P, d]`` or ``[P, 2, d]``.
-        n_parts: Number of parts.
     """
-    if type(graph) is NNDescentGraph:
-        return len(embeddings) <= _small_pool(embeddings) * n_parts
-    return type(graph) in (ExactGraph, RandomCandidateGraph)
+    return type(graph) in (ExactGraph, NNDescentGraph, RandomCandidateGraph)
 
 
 def _whole(graph: SharedGraph, embeddings: Embeddings, seed: int) -> Neighbors:
@@ -376,6 +417,11 @@ def _whole(graph: SharedGraph, embeddings: Embeddings, seed: int) -> Neighbors:
 def _rows_of_part(size: int, part: int, n_parts: int) -> range:
     """Return the rows of one of ``n_parts`` parts of about equal size."""
     return range(size * part // n_parts, size * (part + 1) // n_parts)
+
+
+def _suits_product(embeddings: Tensor, n_parts: int) -> bool:
+    """Return whether a matrix product, shared by as many processes, is as fast as pynndescent."""
+    return len(embeddings) <= _small_pool(embeddings) * n_parts
 
 
 def _small_pool(embeddings: Tensor) -> int:

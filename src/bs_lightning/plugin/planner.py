@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
-from bs_lightning.graphs import can_share
+from bs_lightning.graphs import SharedGraph, can_share
 from bs_lightning.isolation import isolated_rng, isolated_threads
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
@@ -25,7 +25,7 @@ from bs_lightning.metrics._pairs import accuracy_and_negatives_above
 from bs_lightning.permutation import permutation
 from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
-from bs_lightning.plugin.processes import failing_together, gather, own_share
+from bs_lightning.plugin.processes import cores_of_one_process, failing_together, gather, own_share
 from bs_lightning.plugin.progress import progress
 from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
@@ -80,6 +80,7 @@ class TrainerPlanner:
         self._own_rule = own_rule
         self._rules: Sequence[Rule] = ()
         self._whole_graph: Neighbors | None = None
+        self._n_threads: int | None = None
         self.layout: BatchLayout
         self._batch_size = 0
         self._n_composing = 1
@@ -120,11 +121,15 @@ class TrainerPlanner:
         """
         trainer, layout = self.trainer, self.layout
         embeddings = self.source.read(self._two_batches(epoch))
+        whole = layout.n_full * layout.global_batch_size
+        pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole) // self._n_composing
+        shares_graph = self._shared_graph() is not None
         with failing_together(trainer):
+            if shares_graph:
+                self._composer.prepare(-(-pool_size // trainer.world_size), embeddings)
             if self._per_rank or trainer.is_global_zero:
-                whole = layout.n_full * layout.global_batch_size
-                pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole) // self._n_composing
-                self._composer.prepare(pool_size, embeddings)
+                if not shares_graph:
+                    self._composer.prepare(pool_size, embeddings)
                 size = max(min(pool_size, _MOST_REHEARSED) // self._batch_size, 1) * self._batch_size
                 random = torch.randn(size, *embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
                 try:
@@ -240,22 +245,34 @@ class TrainerPlanner:
         return composed._replace(pool=PlannedPool(batches, pairs))
 
     def _parts_of_graph(self, embeddings: Tensor, seed: int) -> list[Neighbors] | None:
-        """Build the parts of a pool's graph, one in each process, if all processes hold the pool's embeddings.
+        """Build the parts of a pool's graph, one in each process.
 
         Returns:
-            All parts, in every process; ``None`` if the composer or its graph shares no work.
+            All parts, in every process; ``None`` if the processes share no graph.
+        """
+        trainer, graph = self.trainer, self._shared_graph()
+        if graph is None:
+            return None
+        if self._n_threads is None:
+            self._n_threads = cores_of_one_process(trainer)
+        with failing_together(trainer), isolated_rng(), isolated_threads():
+            part = graph.part(
+                embeddings, trainer.global_rank, trainer.world_size, seed=seed, max_threads=self._n_threads
+            )
+        return gather(trainer, part)
+
+    def _shared_graph(self) -> SharedGraph | None:
+        """Return the graph that all processes build together, or ``None`` if there is none. Each process calls it.
+
+        All processes must hold the pool's embeddings, and have the same graph.
         """
         trainer, composer = self.trainer, self._composer
-        if trainer.world_size == 1 or not self.source.in_all_processes:
+        if trainer.world_size == 1 or self._per_rank or not self.source.in_all_processes:
             return None
         graph = composer.graph if isinstance(composer, RWRComposer) and "neighbors" in self._asked else None
-        own = repr(graph) if can_share(graph, embeddings, trainer.world_size) else None
+        own = repr(graph) if can_share(graph) else None
         everywhere = set(gather(trainer, own))  # all processes decide alike, or they would wait for each other
-        if None in everywhere or len(everywhere) > 1:
-            return None
-        with failing_together(trainer), isolated_rng(), isolated_threads():
-            part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)  # type: ignore[union-attr]
-        return gather(trainer, part)
+        return None if None in everywhere or len(everywhere) > 1 else cast(SharedGraph, graph)
 
     def _plan_share(
         self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None

@@ -1,5 +1,7 @@
 """Processes: the messages between a Trainer's processes."""
 
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -42,6 +44,19 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
     values: list[_T | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def cores_of_one_process(trainer: Trainer) -> int:
+    """Return how many cores this process has if all processes that may run on its cores do. Each process must call it.
+
+    Args:
+        trainer: The Trainer.
+    """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    machine = platform.node()
+    everywhere = gather(trainer, (machine, cores))
+    n_sharing = sum(other == machine and not cores.isdisjoint(theirs) for other, theirs in everywhere)
+    return max(len(cores) // n_sharing, 1)
 
 
 def check_equal(trainer: Trainer, **values: Any) -> None:
