@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, multiprocessing
 
 from bs_lightning import NNDescentGraph
+from bs_lightning._nndescent import shared_cores
 from bs_lightning.graphs import SharedGraph
 
 WARMUPS = 2  # graphs that are not counted
@@ -26,7 +27,8 @@ def build(rank: int, world_size: int, address: str, z: Tensor, n_graphs: int, ne
     for seed, embeddings in enumerate([small] * WARMUPS + [z] * n_graphs):
         torch.distributed.barrier()
         start, spent = time.perf_counter(), time.process_time()
-        part = graph.part(embeddings, rank, world_size, seed=seed, max_threads=1)
+        with shared_cores(1):
+            part = graph.part(embeddings, rank, world_size, seed=seed)
         spent = time.process_time() - spent  # a process that waits for the others takes time, too
         parts: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(parts, part)

@@ -5,6 +5,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bs_lightning._embeddings import similar_to_nothing
+
+MOST = 4  # cells: with each cut, more neighbours lie in other cells
+
 # Share of the rows at a cut that both sides search. A wider overlap loses fewer neighbours, and leaves more work.
 # `benchmarks/overhead` measures both.
 _OVERLAP = 0.25
@@ -16,21 +20,23 @@ def cell(unit: Tensor, part: int, n_parts: int) -> tuple[NDArray[np.int64], NDAr
 
     The rows are cut in two across the direction in which they differ most, and each side again, until there is a cell
     for each part. A side also holds the rows that lie just beyond the cut. So a row whose neighbours lie on both sides
-    of a cut finds most of them. Each row is the own row of one part.
+    of a cut finds most of them. Each row is the own row of one part. All-zero rows have no neighbours, and are in no
+    cell.
 
     Args:
         unit: Rows of length 1, float32 ``[P, d]`` or ``[P, 2, d]``, on the CPU.
         part: The part's number, from 0.
-        n_parts: Number of parts, at most ``P``.
+        n_parts: Number of parts.
 
     Returns:
-        The cell's rows in ascending order, int64 ``[rows of the cell]``, and a bool for each.
+        The cell's rows in ascending order, int64 ``[rows of the cell]``, and for each whether it is the part's own.
 
     Source: spill trees. Liu et al., "An investigation of practical approximate nearest neighbor algorithms", NIPS 2004.
     """
-    rows, own = torch.arange(len(unit)), torch.ones(len(unit), dtype=torch.bool)
+    rows = (~similar_to_nothing(unit)).nonzero().squeeze(1)
+    own = torch.ones(len(rows), dtype=torch.bool)
     first, stop = 0, n_parts
-    while stop - first > 1:
+    while stop - first > 1 and len(rows):
         middle = (first + stop) // 2
         place = _places(unit, rows)
         cut = len(rows) * (middle - first) // (stop - first)
@@ -48,7 +54,7 @@ def cell(unit: Tensor, part: int, n_parts: int) -> tuple[NDArray[np.int64], NDAr
 def _places(unit: Tensor, rows: Tensor) -> Tensor:
     """Return the places that some rows have in their order along the direction in which they differ most.
 
-    Two sides are compared with each other, so their mean says where an instance lies.
+    With two sides, an instance lies at their mean.
     """
     sample = _points(unit[rows[:: max(len(rows) // _SAMPLED, 1)]]).double()
     centred = sample - sample.mean(dim=0)

@@ -13,14 +13,18 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from bs_lightning._types import Neighbors
 from bs_lightning.isolation import isolated_threads, numba_threading_layer
+
+_MOST_COMPILING = 600.0  # seconds to wait for another process that compiles
+_cores_of_process: ContextVar[int | None] = ContextVar("cores of this process", default=None)
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -32,7 +36,7 @@ _spare_folder: str | None = None  # where numba keeps compiled code, if it can b
 _forked_from_gnu_openmp = False
 
 
-def descend(data: NDArray[np.float32], n_neighbors: int, seed: int, max_threads: int | None = None) -> Neighbors:
+def descend(data: NDArray[np.float32], n_neighbors: int, seed: int, n_shares: int = 1) -> Neighbors:
     """Find approximate nearest neighbours by cosine similarity, or by the similarity of two sides.
 
     Calls from several threads wait for each other: numba's ``workqueue`` layer aborts a process in which two threads
@@ -42,7 +46,8 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int, max_threads:
         data: float32 of shape ``[P, d]``, or ``[P, 2, d]`` with rows of length 1.
         n_neighbors: Columns of the result. pynndescent counts each row as its own neighbour.
         seed: The same seed gives the same result on the same number of threads.
-        max_threads: The most threads to use; ``None`` for as many as numba has.
+        n_shares: Number of processes that leave their cores to this one, itself included, where :func:`shared_cores`
+            says how many cores a process has.
 
     Returns:
         int32 of shape ``[P, n_neighbors]``, nearest first, with -1 where pynndescent found too few.
@@ -64,11 +69,26 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int, max_threads:
         warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
         metric: Any = "cosine" if data.ndim == 2 else _two_sides_distance()
         rows = data.reshape(len(data), -1)
-        n_jobs = None if max_threads is None else min(max_threads, numba.get_num_threads())
+        cores = _cores_of_process.get()
+        n_jobs = None if cores is None else min(cores * n_shares, numba.get_num_threads())
         with _outermost_in_python():
             index = nndescent(rows, metric=metric, n_neighbors=n_neighbors, random_state=seed % 2**32, n_jobs=n_jobs)
         _compiled = True
         return index.neighbor_graph[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def shared_cores(n_cores: int | None) -> Iterator[None]:
+    """Let pynndescent use no more threads than the cores that this process has for itself.
+
+    Args:
+        n_cores: Number of cores, at least 1; ``None`` for as many threads as numba has.
+    """
+    token = _cores_of_process.set(n_cores)
+    try:
+        yield
+    finally:
+        _cores_of_process.reset(token)
 
 
 def compile_ahead(n_sides: int) -> None:
@@ -122,7 +142,7 @@ def _stop_compiler(owner: int) -> None:
 def compile_now(n_sides: int, spare_folder: str | None) -> None:
     """Compile pynndescent's kernels with low priority, and leave them on disk.
 
-    Where several processes of a machine call it, one compiles. The others wait for it, and find the kernels.
+    Where several processes of a machine call it at a time, one compiles, and the others wait for its end.
 
     Args:
         n_sides: 1 for embeddings ``[P, d]``, 2 for ``[P, 2, d]``.
@@ -132,17 +152,24 @@ def compile_now(n_sides: int, spare_folder: str | None) -> None:
     _spare_folder = spare_folder
     if hasattr(os, "nice"):  # not on Windows
         os.nice(10)
+    try:
+        lock = FileLock(_lock_file(n_sides))
+        lock.acquire(blocking=False)
+    except Timeout:
+        with contextlib.suppress(Timeout), lock.acquire(timeout=_MOST_COMPILING):
+            return
+    except OSError:
+        pass  # no file can be locked here, so each process compiles
     # More than a megabyte: pynndescent splits so many rows with kernels of their own.
     shape = (5000, 128) if n_sides == 1 else (5000, 2, 64)
     data = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    with FileLock(_lock_file()):
-        descend(data / np.linalg.norm(data, axis=-1, keepdims=True), n_neighbors=5, seed=0)
+    descend(data / np.linalg.norm(data, axis=-1, keepdims=True), n_neighbors=5, seed=0)
 
 
-def _lock_file() -> str:
-    """Return the file that is locked while kernels are compiled: one for each folder that keeps them, and each user."""
+def _lock_file(n_sides: int) -> str:
+    """Return the file that is locked while kernels are compiled: one for each user, and folder that keeps them."""
     user = os.getuid() if hasattr(os, "getuid") else ""  # on Windows the folder is the user's own
-    digest = zlib.crc32(f"{user} {sys.prefix} {os.environ.get('NUMBA_CACHE_DIR')}".encode())
+    digest = zlib.crc32(f"{n_sides} {user} {sys.prefix} {os.environ.get('NUMBA_CACHE_DIR')}".encode())
     return os.path.join(tempfile.gettempdir(), f"bs_lightning_{digest}.lock")
 
 

@@ -98,10 +98,11 @@ class Composer(ABC):
     def prepare(self, pool_size: int, example: Tensor) -> None:  # noqa: B027, most composers need no preparation
         """Start what takes long before the first pool, such as compilation, and do not wait for it.
 
-        Called in processes that compose, before the first of the uniform epochs at the start of training.
+        Called in processes that compose or share a graph, before the first of the uniform epochs at the start of
+        training.
 
         Args:
-            pool_size: The most instances that a pool may have.
+            pool_size: The most instances that a pool may have, divided by the number of processes that share its graph.
             example: Embeddings of a few instances, ``[b, d]`` or ``[b, 2, d]``, on the device of a pool's embeddings.
         """
 

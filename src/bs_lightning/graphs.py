@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._cells import cell
+from bs_lightning import _cells
 from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
@@ -47,9 +47,7 @@ _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 class SharedGraph(Protocol):
     """A graph whose work several processes may share, if ``can_share`` says so."""
 
-    def part(
-        self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0, max_threads: int | None = None
-    ) -> Neighbors:
+    def part(self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances.
 
         Args:
@@ -57,10 +55,9 @@ class SharedGraph(Protocol):
             part: The part's number, from 0.
             n_parts: Number of parts.
             seed: Seed of the graph.
-            max_threads: The most threads of numba to use; ``None`` for as many as numba has. torch keeps its own.
 
         Returns:
-            int32 with a row for each instance of the part, for :meth:`join`.
+            int32 with a row for each instance of the part, for :meth:`join`: ``[part of P, K]``, or as the graph says.
         """
         ...
 
@@ -95,8 +92,8 @@ class NNDescentGraph:
     environment variable ``NUMBA_THREADING_LAYER``: the graph keeps to your choice.
 
     The same seed gives the same graph if the numbers of threads and processes are the same. Several processes share the
-    work. A matrix product then is as fast in pools as many times larger. In still larger pools, each process searches a
-    cell of instances that are alike. Cells overlap, but a few neighbours beyond a cell's edge are missed.
+    work. A matrix product then is as fast in pools as many times larger. In still larger pools, up to four processes
+    search a cell of like instances each. Cells overlap, but some neighbours beyond a cell's edge are missed.
 
     Args:
         n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
@@ -149,28 +146,32 @@ class NNDescentGraph:
         """
         return _whole(self, embeddings, seed)
 
-    def part(
-        self,
-        embeddings: Embeddings,
-        part: int,
-        n_parts: int,
-        *,
-        seed: int = 0,
-        max_threads: int | None = None,
-    ) -> Neighbors:
+    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says.
 
-        If the pool is too large for a matrix product, each row begins with the number of its instance.
+        Returns:
+            int32 ``[part of P, K]`` in pools that suit a matrix product. In larger ones, the number of its instance
+            comes first in each row: ``[part of P, 1 + K]``. At most four parts have rows then.
         """
         embeddings = as_embeddings(embeddings)
         if _suits_product(embeddings, n_parts):
             return ExactGraph(self.n_neighbors).part(embeddings, part, n_parts, seed=seed)
-        unit, n_found = unit_rows(embeddings.cpu()), self._n_found(embeddings)
+        n_found = self._n_found(embeddings)
         if n_parts == 1:
-            return descend(unit.numpy(), n_found, seed, max_threads)
+            return descend(unit_rows(embeddings.cpu()).numpy(), n_found, seed)
+        nothing = np.empty((0, 1 + n_found), dtype=np.int32)
+        n_cells = min(n_parts, _cells.MOST)
+        number, behind = divmod(part * n_cells, n_parts)
+        if behind >= n_cells:  # the first process of each cell searches it, so that all machines have some
+            return nothing
+        unit = unit_rows(embeddings.cpu())
+        rows, own = _cells.cell(unit, number, n_cells)
+        if not len(rows):
+            return nothing
         compile_ahead(n_sides=embeddings.ndim - 1)  # else each process of a machine would compile the kernels
-        rows, own = cell(unit, part, n_parts)
-        near = descend(unit[rows].numpy(), min(n_found, len(rows)), seed, max_threads)[own]
+        searched = unit[rows].numpy()
+        del unit
+        near = descend(searched, min(n_found, len(rows)), seed, n_shares=n_parts // n_cells)[own]
         found = np.full((len(near), 1 + n_found), -1, dtype=np.int32)
         found[:, 0] = rows[own]
         found[:, 1 : 1 + near.shape[1]] = np.where(near < 0, -1, rows[near])
@@ -181,8 +182,8 @@ class NNDescentGraph:
         if len(parts) == 1 or _suits_product(embeddings, len(parts)):
             return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
         found = np.full((len(embeddings), self._n_found(embeddings)), -1, dtype=np.int32)
-        for part in parts:
-            found[part[:, 0]] = part[:, 1:]
+        for numbered in parts:
+            found[numbered[:, 0]] = numbered[:, 1:]
         return ExactGraph(self.n_neighbors).join([found], embeddings, seed=seed)
 
     def _n_found(self, embeddings: Tensor) -> int:
@@ -243,15 +244,7 @@ class ExactGraph:
         return _whole(self, embeddings, seed)
 
     @torch.no_grad()
-    def part(
-        self,
-        embeddings: Embeddings,
-        part: int,
-        n_parts: int,
-        *,
-        seed: int = 0,
-        max_threads: int | None = None,
-    ) -> Neighbors:
+    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says."""
         unit = unit_rows(as_embeddings(embeddings))
         rows = _rows_of_part(len(unit), part, n_parts)
@@ -341,15 +334,7 @@ class RandomCandidateGraph:
         return _whole(self, embeddings, seed)
 
     @torch.no_grad()
-    def part(
-        self,
-        embeddings: Embeddings,
-        part: int,
-        n_parts: int,
-        *,
-        seed: int = 0,
-        max_threads: int | None = None,
-    ) -> Neighbors:
+    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says, in the circle's order."""
         embeddings = as_embeddings(embeddings)
         size = len(embeddings)

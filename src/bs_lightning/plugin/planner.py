@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
+from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
 from bs_lightning.graphs import SharedGraph, can_share
@@ -80,7 +81,7 @@ class TrainerPlanner:
         self._own_rule = own_rule
         self._rules: Sequence[Rule] = ()
         self._whole_graph: Neighbors | None = None
-        self._n_threads: int | None = None
+        self._n_cores: int | None = None
         self.layout: BatchLayout
         self._batch_size = 0
         self._n_composing = 1
@@ -235,6 +236,7 @@ class TrainerPlanner:
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose this process's share, and join the batches of all processes side by side into global batches."""
         trainer = self.trainer
+        self._n_cores = self._n_cores or cores_of_one_process(trainer)
         with failing_together(trainer):
             share = own_share(trainer, indices)
             composed = self._plan_share(embeddings, share, seed + trainer.global_rank, epoch)
@@ -253,12 +255,9 @@ class TrainerPlanner:
         trainer, graph = self.trainer, self._shared_graph()
         if graph is None:
             return None
-        if self._n_threads is None:
-            self._n_threads = cores_of_one_process(trainer)
-        with failing_together(trainer), isolated_rng(), isolated_threads():
-            part = graph.part(
-                embeddings, trainer.global_rank, trainer.world_size, seed=seed, max_threads=self._n_threads
-            )
+        self._n_cores = self._n_cores or cores_of_one_process(trainer)
+        with failing_together(trainer), isolated_rng(), isolated_threads(), shared_cores(self._n_cores):
+            part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
         return gather(trainer, part)
 
     def _shared_graph(self) -> SharedGraph | None:
@@ -301,7 +300,8 @@ class TrainerPlanner:
         offered = self._offered(indices, own) | {"neighbors": neighbors}
         more = {name: value for name, value in offered.items() if name in self._asked}
         start = time.perf_counter()
-        with isolated_rng(), isolated_threads():
+        n_cores = self._n_cores if self._per_rank else None
+        with isolated_rng(), isolated_threads(), shared_cores(n_cores):
             returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)

@@ -47,7 +47,9 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
 
 
 def cores_of_one_process(trainer: Trainer) -> int:
-    """Return how many cores this process has if all processes that may run on its cores do. Each process must call it.
+    """Return this process's share of its cores. Each process must call it.
+
+    Processes of a machine that may run on the same cores divide them.
 
     Args:
         trainer: The Trainer.
