@@ -19,6 +19,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from numba.core import caching, event
 from threadpoolctl import ThreadpoolController
 
@@ -173,21 +174,39 @@ def print_what_a_graph_compiles(n_sides, ahead):
     print(*(recorded.data["dispatcher"].py_func.__name__ for _, recorded in recorder.buffer))
 
 
-@pytest.mark.slow
-def test_one_process_of_a_machine_compiles_and_the_others_wait(tmp_path):
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, __file__, "compile"]
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    compiled = sorted(int(process.communicate(timeout=280)[0]) for process in started)
-    assert [process.returncode for process in started] == [0, 0]
-    assert compiled[0] < compiled[1] / 2
+def test_one_process_of_a_machine_compiles_and_the_others_wait(tmp_path, monkeypatch):
+    def is_locked():
+        try:
+            FileLock(_nndescent._lock_file(1)).acquire(blocking=False).lock.release()
+        except Timeout:
+            return True
+        return False
+
+    compiled = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    monkeypatch.setattr(_nndescent, "_spare_folder", None)
+    monkeypatch.setattr(_nndescent, "descend", lambda *_, **__: compiled.append(is_locked()))
+    _nndescent.compile_now(1, None)
+    assert compiled == [True]
+    assert not is_locked()
+    with FileLock(_nndescent._lock_file(1)):  # another process compiles
+        waiting = threading.Thread(target=_nndescent.compile_now, args=(1, None))
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
+    waiting.join()
+    assert compiled == [True]
 
 
-def print_how_much_is_compiled():
-    recorder = event.RecordingListener()
-    with event.install_listener("numba:compile", recorder):
-        _nndescent.compile_now(1, None)
-    print(len(recorder.buffer))
+def test_each_process_compiles_where_no_file_can_be_locked(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    monkeypatch.setattr(_nndescent, "_spare_folder", None)
+    monkeypatch.setattr(_nndescent, "_lock_file", lambda n_sides: os.devnull + "/lock")
+    monkeypatch.setattr(_nndescent, "descend", lambda *_, **__: compiled.append(True))
+    _nndescent.compile_now(1, None)
+    assert compiled == [True]
 
 
 def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch):
@@ -340,7 +359,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "kernels":
         graphs._SMALL_POOL = 0  # pynndescent builds the graphs
         print_what_a_graph_compiles(int(sys.argv[2]), sys.argv[3] == "True")
-    elif sys.argv[1] == "compile":
-        print_how_much_is_compiled()
     else:
         main(*sys.argv[1:])
