@@ -38,8 +38,7 @@ test: lint
 
 test-all: test docs
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
-	$(MAKE) --jobs 2 notebooks NOTEBOOKS_IN=build/notebooks
-	$(BIN)/python examples/glyphs.py
+	$(MAKE) --jobs 2 notebooks demo NOTEBOOKS_IN=build/notebooks
 
 # Build the sdist and the wheel and check their metadata. Install the wheel into a clean environment, with the lowest
 # versions that setup.cfg allows. Run the fast tests there, from the unpacked sdist, so that nothing is read from src/.
