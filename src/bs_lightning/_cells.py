@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bs_lightning._embeddings import similar_to_nothing
 
-MOST = 4  # cells: with each cut, more neighbours lie in other cells
+MOST_CELLS = 4  # with each cut, more neighbours lie in other cells
 
 # Share of the rows at a cut that both sides search. A wider overlap loses fewer neighbours, and leaves more work.
 # `benchmarks/overhead` measures both.

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning import _cells
+from bs_lightning._cells import MOST_CELLS, cell
 from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
@@ -160,12 +160,12 @@ class NNDescentGraph:
         if n_parts == 1:
             return descend(unit_rows(embeddings.cpu()).numpy(), n_found, seed)
         nothing = np.empty((0, 1 + n_found), dtype=np.int32)
-        n_cells = min(n_parts, _cells.MOST)
+        n_cells = min(n_parts, MOST_CELLS)
         number, behind = divmod(part * n_cells, n_parts)
         if behind >= n_cells:  # the first process of each cell searches it, so that all machines have some
             return nothing
         unit = unit_rows(embeddings.cpu())
-        rows, own = _cells.cell(unit, number, n_cells)
+        rows, own = cell(unit, number, n_cells)
         if not len(rows):
             return nothing
         compile_ahead(n_sides=embeddings.ndim - 1)  # else each process of a machine would compile the kernels
