@@ -167,7 +167,10 @@ class Related(Data):
         return dataset
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "start_method",
+    ["fork", pytest.param("forkserver", marks=pytest.mark.slow), pytest.param("spawn", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("settings", [{}, pytest.param({"persistent_workers": False}, marks=pytest.mark.slow)], ids=str)
 def test_what_workers_get_may_reach_the_trainer(start_method, settings, expected):
     """Under spawn and forkserver it is pickled in the middle of the fit, while other workers are alive."""

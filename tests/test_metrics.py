@@ -477,6 +477,7 @@ def _on_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does_over_all_data(tmp_path):
     torch.save((X, Y, LABELS), tmp_path / "data.pt")
     processes = mp.spawn(_on_rank, (str(tmp_path),), nprocs=2, join=False)
