@@ -193,7 +193,7 @@ def test_recycling_killed_and_resumed(kind, tmp_path):
             pytest.param(*case, marks=pytest.mark.slow)
             for case in itertools.product(("encode", "graph"), ({"sharded": True}, {"per_rank": True}))
         ),
-        ("graph", {}),
+        pytest.param("graph", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

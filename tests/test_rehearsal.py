@@ -161,16 +161,15 @@ def test_embed_may_need_what_the_start_of_training_makes():
 # Processes that differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("differs", "words"),
     [
         ("n", "same n_instances, got 203 on rank 0, 211 on rank 1"),
-        pytest.param("seed", "same seed, got 0 on rank 0, 1 on rank 1", marks=pytest.mark.slow),
-        pytest.param(
-            "width", r"same shape_of_an_embedding, got \[4\] on rank 0, \[3\] on rank 1", marks=pytest.mark.slow
-        ),
-        pytest.param("recycled width", r"same shape_of_an_embedding, got \[4\] on", marks=pytest.mark.slow),
-        pytest.param("composer", "same composer, got .* on rank 0, 'pool_order' on rank 1", marks=pytest.mark.slow),
+        ("seed", "same seed, got 0 on rank 0, 1 on rank 1"),
+        ("width", r"same shape_of_an_embedding, got \[4\] on rank 0, \[3\] on rank 1"),
+        ("recycled width", r"same shape_of_an_embedding, got \[4\] on"),
+        ("composer", "same composer, got .* on rank 0, 'pool_order' on rank 1"),
     ],
 )
 def test_processes_that_differ_are_refused_in_all(differs, words, tmp_path):

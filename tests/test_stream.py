@@ -485,10 +485,11 @@ def test_two_processes_killed_and_resumed(tmp_path):
     assert [rank["weights"] for rank in killed] == [rank["weights"] for rank in whole]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        pytest.param({"per_rank": False}, "Use per_rank=True on 2 processes", marks=pytest.mark.slow),
+        ({"per_rank": False}, "Use per_rank=True on 2 processes"),
         ({"stream": {"kind": "Broken"}}, "The process of rank 1 failed to read the stream. OSError: no shard"),
     ],
     ids=str,
