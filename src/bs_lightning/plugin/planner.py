@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -126,11 +126,11 @@ class TrainerPlanner:
         pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole) // self._n_composing
         shares_graph = self._shared_graph() is not None
         with failing_together(trainer):
-            if shares_graph:
-                self._composer.prepare(-(-pool_size // trainer.world_size), embeddings)
-            if self._per_rank or trainer.is_global_zero:
-                if not shares_graph:
-                    self._composer.prepare(pool_size, embeddings)
+            composes = self._per_rank or trainer.is_global_zero
+            if composes or shares_graph:
+                n_sharing = trainer.world_size if shares_graph else 1
+                self._composer.prepare(-(-pool_size // n_sharing), embeddings)
+            if composes:
                 size = max(min(pool_size, _MOST_REHEARSED) // self._batch_size, 1) * self._batch_size
                 random = torch.randn(size, *embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
                 try:
@@ -236,8 +236,7 @@ class TrainerPlanner:
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose this process's share, and join the batches of all processes side by side into global batches."""
         trainer = self.trainer
-        self._n_cores = self._n_cores or cores_of_one_process(trainer)
-        with failing_together(trainer):
+        with self._own_cores(), failing_together(trainer):
             share = own_share(trainer, indices)
             composed = self._plan_share(embeddings, share, seed + trainer.global_rank, epoch)
         pools = gather(trainer, composed.pool)
@@ -255,10 +254,15 @@ class TrainerPlanner:
         trainer, graph = self.trainer, self._shared_graph()
         if graph is None:
             return None
-        self._n_cores = self._n_cores or cores_of_one_process(trainer)
-        with failing_together(trainer), isolated_rng(), isolated_threads(), shared_cores(self._n_cores):
+        with self._own_cores(), failing_together(trainer), isolated_rng(), isolated_threads():
             part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
         return gather(trainer, part)
+
+    def _own_cores(self) -> AbstractContextManager[None]:
+        """Keep pynndescent to this process's share of its cores, while others work, too. Each process must call it."""
+        if self._n_cores is None:
+            self._n_cores = cores_of_one_process(self.trainer)
+        return shared_cores(self._n_cores)
 
     def _shared_graph(self) -> SharedGraph | None:
         """Return the graph that all processes build together, or ``None`` if there is none. Each process calls it.
@@ -300,8 +304,7 @@ class TrainerPlanner:
         offered = self._offered(indices, own) | {"neighbors": neighbors}
         more = {name: value for name, value in offered.items() if name in self._asked}
         start = time.perf_counter()
-        n_cores = self._n_cores if self._per_rank else None
-        with isolated_rng(), isolated_threads(), shared_cores(n_cores):
+        with isolated_rng(), isolated_threads():
             returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
