@@ -17,7 +17,7 @@ from PIL import Image
 from processes import finish, seen
 from test_docs import printed
 from torch.utils.data import TensorDataset
-from vision import RECIPES, Encoder, Records, same
+from vision import RECIPES, Encoder, Records
 
 from bs_lightning.recipes import images as images_module
 from bs_lightning.recipes import probes
@@ -63,9 +63,10 @@ def test_training_learns(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_bf16(name):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16(name, precision):
     records = Records()
-    fit(vision.model(name), vision.data(), walker(32), records, precision="bf16-mixed")
+    fit(vision.model(name), vision.data(), walker(32), records, precision=precision)
     assert np.isfinite(records.losses).all()
     assert_each_index_once(records)
 
@@ -96,13 +97,34 @@ def test_resumed_in_mid_epoch(name, tmp_path):
     seed_everything(0)
     whole, batches = vision.model(name), Records()
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
-    fit(whole, vision.data(augment=same), walker(48), batches, save, enable_checkpointing=True)
+    fit(whole, vision.data(), walker(48), batches, save, enable_checkpointing=True)
 
     resumed, later = vision.model(name), Records()
     path = tmp_path / "step=14.ckpt"  # after two of twelve batches of the second epoch, within its first pool
-    fit(resumed, vision.data(augment=same, seed=0), walker(48), later, ckpt_path=path)
+    seed_everything(1)  # the views must not depend on it
+    fit(resumed, vision.data(seed=0), walker(48), later, ckpt_path=path)
     assert later.epochs == {1: batches.epochs[1][2:]}
     assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_views_depend_on_seed_and_step_and_take_no_random_numbers():
+    def drawn(seed, before):
+        def noting(images):
+            numbers.append(float(torch.rand(())))
+            return images
+
+        numbers = []
+        model = vision.model("simclr")
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        fit(model, vision.data(seed=seed, augment=noting), max_epochs=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        return numbers
+
+    numbers = drawn(0, before=1)
+    assert len(set(numbers)) == 24
+    assert numbers == drawn(0, before=2)
+    assert not set(numbers) & set(drawn(1, before=1))
 
 
 @pytest.mark.slow
@@ -117,6 +139,8 @@ def test_two_processes(tmp_path):
             assert sorted(sum(batches, [])) == list(range(96))
             assert {len(batch) for batch in batches} == {8}
         assert first["losses"] == pytest.approx([expected] * 12, rel=1e-3)
+        drawn = first["drawn"] + second["drawn"]
+        assert len(drawn) == len(set(drawn)) == 2 * 12  # each process has views of its own
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -177,7 +201,7 @@ def moved_share(momentum, *callbacks, **kwargs):
     """Train; return which part of the way from its start to the encoder the momentum encoder has gone."""
     model = vision.model("moco_v3", momentum=momentum)
     before = weights(model.momentum_encoder)
-    fit(model, vision.data(augment=same), walker(32), *callbacks, **kwargs)
+    fit(model, vision.data(), walker(32), *callbacks, **kwargs)
     after, target = weights(model.momentum_encoder), weights(model.encoder, model.projector)
     start, there, goal = (torch.cat([each.flatten() for each in group]) for group in (before, after, target))
     return float((there - start).norm() / (goal - start).norm())
@@ -314,6 +338,14 @@ def test_a_folder(folder):
     assert [len(loader) for loader in data.test_dataloader()] == [2, 2]
     images, labels = next(iter(data.test_dataloader()[1]))
     assert (images.shape, labels.tolist()) == ((2, 3, 8, 8), [0, 0])
+
+
+def test_folders_of_different_classes_are_refused(folder, tmp_path_factory):
+    test = tmp_path_factory.mktemp("test")
+    (test / "dog").mkdir()
+    picture("L").save(test / "dog" / "1.png")
+    with pytest.raises(ValueError, match=r"train and test must have the same classes .* but \['cat'\] differs"):
+        ImageData(folder, 2, test=test)
 
 
 def test_a_folder_without_classes(folder):

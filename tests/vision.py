@@ -89,11 +89,6 @@ def as_png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def same(images: torch.Tensor) -> torch.Tensor:
-    """Make views that are the image itself, so that a run can be repeated from its middle."""
-    return images
-
-
 class Records(Callback):
     """Records the batches' dataset indices, epoch by epoch, and the losses."""
 
@@ -108,12 +103,18 @@ class Records(Callback):
 
 def train(name: str, folder: Path) -> None:
     """Train a recipe in two processes."""
+
+    def noting(images: torch.Tensor) -> torch.Tensor:
+        drawn.append(float(torch.rand(())))
+        return images
+
     seed_everything(0)
+    drawn: list[float] = []
     records, recipe = Records(), model(name, temperature=1e6)
     made = trainer(records, walker(48), strategy="ddp", devices=2, max_epochs=1)
-    made.fit(recipe, datamodule=data(batch_size=4))
+    made.fit(recipe, datamodule=data(batch_size=4, augment=noting))
     weights = b"".join(parameter.detach().numpy().tobytes() for parameter in recipe.parameters())
-    seen = {"epochs": list(records.epochs.values()), "losses": records.losses}
+    seen = {"epochs": list(records.epochs.values()), "losses": records.losses, "drawn": drawn}
     seen["weights"] = hashlib.sha256(weights).hexdigest()
     folder.mkdir(exist_ok=True)
     (folder / f"rank{made.global_rank}.json").write_text(json.dumps(seen))

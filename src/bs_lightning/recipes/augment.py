@@ -23,7 +23,8 @@ def random_view(images: Tensor) -> Tensor:
         torch.Size([4, 3, 32, 32])
 
     Source: Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020,
-    arXiv 2002.05709, appendix A, with the settings for CIFAR-10. The hue turns about the gray axis of RGB.
+    arXiv 2002.05709, appendix A, with the colours for CIFAR-10. Crops have at least 0.2 of the area, SimCLR's 0.08. The
+    hue turns about the gray axis of RGB.
     """
     return change_colors(crop_and_flip(images))
 
@@ -89,15 +90,17 @@ def change_colors(images: Tensor, *, strength: float = 0.5, chance: float = 0.8,
 
 
 def _gray(images: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
-    return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    gray: Tensor = 0.299 * red + 0.587 * green + 0.114 * blue
+    return gray
 
 
 def _hue_turns(angles: Tensor) -> Tensor:
     """Return matrices ``[n, 3, 3]`` that turn RGB about the gray axis."""
     cosine, sine = angles.cos()[:, None, None], angles.sin()[:, None, None]
-    axis = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=angles.device) / math.sqrt(3)
-    return cosine * torch.eye(3, device=angles.device) + (1 - cosine) / 3 + sine * axis
+    identity = torch.eye(3, device=angles.device)
+    axis = (identity.roll(1, dims=0) - identity.roll(1, dims=1)) / math.sqrt(3)  # made without waiting for a GPU
+    return cosine * identity + (1 - cosine) / 3 + sine * axis
 
 
 def _uniform(shape: int | tuple[int, ...], low: float, high: float, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
+from bs_lightning.plugin.loops import next_batch
 from bs_lightning.recipes.augment import random_view
 
 try:
@@ -37,6 +38,9 @@ class ImageData(BatchSamplerDataModule):
     Loading ends there. The views are made from the whole batch in ``on_after_batch_transfer``, on the training device.
     Encoding does not run that hook, so the callback sees clean images.
 
+    The random numbers of views depend on the seed, the step and the process. So processes make different views, and a
+    resumed run makes those of the run that went on.
+
     A training batch is floats of shape ``[2, B, 3, image_size, image_size]``, one entry for each view. A batch to embed
     is uint8 ``[b, 3, image_size, image_size]``. Training never sees labels.
 
@@ -50,7 +54,8 @@ class ImageData(BatchSamplerDataModule):
         **kwargs: The other arguments of :class:`~bs_lightning.BatchSamplerDataModule`, such as ``num_workers``.
 
     Raises:
-        ValueError: If a path is neither a folder nor a parquet file, or holds no image, or ``image_size`` is below 1.
+        ValueError: If a path is neither a folder nor a parquet file, or holds no image, or ``image_size`` is below 1,
+            or the folders ``train`` and ``test`` have different classes.
             While loading: if an image is broken or cannot be converted. The message names the image's index.
         ImportError: If Pillow, or pyarrow for parquet files, is missing.
 
@@ -79,6 +84,13 @@ class ImageData(BatchSamplerDataModule):
         self.augment = augment
         self.train_images = open_images(train)
         self.test_images = None if test is None else open_images(test)
+        classes, test_classes = (getattr(images, "classes", None) for images in (self.train_images, self.test_images))
+        if classes and test_classes and list(classes) != list(test_classes):
+            different = sorted(set(classes) ^ set(test_classes))
+            raise ValueError(
+                f"train and test must have the same classes in the same order, as labels are positions among them, but "
+                f"{different or 'the order'} differs. Remove stray folders, or add the missing ones."
+            )
 
     def train_dataset(self) -> "Pixels":
         """Return the clean images. The views are made later, from the whole batch."""
@@ -86,9 +98,16 @@ class ImageData(BatchSamplerDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Make two views of each image of a training batch, ``[2, B, 3, h, w]``, on the training device."""
-        if self.trainer is None or not self.trainer.training:
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
             return batch
-        return self.augment(batch.repeat(2, 1, 1, 1) / 255).unflatten(0, (2, -1))
+        # `seed_everything` seeds all processes alike, so torch's own numbers would be the same in each of them.
+        place = (trainer.current_epoch, next_batch(trainer), trainer.global_rank)
+        assert self.train_sampler is not None
+        seed = np.random.SeedSequence([self.train_sampler.seed, *place]).generate_state(1)[0]
+        with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
+            torch.manual_seed(int(seed))
+            return self.augment(batch.repeat(2, 1, 1, 1) / 255).unflatten(0, (2, -1))
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return loaders of ``(images, labels)``: the training images, and the test images.
