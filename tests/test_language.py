@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from language import IMAGES, PAIRS, RECIPES, SENTENCES, Losses, bert, build, tokenizer, train
+from language import IMAGES, PAIRS, RECIPES, SENTENCES, Losses, bert, build, tokenizer, train, vit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from parts import assert_equal, trainer, walker
 from PIL import Image
 from processes import finish
 from scipy.stats import spearmanr
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from bs_lightning.recipes.clip import CLIP, ImageTextData
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
@@ -88,13 +89,38 @@ def test_a_run_that_is_resumed_in_mid_epoch_ends_as_the_uninterrupted_run(recipe
 
 
 @recipes
-def test_bf16(recipe, tmp_path):
+def test_a_run_resumed_with_more_epochs_has_the_learning_rates_of_the_new_length(recipe, tmp_path):
+    class Rates(Losses):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.losses.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_train_batch_end(self, *args):
+            pass
+
+    def rates(max_epochs, ckpt_path=None):
+        model, data = build(recipe, tmp_path)
+        made = trainer(noted := Rates(), max_epochs=max_epochs, limit_val_batches=0, num_sanity_val_steps=0)
+        made.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        made.save_checkpoint(tmp_path / "end.ckpt")
+        return noted.losses
+
+    whole = rates(3)
+    assert len(whole) == 36
+    rates(1)
+    resumed = rates(3, tmp_path / "end.ckpt")
+    assert resumed[1:] == pytest.approx(whole[13:])  # the first step has the rate at which the old run ended
+    assert 0 < whole[-1] < whole[12] < whole[0] == 3e-3
+
+
+@recipes
+@pytest.mark.parametrize(("precision", "weights"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_bf16(recipe, precision, weights, tmp_path):
     model, data = build(recipe, tmp_path, dropout=0.1)
     noted = Losses()
-    made = trainer(noted, walker(32), precision="bf16-mixed")
+    made = trainer(noted, walker(32), precision=precision)
     made.fit(model, datamodule=data)
     assert np.isfinite(noted.losses).all()
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {weights}
     assert "batch_sampler/walk_seconds" in made.callback_metrics
 
 
@@ -272,6 +298,18 @@ def test_a_broken_image_is_named(tmp_path):
         image_data([(3, "r0")]).train_dataset()[0]
     with pytest.raises(ValueError, match="caption of image 1"):
         image_data([(IMAGES[0], "r0"), (IMAGES[0], " ")])
+    deep = Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"Image 0 \(Image\) .* its mode 'I;16' has more than 8 bits\. Scale it"):
+        image_data([(deep, "r0")]).train_dataset()[0]
+
+
+def test_a_model_of_two_sides_is_refused():
+    texts, images = (kind(hidden_size=16, num_attention_heads=2) for kind in (CLIPTextConfig, CLIPVisionConfig))
+    both = CLIPModel(CLIPConfig(text_config=texts.to_dict(), vision_config=images.to_dict()))
+    with pytest.raises(TypeError, match=r"CLIPModel has no config.hidden_size. .* transformers.CLIPVisionModel"):
+        CLIP(both, bert())
+    with pytest.raises(TypeError, match=r"CLIPModel has no config.hidden_size. .* transformers.CLIPTextModel"):
+        CLIP(vit(), both)
 
 
 def test_captions_of_one_image_and_images_of_one_caption_are_groups(tmp_path):
@@ -356,7 +394,7 @@ def test_a_tokenizer_without_a_pad_token_is_refused():
 @pytest.mark.parametrize("missing", ["transformers", "PIL"])
 def test_a_missing_extra_is_named(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"need {missing}.*pip install bs-lightning\[language\]"):
+    with pytest.raises(ImportError, match=rf"need {missing}.*pip install 'bs-lightning\[language\]'"):
         ImageTextData([(IMAGES[0], "r0")], "a name")
 
 

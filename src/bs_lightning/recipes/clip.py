@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
@@ -28,6 +28,7 @@ from bs_lightning.recipes.texts import (
     is_table,
     load_model,
     load_tokenizer,
+    model_width,
     pair_groups,
     read_pairs,
     require,
@@ -52,6 +53,7 @@ class CLIP(LightningModule):
 
     Raises:
         ImportError: If a model is a name and transformers is not installed.
+        TypeError: If a Hugging Face model has two sides, such as a whole CLIP.
         ValueError: If ``pooling`` is neither of them.
 
     Example::
@@ -114,6 +116,7 @@ class CLIP(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log how well texts are found by images, and images by texts."""
         images, texts = (torch.cat(side) for side in zip(*self.embedded, strict=True))
+        self.embedded.clear()
         groups = self.trainer.datamodule.validation_dataset.groups()[: len(images)]
         found = retrieval(images, texts, groups)
         self.log_dict({f"image_to_text/{name}": value for name, value in found.items()}, sync_dist=True)
@@ -129,7 +132,8 @@ class CLIP(LightningModule):
         ]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
-        decay = CosineAnnealingLR(optimizer, steps)  # type: ignore[arg-type]
+        # `CosineAnnealingLR` would keep the length of the run that a resumed run comes from.
+        decay = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
@@ -145,10 +149,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.model = load_model(model)
         self.projection: nn.Linear | None = None
-        config = getattr(self.model, "config", None)
-        if config is not None:
-            hidden = config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
-            self.projection = nn.Linear(hidden, width, bias=False)
+        if getattr(self.model, "config", None) is not None:
+            self.projection = nn.Linear(model_width(self.model, "transformers.CLIPVisionModel"), width, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings of images, floats ``[b, width]``."""
@@ -281,12 +283,12 @@ class ImageTexts(Dataset[tuple[Tensor, str]]):
         """Return the pixels of an image and its text.
 
         Raises:
-            ValueError: If the image cannot be read. The message names its index.
+            ValueError: If the image cannot be read or has more than 8 bits. The message names its index.
         """
         image = self.rows[index][self.key]
         try:
             return self.to_pixels(image, self.at_random), self.texts[index]
-        except (OSError, SyntaxError, AttributeError) as error:  # Pillow raises SyntaxError for a broken PNG
+        except (OSError, SyntaxError, AttributeError, ValueError) as error:  # Pillow calls a broken PNG a SyntaxError
             shown = image if isinstance(image, str | Path) else type(image).__name__
             raise ValueError(f"Image {index} ({shown}) cannot be read as a Pillow image: {error}.") from error
 
@@ -320,10 +322,15 @@ class ToPixels:
         Args:
             image: A Pillow image, or a path.
             at_random: Whether the square is cut at random along the longer side, or in the middle.
+
+        Raises:
+            ValueError: If the image has more than 8 bits.
         """
         if isinstance(image, str | Path):
             with require("PIL.Image").open(image) as opened:
-                return self(opened.convert("RGB"), at_random)
+                return self(opened, at_random)
+        if image.mode.startswith(("I", "F")):  # Pillow would turn what is above 255 white
+            raise ValueError(f"its mode {image.mode!r} has more than 8 bits. Scale it to 8 bits, mode 'L'")
         where = torch.rand(2).tolist() if at_random else (0.5, 0.5)
         bicubic = require("PIL.Image").Resampling.BICUBIC
         square = require("PIL.ImageOps").fit(image.convert("RGB"), (self.size, self.size), bicubic, centering=where)

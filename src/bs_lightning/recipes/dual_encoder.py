@@ -64,7 +64,7 @@ class DualEncoder(EvaluatedModule):
         self.learning_rate = learning_rate
 
     def embed(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of queries and of documents, float32 ``[b, d]`` each."""
+        """Return the embeddings of queries and of documents, floats ``[b, d]`` each."""
         queries, documents = batch
         return self.queries(queries), self.documents(documents)
 

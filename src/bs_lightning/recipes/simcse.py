@@ -65,7 +65,7 @@ class SimCSE(EvaluatedModule):
         self.learning_rate = learning_rate
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Return the embeddings of sentences, float32 ``[b, d]``."""
+        """Return the embeddings of sentences, floats ``[b, d]``."""
         embeddings: Tensor = self.encoder(tokens)
         return embeddings
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
@@ -40,7 +40,7 @@ def require(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"The recipes of texts need {package}: {error}. Install it with: pip install bs-lightning[language]"
+            f"The recipes of texts need {package}: {error}. Install it with: pip install 'bs-lightning[language]'"
         ) from error
 
 
@@ -351,6 +351,7 @@ class TextEncoder(nn.Module):
             model whose first token cannot see the others, such as GPT-2.
 
     Raises:
+        TypeError: While ``width`` is read, if the model has no ``config.hidden_size``.
         ValueError: If ``pooling`` is neither of them.
     """
 
@@ -366,7 +367,7 @@ class TextEncoder(nn.Module):
     @property
     def width(self) -> int:
         """Numbers in a text's vector."""
-        return int(self.transformer.config.hidden_size)
+        return model_width(self.transformer, "transformers.CLIPTextModel")
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return the vectors of texts.
@@ -375,10 +376,13 @@ class TextEncoder(nn.Module):
             tokens: ``input_ids`` and ``attention_mask``, int64 ``[b, L]``.
 
         Returns:
-            float32 of shape ``[b, width]``.
+            Floats of shape ``[b, width]``, in the precision of the model's weights.
         """
-        states: Tensor = self.transformer(**tokens).last_hidden_state.float()
-        mask = tokens["attention_mask"]
+        output: Tensor = self.transformer(**tokens).last_hidden_state
+        return self._pooled(output.float(), tokens["attention_mask"]).to(next(self.transformer.parameters()).dtype)
+
+    def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return one vector ``[b, width]`` for the tokens' vectors ``[b, L, width]``."""
         if self.pooling == "cls":  # some tokenizers pad on the left
             return states[torch.arange(len(states), device=states.device), mask.argmax(dim=1)]
         weights = mask.unsqueeze(2).to(states.dtype)
@@ -391,6 +395,27 @@ def load_model(model: str | nn.Module) -> Any:
         # Saved weights may be in half precision, in which optimizers lose small steps.
         return load_model(require("transformers").AutoModel.from_pretrained(model).float())
     return model.train()  # `from_pretrained` returns a model without dropout, and Lightning leaves it so
+
+
+def model_width(model: Any, of_one_side: str) -> int:
+    """Return how many numbers a Hugging Face model gives for each token or patch.
+
+    Args:
+        model: The model.
+        of_one_side: A model to name in the error, if this one has two sides.
+
+    Raises:
+        TypeError: If the model's configuration does not say it.
+    """
+    config = model.config
+    if hasattr(config, "hidden_size"):
+        return int(config.hidden_size)
+    if hasattr(config, "hidden_sizes"):
+        return int(config.hidden_sizes[-1])
+    raise TypeError(
+        f"{type(model).__name__} has no config.hidden_size. Give a model of one side, such as "
+        f"{of_one_side}.from_pretrained(name)."
+    )
 
 
 class TextDataModule(BatchSamplerDataModule):
@@ -563,10 +588,12 @@ class EvaluatedModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the scores."""
         scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
+        self.embedded.clear()
         self.log_dict(scores, sync_dist=True)
 
     def with_linear_decay(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return what ``configure_optimizers`` returns: the optimizer, and its rate's linear decay to zero."""
         steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
-        decay = LinearLR(optimizer, 1, 0, total_iters=steps)  # type: ignore[arg-type]
+        # `LinearLR` would keep the length of the run that a resumed run comes from.
+        decay = LambdaLR(optimizer, lambda step: max(1 - step / steps, 0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
