@@ -51,7 +51,7 @@ def numbered_edges(graph):
 
 
 @both
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_training_lowers_the_loss(recipe, precision):
     make, data = RECIPES[recipe]
     module = make()
@@ -155,6 +155,7 @@ def test_loss_leaves_the_positive_out_of_the_denominator():
     assert float(GraphCLLoss()(first, second, masked)) == pytest.approx(np.mean(losses))
     with pytest.raises(ValueError, match="temperature must be finite and above 0, got 0"):
         GraphCLLoss(temperature=0)
+    assert GraphCL(2).loss.gather  # composed batches span the processes
 
 
 @pytest.mark.parametrize("loss", [DebiasedLoss, HardLoss])
@@ -299,7 +300,9 @@ def test_graphs_without_features_or_edges():
 def test_labels_are_the_graphs_y():
     graphs = tiny_graphs()
     assert GraphDataModule(graphs, 8).train_labels().tolist() == [0, 1] * 20
-    for y in (torch.tensor([0.5]), torch.tensor([1, 0]), None):
+    graphs[4].y = 0  # `Data` holds plain numbers, too
+    assert GraphDataModule(graphs, 8).train_labels().tolist() == [0, 1] * 20
+    for y in (torch.tensor([0.5]), torch.tensor([1, 0]), 0.5, None):
         graphs[4].y = y
         assert GraphDataModule(graphs, 8).train_labels() is None
 
@@ -311,6 +314,8 @@ def test_bad_graphs_are_refused():
         Graphs([Data(num_nodes=1), Data()])[1]
     with pytest.raises(ValueError, match=r"x of graph 0 must have shape \[n_nodes, n_features\], got shape \[4\]"):
         Graphs([Data(x=torch.ones(4))])[0]
+    with pytest.raises(ValueError, match="Graph 0 holds its edges as a sparse matrix"):
+        Graphs([Data(x=torch.ones(4, 1), adj_t=torch.eye(4).to_sparse())])[0]
     for make, _ in RECIPES.values():
         with pytest.raises(ValueError, match="3 features for each node, but the model has n_features=2"):
             represent(make(), [Data(x=torch.ones(4, 3))])
@@ -321,7 +326,7 @@ def test_a_missing_extra_says_how_to_install_it(module, monkeypatch):
     for name in ("torch_geometric", "torch_geometric.data", f"bs_lightning.recipes.{module}"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"bs_lightning.recipes.{module}")
-    with pytest.raises(ImportError, match=r"pip install bs-lightning\[graphs\]"):
+    with pytest.raises(ImportError, match=r"pip install 'bs-lightning\[graphs\]'"):
         importlib.import_module(f"bs_lightning.recipes.{module}")
 
 

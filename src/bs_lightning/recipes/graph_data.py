@@ -19,7 +19,7 @@ try:
     from torch_geometric.data import Batch, Data
     from torch_geometric.data import Dataset as GraphDataset
 except ImportError as error:
-    raise ImportError(f"The graph recipes need {error.name}: pip install bs-lightning[graphs]") from error
+    raise ImportError(f"The graph recipes need {error.name}: pip install 'bs-lightning[graphs]'") from error
 
 
 class GraphDataModule(BatchSamplerDataModule):
@@ -58,8 +58,11 @@ class GraphDataModule(BatchSamplerDataModule):
 
     def train_labels(self) -> Tensor | None:
         """Return the graphs' ``y``, int64 ``[N]``; ``None`` where it is not one integer for each graph."""
-        labels = [self.dataset[i].y for i in range(len(Graphs(self.dataset)))]
-        if any(y is None or y.is_floating_point() or y.numel() != 1 for y in labels):
+        found = [self.dataset[i].y for i in range(len(Graphs(self.dataset)))]
+        if any(y is None for y in found):
+            return None
+        labels = [torch.as_tensor(y) for y in found]
+        if any(y.is_floating_point() or y.numel() != 1 for y in labels):
             return None
         return torch.cat([y.flatten() for y in labels])
 
@@ -95,8 +98,14 @@ def with_features(graph: Data, index: int) -> Data:
         A graph with ``x``, floats ``[n_nodes, n_features]``, and ``edge_index``, int64 ``[2, n_edges]``.
 
     Raises:
-        ValueError: If the graph does not say how many nodes it has, or ``x`` is not of shape ``[n_nodes, n_features]``.
+        ValueError: If the graph does not say how many nodes it has, ``x`` is not of shape ``[n_nodes, n_features]``, or
+            the edges are held as a sparse matrix.
     """
+    if graph.edge_index is None and any(name in graph for name in ("adj_t", "adj")):
+        raise ValueError(
+            f"Graph {index} holds its edges as a sparse matrix, but the recipes read edge_index. Leave out the "
+            "transform ToSparseTensor, or ToDense."
+        )
     edge_index = torch.empty(2, 0, dtype=torch.int64) if graph.edge_index is None else graph.edge_index
     x = graph.x
     if x is None:

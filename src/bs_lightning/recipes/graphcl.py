@@ -21,7 +21,7 @@ try:
     from torch_geometric.data import Dataset as GraphDataset
     from torch_geometric.nn import GINConv, global_add_pool
 except ImportError as error:
-    raise ImportError("GraphCL needs torch_geometric: pip install bs-lightning[graphs]") from error
+    raise ImportError("GraphCL needs torch_geometric: pip install 'bs-lightning[graphs]'") from error
 
 
 class GraphCL(LightningModule):
@@ -35,15 +35,16 @@ class GraphCL(LightningModule):
         width: Outputs of a layer.
         n_layers: Layers of the network.
         loss: A module that is called with two sides ``[B, d]``: the graphs and their augmented views. ``None`` is
-            :class:`GraphCLLoss`. :class:`~bs_lightning.losses.DebiasedLoss` and
-            :class:`~bs_lightning.losses.HardLoss` with ``negatives="second"`` have the same negatives.
+            ``GraphCLLoss(gather=True)``: with several processes, the negatives come from all of them.
+            :class:`~bs_lightning.losses.DebiasedLoss` and :class:`~bs_lightning.losses.HardLoss` with
+            ``negatives="second"`` have the same negatives.
         learning_rate: Adam's.
 
     Example:
         >>> from bs_lightning.losses import DebiasedLoss
         >>> from bs_lightning.recipes.graphcl import GraphCL
         >>> model = GraphCL(n_features=7)
-        >>> debiased = GraphCL(7, loss=DebiasedLoss(temperature=0.2, class_prior=0.5, negatives="second"))
+        >>> debiased = GraphCL(7, loss=DebiasedLoss(temperature=0.2, class_prior=0.1, negatives="second"))
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class GraphCL(LightningModule):
     ) -> None:
         super().__init__()
         self.n_features = n_features
-        self.loss = GraphCLLoss() if loss is None else loss
+        self.loss = GraphCLLoss(gather=True) if loss is None else loss
         self.learning_rate = learning_rate
         inputs = [n_features, *[width] * (n_layers - 1)]
         self.layers = nn.ModuleList(GINConv(two_layers(n_inputs, width)) for n_inputs in inputs)
@@ -66,11 +67,12 @@ class GraphCL(LightningModule):
     def forward(self, graphs: Batch) -> Tensor:
         """Return the graphs' representations, ``[B, n_layers * width]``."""
         check_features(graphs, self.n_features)
-        x, sums = graphs.x, []
+        dtype = next(self.parameters()).dtype
+        x, sums = graphs.x.to(dtype), []  # Lightning leaves graphs in float32
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = norm(layer(x, graphs.edge_index).relu())
             sums.append(global_add_pool(x.float(), graphs.batch, graphs.num_graphs))  # bfloat16 cannot count to 257
-        return torch.cat(sums, dim=1)
+        return torch.cat(sums, dim=1).to(dtype)
 
     def embed(self, graphs: Batch) -> Tensor:
         """Return what the loss compares, ``[B, n_layers * width]``. The callback composes batches from it."""

@@ -16,7 +16,7 @@ try:
     from torch_geometric.nn import global_add_pool
     from torch_geometric.utils import to_dense_adj, to_dense_batch
 except ImportError as error:
-    raise ImportError("MVGRL needs torch_geometric: pip install bs-lightning[graphs]") from error
+    raise ImportError("MVGRL needs torch_geometric: pip install 'bs-lightning[graphs]'") from error
 
 
 class MVGRL(LightningModule):
@@ -113,7 +113,7 @@ class GCN(nn.Module):
         for layer in self.layers:
             x = layer(x, matrix, graph_of)
             sums.append(global_add_pool(x.float(), graph_of, size=len(matrix)))
-        return x, torch.cat(sums, dim=1)
+        return x, torch.cat(sums, dim=1).to(x.dtype)
 
 
 class GraphConvolution(nn.Linear):
@@ -133,10 +133,9 @@ class GraphConvolution(nn.Linear):
     def forward(self, x: Tensor, matrix: Tensor, graph_of: Tensor) -> Tensor:  # type: ignore[override]
         """Return the nodes' outputs, floats ``[n_nodes, width]``, for the arguments of :class:`GCN`."""
         # Only this product needs padded graphs: most rows of a padded batch are no nodes.
-        padded, is_node = to_dense_batch(
-            F.linear(x, self.weight), graph_of, batch_size=len(matrix), max_num_nodes=matrix.shape[1]
-        )
-        outputs: Tensor = self.activation((matrix @ padded)[is_node] + self.bias)
+        weighted = F.linear(x.to(self.weight.dtype), self.weight)
+        padded, is_node = to_dense_batch(weighted, graph_of, batch_size=len(matrix), max_num_nodes=matrix.shape[1])
+        outputs: Tensor = self.activation((matrix.to(padded.dtype) @ padded)[is_node] + self.bias)
         return outputs
 
 
@@ -172,12 +171,14 @@ def adjacency_and_diffusion(graphs: Batch, teleport: float) -> tuple[Tensor, Ten
         its diffusion ``teleport * (I - (1 - teleport) * adjacency)^-1``.
     """
     with torch.autocast(graphs.x.device.type, enabled=False):  # no inverse in half precision
-        adjacency = to_dense_adj(graphs.edge_index, graphs.batch, batch_size=graphs.num_graphs).clamp_max(1)
-        identity = torch.eye(adjacency.shape[1], device=adjacency.device)
+        adjacency = to_dense_adj(graphs.edge_index, graphs.batch, batch_size=graphs.num_graphs).clamp_max(1).float()
+        identity = torch.eye(adjacency.shape[1], device=adjacency.device, dtype=torch.float32)
         adjacency = adjacency + identity
         scale = adjacency.sum(dim=2).rsqrt()
         adjacency = scale[:, :, None] * adjacency * scale[:, None, :]
-        return adjacency, teleport * torch.linalg.inv(identity - (1 - teleport) * adjacency)
+        # The matrix always has an inverse. `inv` would wait for a GPU, to check that.
+        inverse, _ = torch.linalg.inv_ex(identity - (1 - teleport) * adjacency)
+        return adjacency, teleport * inverse
 
 
 def local_global_loss(nodes: Tensor, wholes: Tensor, graph_of: Tensor) -> Tensor:
