@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, pool_order, same_cluster_share, walker
+from parts import Data, Model, fit, pool_order, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, Composer, ExactGraph, RWRComposer
 from bs_lightning.bank import EmbeddingBank
@@ -230,3 +230,12 @@ def test_the_public_codes_settings_train():
     fit(model, Data(16, 1600), callback, max_epochs=2)
     assert same_cluster_share(model.epochs[0]) < 0.12
     assert same_cluster_share(model.epochs[1]) > 0.15
+
+
+def test_a_second_fit_says_that_it_has_no_embeddings_yet():
+    made, model = trainer(walker(48, recycle=True)), Returns()
+    made.fit(model, datamodule=Data(8, 96))
+    made.fit_loop.max_epochs = 4
+    with pytest.warns(UserWarning, match="has no embedding of a pool yet, as after a checkpoint without them or in a"):
+        made.fit(model, datamodule=Data(8, 96))
+    assert [sorted(sum(batches, [])) for batches in model.epochs.values()] == [list(range(96))] * 4

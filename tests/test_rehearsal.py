@@ -1,5 +1,6 @@
 """The rehearsal before training, messages between processes, and errors that new users meet."""
 
+import pickle
 import re
 import threading
 import time
@@ -11,8 +12,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
 from processes import run
+from streams import StreamData
 
 from bs_lightning import BatchSamplerDataModule, Composer, ExactGraph, RWRComposer
+from bs_lightning.compose import as_composer
+from bs_lightning.plugin import callback, planner
 
 
 class Trained(Callback):
@@ -126,6 +130,57 @@ def test_composers_that_only_work_later_or_in_large_pools_are_not_refused():
 
     composer = RWRComposer(graph, restart_probability=lambda epoch: 0.2 / epoch)
     fit(Model(), Data(8, 4000), walker(4000, composer=composer, warmup_epochs=1), max_epochs=2, limit_train_batches=500)
+
+
+def test_pools_are_tried_at_their_size():
+    """Of a stream a pool and not a batch; where the size follows the loss, the smallest pool that is composed."""
+
+    def noting(embeddings, batch_size, *, seed, epoch):
+        sizes.append(len(embeddings))
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    def tried(pool_size, data):
+        sizes.clear()
+        fit(Model(), data, walker(pool_size, composer=noting, warmup_epochs=1), max_steps=1)
+        return list(sizes)
+
+    sizes = []
+    assert tried(32, StreamData(8, 100)) == [32]
+    assert tried(50, Data(8, 100)) == [48]
+    assert tried("auto", Data(8, 100)) == [16]
+    assert tried("all", Data(8, 5000)) == []  # it may need the whole pool, and much time
+
+
+def test_the_largest_pool_is_prepared_for():
+    class Prepares(Composer):
+        def prepare(self, pool_size, example):
+            prepared.append(pool_size)
+
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    prepared = []
+    for pool_size, data in ((64, StreamData(8, 100)), (64, Data(8, 95)), ("auto", Data(8, 100))):
+        fit(Model(), data, walker(pool_size, composer=Prepares(), warmup_epochs=1), max_steps=1)
+    assert prepared == [64, 88, 96]
+
+
+def test_processes_describe_uniform_batches_only_together(monkeypatch):
+    """Else one process would log a value that another does not log, and both would wait forever."""
+    for others, logged in ((True, True), (False, False)):
+        monkeypatch.setattr(planner, "gather", lambda trainer, own, others=others: [own, others])
+        made = fit(Model(), Data(8, 96), walker(warmup_epochs=1, per_rank=True), max_epochs=1)
+        assert ("batch_sampler/hardness" in made.callback_metrics) == logged
+
+
+def test_composers_are_told_apart_by_what_can_be_sent():
+    class Local(Composer):
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    names = [callback._name(each) for each in (Local(), RWRComposer(), as_composer(pool_order))]
+    assert pickle.loads(pickle.dumps(names)) == names
+    assert len(set(names)) == 3
 
 
 def test_a_composer_keeps_its_state_in_the_rehearsal():

@@ -377,7 +377,7 @@ class BatchSamplerCallback(Callback):
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
             per_rank=self.per_rank,
-            composer=repr(self.composer) if isinstance(self.composer, FunctionComposer) else type(self.composer),
+            composer=_name(self.composer),
             replacement=self.composer.replacement,
         )
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
@@ -477,3 +477,10 @@ def _check_pool_size(pool_size: Any) -> None:
         raise ValueError(f'pool_size must be an integer, a float in (0, 1], "all", "auto" or None, got {pool_size!r}.')
     elif check_integer("pool_size", pool_size) < 2:
         raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
+
+
+def _name(composer: Composer) -> str:
+    """Return what tells composers apart: a class that is defined in a function cannot be sent to other processes."""
+    if isinstance(composer, FunctionComposer):
+        return repr(composer)
+    return f"{type(composer).__module__}.{type(composer).__qualname__}"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
+from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
 from bs_lightning.graphs import SharedGraph, can_share
 from bs_lightning.isolation import isolated_rng, isolated_threads
@@ -28,7 +30,7 @@ from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, 
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import cores_of_one_process, failing_together, gather, own_share
 from bs_lightning.plugin.progress import progress
-from bs_lightning.plugin.sources import EmbeddingSource, ReferenceEmbeddings
+from bs_lightning.plugin.sources import EmbeddingSource, RecycledEmbeddings, ReferenceEmbeddings
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
 _MOST_REHEARSED = 4096  # instances; in larger pools NNDescentGraph compiles, which a rehearsal must not wait for
@@ -112,18 +114,18 @@ class TrainerPlanner:
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
 
-        Embeds two uniform batches, and composes random embeddings: as many as a pool has, but at most 4096. A copy of
-        the composer composes them, so that a composer with state keeps its state. A composer that cannot be copied is
-        not tried. For larger pools the composer prepares itself.
+        Embeds two uniform batches, and composes random embeddings: as many as a pool has, or two batches if its size
+        follows the loss. A copy of the composer composes them, so that a composer with state keeps its state. A
+        composer that cannot be copied is not tried. Of pools of more than 4096 instances, walks are tried in a part,
+        and other composers not at all. For such pools the composer prepares itself.
 
         Args:
             cut: What is planned together.
             epoch: The first epoch that may be composed.
         """
-        trainer, layout = self.trainer, self.layout
+        trainer = self.trainer
         embeddings = self.source.read(self._two_batches(epoch))
-        whole = layout.n_full * layout.global_batch_size
-        pool_size = min(whole, cut.size if isinstance(cut, Pools) else whole) // self._n_composing
+        pool_size = self._largest_pool(cut) // self._n_composing
         shares_graph = self._shared_graph() is not None
         with failing_together(trainer):
             composes = self._per_rank or trainer.is_global_zero
@@ -131,7 +133,11 @@ class TrainerPlanner:
                 n_sharing = trainer.world_size if shares_graph else 1
                 self._composer.prepare(-(-pool_size // n_sharing), embeddings)
             if composes:
-                size = max(min(pool_size, _MOST_REHEARSED) // self._batch_size, 1) * self._batch_size
+                size = min(pool_size, 2 * self._batch_size) if isinstance(cut, AdaptivePools) else pool_size
+                if size > _MOST_REHEARSED:
+                    if not isinstance(self._composer, RWRComposer):
+                        return  # it may need the whole pool, and much time
+                    size = max(_MOST_REHEARSED // self._batch_size, 1) * self._batch_size
                 random = torch.randn(size, *embeddings.shape[1:], generator=torch.Generator().manual_seed(0))
                 try:
                     composer = copy.deepcopy(self._composer)
@@ -141,6 +147,15 @@ class TrainerPlanner:
                 # The sides of recycled embeddings are not known yet.
                 own_rule = self._own_rule if embeddings.any() else None
                 self._compose(random, np.arange(size), 0, epoch, composer=composer, own_rule=own_rule)
+
+    def _largest_pool(self, cut: Cut) -> int:
+        """Return the most instances that a pool may have."""
+        layout = self.layout
+        if isinstance(cut, Pools):
+            # The layout of a stream holds one batch, as its length is not known.
+            n_batches = round(cut.size / layout.global_batch_size) if self.trainer.datamodule.streams else layout.n_full
+            return cut.next_pool(0, n_batches, layout)[1] * layout.global_batch_size
+        return layout.n_full * layout.global_batch_size
 
     def describe_uniform(self, epoch: int) -> None:
         """Note for the log what two uniform batches are like, with the model as it is.
@@ -153,7 +168,10 @@ class TrainerPlanner:
         if self._per_rank:
             indices = own_share(self.trainer, indices)
         log = {"batch_sampler/pool_size": float(self.layout.global_batch_size)}
-        if len(embeddings) and embeddings.any():
+        known = bool(len(embeddings) and embeddings.any())
+        if self._per_rank:  # all processes must log the same values, or they would wait for each other
+            known = all(gather(self.trainer, known))
+        if known:
             log |= self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
         self._log = log if self._per_rank else self.trainer.strategy.broadcast(log)
         self._n_batches = 2
@@ -281,7 +299,13 @@ class TrainerPlanner:
         self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None
     ) -> _Composed:
         """Compose batches in this process alone, with the callback's own composer and rule."""
-        own_rule = self._own_rule if embeddings.any() else None  # a bank without rows does not know how many sides
+        known = bool(embeddings.any())
+        if not known and epoch > 0 and isinstance(self.source, RecycledEmbeddings):
+            rank_zero_warn(
+                "BatchSamplerCallback(recycle=True) has no embedding of a pool yet, as after a checkpoint without them "
+                "or in a second fit. Its batches are random until training has computed embeddings."
+            )
+        own_rule = self._own_rule if known else None  # a bank without rows does not know how many sides
         if neighbors is None:
             neighbors = self._fixed_neighbors(indices)
         return self._compose(
@@ -387,7 +411,7 @@ def _once_per_graph(rule: Rule) -> _MarkEdges:
 
 
 def _as_labels(labels: Any) -> Tensor:
-    array = np.asarray(labels)
+    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise ValueError(
             f"train_labels() must be integers of shape [N], got {array.dtype} of shape {list(array.shape)}. Override "

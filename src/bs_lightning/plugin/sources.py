@@ -154,7 +154,7 @@ class EncodedEmbeddings:
             self._shape = embeddings.shape[1:]
         if self._per_rank or self._trainer.world_size == 1:
             return embeddings
-        return self._trainer.strategy.all_gather(embeddings).flatten(0, 1)
+        return _gathered(self._trainer, embeddings)
 
     def expect(self, indices: Indices) -> None:
         # Workers read up to `prefetch_factor` batches each, and wait.
@@ -262,7 +262,8 @@ class RecycledEmbeddings:
             if self._bank is None:
                 return torch.empty(0)  # a different process composes
             asked = own_share(self._trainer, indices) if self._per_rank else indices
-            return self._bank.read(torch.from_numpy(asked))
+            # Restored rows, and those of a bank that is still empty, are on the CPU.
+            return self._bank.read(torch.from_numpy(asked)).to(self._trainer.strategy.root_device)
 
     def expect(self, indices: Indices) -> None:
         pass
@@ -285,7 +286,7 @@ class RecycledEmbeddings:
             if self._shape is None:
                 check_equal(trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
                 self._shape = embeddings.shape[1:]
-            embeddings = trainer.strategy.all_gather(embeddings.detach()).flatten(0, 1)
+            embeddings = _gathered(trainer, embeddings.detach())
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
 
@@ -296,8 +297,9 @@ class RecycledEmbeddings:
         return {} if self._bank is None else self._bank.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
-        self._restore()
+        if self._per_rank or self._trainer.is_global_zero:
+            self._restored = state_dict
+            self._restore()
 
     def close(self) -> None:
         pass
@@ -368,6 +370,12 @@ def _advice(batch: Any, is_training_data: bool, how: str) -> str:
             f"module. Otherwise {how} one clean view of each instance."
         )
     return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
+
+
+def _gathered(trainer: Trainer, embeddings: Tensor) -> Tensor:
+    """Return the embeddings of all processes, in order. They are on the device of training, as NCCL needs them."""
+    own = embeddings.to(trainer.strategy.root_device)
+    return trainer.strategy.all_gather(own).flatten(0, 1)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
