@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,6 +36,7 @@ def served(loader):
 )
 def test_each_instance_comes_once(n, batch_size, n_pool_batches, drop_last, kind, seed):
     batch_size = min(batch_size, n)
+    assume(drop_last or n % batch_size != 1)  # a last batch of one is left out
     loader = StreamLoader(kind(n), batch_size, pool_size=n_pool_batches * batch_size, drop_last=drop_last, seed=seed)
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -346,19 +347,37 @@ def test_the_mask_is_that_of_the_batch_being_trained(kind):
     assert all(q[a] @ d[b] > q[a] @ d[a] - 1e-6 or q[b] @ d[a] > q[a] @ d[a] - 1e-6 for a, b in pairs)
 
 
-def test_looking_into_the_loader_disturbs_nothing():
+@pytest.mark.parametrize("kind", ["Stream", "Stateful"])
+def test_looking_into_the_loader_disturbs_nothing(kind):
     class Looks(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if batch_idx == 5:
                 assert len(list(trainer.train_dataloader)) == 12
                 assert len(list(trainer.datamodule.train_dataloader())) == 12
 
-    def batches(*callbacks):
-        torch.manual_seed(0)
-        fit(model := Exact(), StreamData(8, 100, seed=1), *callbacks, max_epochs=2)
-        return model.batches
+    class States(Callback):
+        def __init__(self):
+            self.states = []
 
-    assert batches(Looks(), walker(32)) == batches(walker(32))
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.states.append(trainer.datamodule.state_dict())
+
+    def batches_and_states(*callbacks):
+        torch.manual_seed(0)
+        states = States()
+        fit(model := Exact(), StreamData(8, 100, kind, seed=1), *callbacks, states, max_epochs=2)
+        return model.batches, states.states
+
+    looked, undisturbed = batches_and_states(Looks(), walker(32)), batches_and_states(walker(32))
+    assert looked[0] == undisturbed[0]
+    assert_equal(looked[1], undisturbed[1])
+
+
+def test_no_last_batch_of_one_instance():
+    with pytest.raises(ValueError, match="a last batch of one of the stream's 17 instances, which has no negatives"):
+        StreamLoader(Sized(17), 8, drop_last=False)
+    with pytest.warns(UserWarning, match="The stream's last batch would hold one instance"):
+        assert len(list(StreamLoader(Stream(17), 8, drop_last=False))) == 2
 
 
 def test_collate_functions_make_the_views():

@@ -246,8 +246,9 @@ class StreamLoader:
         # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
         run = self._begin()
         stream: Any = self.stream
-        if run.restored is not None:
-            stream = copy.deepcopy(stream)  # a state holds for this pass: the next one reads from the start
+        if run.restored is not None or (self._is_stateful and not run.together):
+            # A state holds for this pass: the next one reads from the start. A look into the loader moves no position.
+            stream = copy.deepcopy(stream)
         if hasattr(stream, "set_epoch"):
             stream.set_epoch(run.epoch)
         if run.restored is not None and run.restored.readings[self.rank].state is not None:
@@ -288,6 +289,12 @@ class StreamLoader:
                 n_batches = min(each.taken for each in readings) // self.batch_size
                 # Fewer than wanted were left, so the stream is at its end, here or in a different process.
                 n_last = 0 if self.drop_last else len(taken) - n_batches * self.batch_size
+                if n_last == 1:
+                    n_last = 0
+                    warnings.warn(
+                        "The stream's last batch would hold one instance, which has no negatives, so it is left out.",
+                        stacklevel=2,
+                    )
             else:
                 n_batches, n_last = len(restored.batches), restored.n_last
             if not n_batches and not n_last:
@@ -375,6 +382,11 @@ class StreamLoader:
         shortest = None if None in lengths else min(lengths)
         if shortest is not None and shortest < self.batch_size:
             raise ValueError(f"The stream has {shortest} instances, fewer than batch_size={self.batch_size}.")
+        if shortest is not None and not self.drop_last and shortest % self.batch_size == 1:
+            raise ValueError(
+                f"drop_last=False would leave a last batch of one of the stream's {shortest} instances, which has no "
+                "negatives. Use drop_last=True or a different batch_size."
+            )
         return shortest
 
     def _reading_settings(self, epoch: int) -> dict[str, Any]:
