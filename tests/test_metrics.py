@@ -15,6 +15,7 @@ from bs_lightning.metrics import (
     InBatchHardness,
     NegativesAbovePositive,
     Uniformity,
+    _negatives,
     alignment,
     in_batch_accuracy,
     in_batch_false_negative_rate,
@@ -491,3 +492,13 @@ def test_two_processes_compute_what_one_does_over_all_data(tmp_path):
         assert results.keys() == CASES.keys()
         for case, (make, _, inputs, _) in CASES.items():
             assert results[case] == pytest.approx(updated(make(), inputs).compute().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [(), (LABELS,)], ids=["all negatives", "true negatives"])
+def test_hardness_of_many_batches_is_summed_in_parts(labels, monkeypatch):
+    whole = in_batch_hardness(TWO_SIDES, *labels)
+    monkeypatch.setattr(_negatives, "BLOCK_ENTRIES", TWO_SIDES[0].numel())
+    sum_of, parts = _negatives._similarity_and_pairs, []
+    monkeypatch.setattr(_negatives, "_similarity_and_pairs", lambda x, y: parts.append(len(x)) or sum_of(x, y))
+    assert in_batch_hardness(TWO_SIDES, *labels).item() == pytest.approx(whole.item(), abs=1e-6)
+    assert parts == [1] * len(TWO_SIDES)

@@ -5,11 +5,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import LibController, ThreadpoolController
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -202,8 +203,9 @@ def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
         for storage, before in copies:
             if storage.nbytes() != before.nbytes:
                 storage.resize_(before.nbytes)
-            # Unchanged memory is not written to: it may be read-only, or shared with forked workers.
-            if not torch.equal(_integers(storage), before):
+            # Unchanged memory is not written to: it may be read-only, or shared with forked workers. A GPU's memory is
+            # neither, and each comparison would wait for the GPU.
+            if before.is_cuda or not torch.equal(_integers(storage), before):
                 _integers(storage).copy_(before)
 
     return restore
@@ -252,7 +254,7 @@ def isolated_threads() -> Iterator[None]:
     numba_layer = config.THREADING_LAYER
     # To ask numba for its number of threads starts them. It starts with the number that its configuration says.
     numba_threads = config.NUMBA_NUM_THREADS if numba_threading_layer() is None else numba.get_num_threads()
-    libraries = [(library, library.num_threads) for library in ThreadpoolController().lib_controllers]
+    libraries = [(library, library.num_threads) for library in _libraries(len(sys.modules))]
     try:
         yield
     finally:
@@ -264,6 +266,17 @@ def isolated_threads() -> Iterator[None]:
         if numba_threading_layer() is not None and numba.get_num_threads() != numba_threads:
             numba.set_num_threads(numba_threads)
         config.THREADING_LAYER = numba_layer
+
+
+@lru_cache(maxsize=1)
+def _libraries(n_modules: int) -> list[LibController]:
+    """Return the OpenMP and BLAS libraries that are loaded. To look for them takes longer than a small graph.
+
+    Args:
+        n_modules: Number of imported modules. Libraries are loaded by imports, so they are looked for once for each.
+    """
+    libraries: list[LibController] = ThreadpoolController().lib_controllers
+    return libraries
 
 
 def numba_threading_layer() -> str | None:

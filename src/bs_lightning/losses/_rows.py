@@ -126,10 +126,10 @@ def _gathered(own: Tensor) -> tuple[Tensor, int, int]:
     shape = torch.tensor(own.shape[1:], device=own.device)
     shapes = [torch.empty_like(shape) for _ in range(n_processes)]
     dist.all_gather(shapes, shape)
-    sizes, widths = zip(*(each.tolist() for each in shapes), strict=True)
+    sizes, widths = torch.stack(shapes).T.tolist()
     if len(set(widths)) > 1:
-        raise ValueError(f"gather=True needs embeddings of one width, got widths {list(widths)} from the processes.")
-    everyone: Tensor = _GatherRows.apply(own.transpose(0, 1), list(sizes), rank)  # type: ignore[no-untyped-call]
+        raise ValueError(f"gather=True needs embeddings of one width, got widths {widths} from the processes.")
+    everyone: Tensor = _GatherRows.apply(own.transpose(0, 1), sizes, rank)  # type: ignore[no-untyped-call]
     return everyone.transpose(0, 1), sum(sizes[:rank]), n_processes
 
 
@@ -170,7 +170,7 @@ def check_negatives(negatives: Any) -> None:
 
 
 def check_temperature(temperature: Any) -> None:
-    """Reject what is not finite and above 0.
+    """Reject what is not finite and above 0. The value of a tensor on a GPU is not read: that would wait for the GPU.
 
     Raises:
         TypeError: If it is neither a number nor a tensor of one float.
@@ -179,6 +179,8 @@ def check_temperature(temperature: Any) -> None:
     if not isinstance(temperature, Tensor):
         value = check_number("temperature", temperature)
     elif temperature.numel() == 1 and temperature.is_floating_point():
+        if temperature.is_cuda:
+            return
         value = temperature.item()
     else:
         shape, dtype = list(temperature.shape), temperature.dtype

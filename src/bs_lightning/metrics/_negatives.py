@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bs_lightning._checks import check_tensor
-from bs_lightning._embeddings import unit_rows
+from bs_lightning._embeddings import BLOCK_ENTRIES, unit_rows
 
 
 def in_batch_false_negative_rate(labels: Tensor | NDArray[Any]) -> Tensor:
@@ -238,15 +238,26 @@ def _hardness_update(
             "embeddings must have shape [B, d] or [n, B, d], or [n, B, 2, d] for two sides, with B >= 2 and d >= 1, "
             f"got {list(embeddings.shape)}."
         )
+    if labels is not None:
+        labels = _check_labels(labels).to(batches.device)
+        if labels.shape != batches.shape[:2]:
+            raise ValueError(f"labels must have shape {list(batches.shape[:2])}, got {list(labels.shape)}.")
+    n = max(1, BLOCK_ENTRIES // batches.shape[1:].numel())  # the sums need memory several times over
+    some = [
+        _similarity_and_pairs(batches[start : start + n], None if labels is None else labels[start : start + n])
+        for start in range(0, max(len(batches), 1), n)
+    ]
+    return torch.stack([similarity for similarity, _ in some]).sum(), sum(pairs for _, pairs in some)
+
+
+def _similarity_and_pairs(batches: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """Return the same for batches ``[n, B, d]`` or ``[n, B, 2, d]``, and labels ``[n, B]``."""
     n_batches, size = batches.shape[:2]
     # Sums of the unit vectors of each group of equal labels. Without labels each instance is its own group.
     sums = unit_rows(batches.flatten(0, 1))
     batch = torch.arange(n_batches, device=sums.device).repeat_interleave(size)
     pairs: Tensor | int = n_batches * size * (size - 1)
     if labels is not None:
-        labels = _check_labels(labels).to(sums.device)
-        if labels.shape != batches.shape[:2]:
-            raise ValueError(f"labels must have shape {list(batches.shape[:2])}, got {list(labels.shape)}.")
         keys = torch.stack([batch, labels.flatten()], dim=1)
         groups, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
         sums = sums.new_zeros(len(groups), *sums.shape[1:]).index_add_(0, group, sums)
@@ -256,7 +267,7 @@ def _hardness_update(
     # A group's pairs with the rest of its batch. To subtract the pairs within groups from all pairs would lose the
     # digits of a few true negatives among many false ones.
     rest = totals[batch] - sums
-    if is_two_sided:
+    if batches.ndim == 4:
         sums, rest = sums[:, 0], rest[:, 1]
     return (sums * rest).sum(), pairs
 
