@@ -361,3 +361,8 @@ if __name__ == "__main__":
         print_what_a_graph_compiles(int(sys.argv[2]), sys.argv[3] == "True")
     else:
         main(*sys.argv[1:])
+
+
+def test_the_compiler_imports_from_where_its_parent_does(monkeypatch):
+    monkeypatch.setattr(sys, "path", ["", "/somewhere", Path("/skipped/by/import")])
+    assert _nndescent._import_path() == [os.getcwd(), "/somewhere"]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from bs_lightning._types import Neighbors
 from bs_lightning.isolation import isolated_threads, numba_threading_layer
 
-_MOST_COMPILING = 600.0  # seconds to wait for another process that compiles
+_MOST_COMPILING = 1800.0  # seconds to wait for another process that compiles, beside a busy training
 _cores_of_process: ContextVar[int | None] = ContextVar("cores of this process", default=None)
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def compile_ahead(n_sides: int) -> None:
             _import_nndescent()  # refuses now if pynndescent's folder cannot be written either
             spare = None
         code = f"from bs_lightning import _nndescent; _nndescent.compile_now({n_sides}, {spare!r})"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())}
         environment |= {"NUMBA_THREADING_LAYER": str(numba_threading_layer())}
         quiet = subprocess.DEVNULL
         _compiler = subprocess.Popen(
@@ -123,6 +123,11 @@ def compile_ahead(n_sides: int) -> None:
         _importer = threading.Thread(target=_import_after, args=(_compiler,), daemon=True)
         _importer.start()
         atexit.register(_stop_compiler, os.getpid())
+
+
+def _import_path() -> list[str]:
+    """Return the folders that Python imports from. It skips what is no string, such as a ``Path``."""
+    return [path or os.getcwd() for path in sys.path if isinstance(path, str)]
 
 
 def _import_after(compiler: "subprocess.Popen[bytes]") -> None:
