@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, Points, fit, pool_order, walker
+from parts import Data, Model, Points, fit, pool_order, same_cluster_share, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RandomCandidateGraph, RWRComposer
+from bs_lightning.baselines import UniformComposer
 from bs_lightning.mask import mutual_nearest, pair_mask
 
 
@@ -309,3 +310,16 @@ def test_what_has_no_embedding_yet_has_no_pair(kind):
 def test_bad_arguments(kwargs, error, words):
     with pytest.raises(error, match=words):
         BatchSamplerCallback(**kwargs)
+
+
+def test_uniform_batches_may_have_the_masks_of_composed_ones():
+    class Masked(Model):
+        def training_step(self, batch, batch_idx):
+            marked.append(int(self.trainer.datamodule.likely_false_negatives().sum()))
+            return super().training_step(batch, batch_idx)
+
+    marked = []
+    model = Masked()
+    fit(model, Data(16, 320), walker(160, composer=UniformComposer(ExactGraph(9)), mask_nearest=9), max_epochs=1)
+    assert sum(marked) > 20
+    assert same_cluster_share(model.batches) == pytest.approx(0.1, abs=0.03)

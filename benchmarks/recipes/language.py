@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, encode_dataset
-from bs_lightning.baselines import B3Composer, knn_batches
+from bs_lightning.baselines import B3Composer, UniformComposer, knn_batches
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
 from bs_lightning.recipes.simcse import SentenceData, SimCSE
 from bs_lightning.recipes.texts import read_evaluation, read_pairs, read_sentences
@@ -30,7 +30,6 @@ from bs_lightning.rules import AbovePositive
 from ..csv_files import Row
 from ..trainers import make_trainer
 from ..training.arms import walk
-from ..training.remedies import UniformComposer
 from ..training.text import STS
 from .runs import LastBatches, chosen_settings, describe, run_missing, show
 

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Literal
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, NNDescentGraph, RWRComposer
-from bs_lightning.baselines import B3Composer, GCBSComposer, knn_batches
+from bs_lightning.baselines import B3Composer, GCBSComposer, UniformComposer, knn_batches
 from bs_lightning.compose import ComposeFunction, Graph
 from bs_lightning.plugin.sources import Embed
 from bs_lightning.presets import public_code
 from bs_lightning.rules import AbovePositive
 
-from .remedies import MixedComposer, SkippingGraph, UniformComposer
+from .remedies import MixedComposer, SkippingGraph
 
 
 def walk(graph: Graph | None = None, restart_probability: float = 0.2, n_roots: int = 1) -> RWRComposer:

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning import Composer, ExactGraph
-from bs_lightning.baselines import uniform_batches
-from bs_lightning.compose import ComposeFunction, Graph
+from bs_lightning import ExactGraph
+from bs_lightning.compose import ComposeFunction
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,3 @@ class MixedComposer:
         chosen, others = np.split(order, [n_batches * n_composed])
         composed = chosen[self.composer(embeddings[chosen], n_composed, seed=seed, epoch=epoch)]
         return np.concatenate([composed, others.reshape(n_batches, -1)], axis=1)
-
-
-class UniformComposer(Composer):
-    """A composer of uniform batches that builds a graph, so that ``mask_nearest`` works."""
-
-    finds_nearest = True
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def __call__(self, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Keep the graph and return uniform batches."""
-        self.neighbors = self.graph(embeddings, seed=seed)
-        return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)

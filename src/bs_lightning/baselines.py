@@ -26,7 +26,7 @@ from bs_lightning._embeddings import (
 )
 from bs_lightning._types import Batches, Embeddings
 from bs_lightning.compose import Composer, Graph
-from bs_lightning.graphs import ExactGraph
+from bs_lightning.graphs import ExactGraph, NNDescentGraph
 
 
 def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -58,6 +58,42 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
     embeddings = as_embeddings(embeddings)
     check_whole_batches(len(embeddings), batch_size)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
+
+
+class UniformComposer(Composer):
+    """Composes uniform batches, but builds the graph, so that ``own_rule`` and ``mask_nearest`` work.
+
+    It shows what composing adds to a mask: compare it with :class:`~bs_lightning.RWRComposer` under the same loss.
+
+    Args:
+        graph: Builds the graph in which likely false negatives are looked for; ``None`` is ``NNDescentGraph()``.
+
+    Attributes:
+        neighbors: The last call's graph, int32 ``[P, K]``; ``None`` before the first call.
+
+    Raises:
+        TypeError: If ``graph`` is not callable.
+
+    Example:
+        >>> from bs_lightning import BatchSamplerCallback
+        >>> from bs_lightning.baselines import UniformComposer
+        >>> callback = BatchSamplerCallback(composer=UniformComposer(), mask_nearest=5)
+    """
+
+    finds_nearest = True
+
+    def __init__(self, graph: Graph | None = None) -> None:
+        if graph is not None:
+            check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
+        self.graph = NNDescentGraph() if graph is None else graph
+
+    def prepare(self, pool_size: int, example: Tensor) -> None:
+        if isinstance(self.graph, NNDescentGraph):
+            self.graph.prepare(pool_size, example)
+
+    def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
+        self.neighbors = self.graph(embeddings, seed=seed)
+        return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)
 
 
 @torch.no_grad()
@@ -119,7 +155,7 @@ class GCBSComposer(Composer):
     """Global contrastive batch sampling (GCBS): order instances so that the most similar pairs stand close together.
 
     The pairs above a quantile of all similarities form a sparse graph. Reverse Cuthill-McKee orders the graph so that
-    its edges are short. The order is cut into batches. Needs scipy (``pip install bs-lightning[baselines]``).
+    its edges are short. The order is cut into batches. Needs scipy (``pip install 'bs-lightning[baselines]'``).
 
     Args:
         n_neighbors: Pairs to keep per instance, on average. This sets the quantile, which is estimated from a sample.
@@ -212,7 +248,7 @@ class B3Composer(Composer):
 
     In the paper, a fixed and finished teacher model ranks the whole dataset. So compose from a teacher's embeddings of
     all data to reproduce it. In a random pool, neighbours have far higher ranks in the dataset than in the pool. Needs
-    scipy and pymetis (``pip install bs-lightning[baselines]``).
+    scipy and pymetis (``pip install 'bs-lightning[baselines]'``).
 
     Args:
         n_skipped: Nearest neighbours to skip per instance (B3's p).
@@ -323,7 +359,7 @@ class ClusterComposer(Composer):
     Clusters have different sizes, so they are packed: they follow each other in random or greedy order, and the
     sequence is cut into batches. Large clusters fill several batches, and small clusters share a batch.
 
-    Needs scikit-learn (``pip install bs-lightning[baselines]``).
+    Needs scikit-learn (``pip install 'bs-lightning[baselines]'``).
 
     Args:
         cluster_size: Average number of instances in a cluster, about. ``None`` stands for the batch size. With larger
@@ -474,4 +510,4 @@ def _nearest_next(centers: NDArray[np.float32], start: int) -> NDArray[np.int64]
 def _require(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
-            raise ImportError(f"This composer needs {package}: pip install bs-lightning[baselines]")
+            raise ImportError(f"This composer needs {package}: pip install 'bs-lightning[baselines]'")
