@@ -243,3 +243,14 @@ def test_the_page(tmp_path, monkeypatch):
         assert names["trainer"].state.global_step == 3
     exec(loop, names)
     assert (names["epoch"], names["sampler"].served) == (2, 2000 // 64)
+
+
+def test_pools_are_embedded_in_batches_as_large_as_those_of_training(tmp_path):
+    class Noting(RecordedSimCSE):
+        def embed(self, inputs):
+            sizes.append(len(inputs["input_ids"]))
+            return super().embed(inputs)
+
+    sizes = []
+    bert_trainer(tmp_path, Noting, per_device_eval_batch_size=2, num_train_epochs=1).train()
+    assert set(sizes) == {B}

@@ -183,7 +183,9 @@ class ComposedBatchesTrainer(Trainer):
                 return self.embed(self._prepare_inputs(inputs))
 
         with no_trace(self.model):
-            return encode(indices.tolist(), self._load, embed, batch_size=self.args.eval_batch_size)
+            # `eval_batch_size` is 8 by default, which keeps no GPU busy.
+            training = self._train_batch_size * (4 if self.args.device.type == "cuda" else 1)
+            return encode(indices.tolist(), self._load, embed, batch_size=max(self.args.eval_batch_size, training))
 
 
 class ResumableSampler(PoolBatchSampler):
