@@ -41,7 +41,7 @@ COMMANDS: dict[str, Any] = {
 
 def where(args: argparse.Namespace) -> Row:
     """Return the day, the device and the versions that a row was measured with."""
-    on_gpu = args.device == "cuda"
+    on_gpu = args.device == "cuda" and args.command in ("epochs", "encoding", "profile")  # the others need no GPU
     return {
         "day": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",

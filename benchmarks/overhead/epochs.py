@@ -80,10 +80,10 @@ class ForwardPass(Callback):
         size = 256 if pl_module.device.type == "cpu" else 4 * data.batch_size
         batches = torch.randperm(data.size).split(size)
         settings: Any = {"batch_sampler": [batch.tolist() for batch in batches], "collate_fn": as_loaded}
-        loader = DataLoader(data.pool_dataset(), **settings)
+        loader = DataLoader(data.pool_dataset(), pin_memory=pl_module.device.type == "cuda", **settings)
         pl_module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            torch.cat([pl_module(images.to(pl_module.device)) for images in loader])
+            torch.cat([pl_module(images.to(pl_module.device, non_blocking=True)) for images in loader])
         pl_module.train()
 
 

@@ -35,10 +35,10 @@ class Profile(Callback):
             planner.plan_pool(pool, seed=seed, epoch=0)
         on_gpu = module.device.type == "cuda"
         planner.seconds = {}
-        start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            start = time.perf_counter()
             planner.plan_pool(pool, seed=2, epoch=0)
-        self.seconds, self.steps = time.perf_counter() - start, dict(planner.seconds)
+            self.seconds, self.steps = time.perf_counter() - start, dict(planner.seconds)
         name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         self.spent = {event.key: (event.count, getattr(event, name) / 1e6) for event in profiler.key_averages()}
         trainer.should_stop = True
