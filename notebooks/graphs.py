@@ -327,8 +327,9 @@ print(f"walked - uniform: {difference.mean():+.1f} ± {reach:.1f} points (95% in
 #
 # - Train with uniform batches first, and look at the loss late in training. GraphCL's public code trains for 20
 #   epochs, and these few are not the last word.
-# - `pool_size="auto"` decides by the loss when to compose. Give `GraphCL` a loss whose lower bound is 0 for it, such
-#   as `bs_lightning.losses.InfoNCELoss(temperature=0.2)`: `GraphCLLoss` falls below 0.
+# - `pool_size="auto"` decides by the loss when to compose. `GraphCLLoss` falls below 0, so give `GraphCL` the loss
+#   `bs_lightning.losses.InfoNCELoss(temperature=0.2)`. For batches of 128 its least value is 0.6: give the callback a
+#   `target_loss` a little above.
 # - If your dataset may hold copies of a graph, drop them, or let `train_groups()` say which they are.
 # - [Choosing settings](../docs/choosing.md) has the code for other kinds of data, and
 #   [When harder batches help](../docs/when-it-helps.md) has the measurements.

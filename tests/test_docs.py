@@ -199,27 +199,30 @@ def test_what_to_write_for_each_kind_of_data(kind, tmp_path):
     names = {}
     exec(choices()[kind], names)
     of_data = {name: names[name] for name in ("train_groups", "reference_embeddings") if name in names}
+    argument = 8
     if "make_reference" in names:
         embed = torch.nn.Module()
         embed.forward = lambda batch: (batch[0], batch[1])
-        file = names["make_reference"](embed, Pairs(96), tmp_path / "reference.npy")
-        assert file.shape == (96, 2, 8)
-        of_data["reference_file"] = file
-    one_view = kind.startswith("Sentences")
-    of_data["train_dataset"] = lambda self: torch.randn(96, 8) if one_view else Pairs(96)
+        argument = tmp_path / "reference.npy"
+        names["make_reference"](embed, Pairs(96), argument)
+    elif "Data" in names:
+        argument = torch.arange(96) // 2
+    of_data["train_dataset"] = lambda self: torch.randn(96, 8) if kind.startswith("Sentences") else Pairs(96)
+    if kind.startswith(("Unlabelled", "Labelled", "Graphs")):
+        of_data["pool_dataset"] = lambda self: torch.randn(96, 8)
     of_data |= {"query_numbers": torch.arange(96) // 2, "captions": [str(i // 3) for i in range(96)]}
-    made = type("Data", (names.get("Data", BatchSamplerDataModule),), of_data)
-    data = made(torch.arange(96) // 2) if "Data" in names else made(8)
+    data = type("Data", (names.get("Data", BatchSamplerDataModule),), of_data)(argument)
 
-    class Networks(SimCLR):
+    class Networks(LightningModule):
         def __init__(self):
             super().__init__()
-            self.backbone = self.query_tower = self.document_tower = self.image_tower = self.text_tower = self.encoder
+            self.backbone = self.query_tower = self.document_tower = torch.nn.Linear(8, 4)
+            self.image_tower = self.text_tower = self.backbone
             self.projector = torch.nn.Linear(4, 4)
             self.log_temperature = torch.nn.Parameter(torch.tensor(-1.0))
 
-        def embed(self, batch):
-            return self.encoder(batch if one_view else batch[0])
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
 
     methods = {name: names[name] for name in ("embed", "training_step") if name in names}
     model = type("Model", (Networks,), methods)()

@@ -266,7 +266,7 @@ def test_a_plot_without_matplotlib_is_refused(tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     path = save(tmp_path / "embeddings.npz", np.ones((64, 2, 4)))
     words = refusal(capsys, [path, "--batch-size", "8", "--plot", "plot.png"])
-    assert "--plot needs matplotlib: pip install bs-lightning[demo]" in words
+    assert "--plot needs matplotlib: pip install 'bs-lightning[demo]'" in words
 
 
 def write_text(path):

@@ -325,7 +325,7 @@ def _check_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install bs-lightning[demo]") from None
+        raise ValueError("--plot needs matplotlib: pip install 'bs-lightning[demo]'") from None
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
         raise ValueError(f"--plot {path} must end in one of {', '.join(f'.{name}' for name in formats)}.")
