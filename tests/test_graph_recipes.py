@@ -333,6 +333,7 @@ def test_a_missing_extra_says_how_to_install_it(module, monkeypatch):
 # Evaluation
 
 
+@pytest.mark.slow
 def test_svm_accuracies():
     generator = np.random.default_rng(0)
     x = generator.uniform(-1, 1, size=(40, 2))

@@ -42,6 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on worke
 # Training
 
 
+@pytest.mark.slow
 @recipes
 def test_training_learns(recipe, tmp_path):
     model, data = build(recipe, tmp_path)

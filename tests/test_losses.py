@@ -444,6 +444,7 @@ def _on_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """The mean of the losses, and DDP's gradients, are those of one process with the global batch."""
     both, masked = torch.randn(2, 8, D, dtype=torch.float64), random_mask(8, 0.3)

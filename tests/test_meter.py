@@ -194,6 +194,7 @@ def save(path, array):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     """Run as a user does, in a new process. The table has what `measure` returns."""
     sides = clusters(1024).numpy().astype(np.float16)

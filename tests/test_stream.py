@@ -475,6 +475,7 @@ def two_processes(tmp_path_factory):
     return run_all(tmp_path_factory.mktemp("runs"), runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Stream", "Sized"])
 def test_two_processes(kind, two_processes):
     """Each reads its own part. Where one part is longer, both end with the shorter one."""

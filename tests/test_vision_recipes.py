@@ -46,6 +46,7 @@ def assert_each_index_once(records, n=96):
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_learns(name):
     def noisy(images):
