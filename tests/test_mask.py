@@ -323,3 +323,8 @@ def test_uniform_batches_may_have_the_masks_of_composed_ones():
     fit(model, Data(16, 320), walker(160, composer=UniformComposer(ExactGraph(9)), mask_nearest=9), max_epochs=1)
     assert sum(marked) > 20
     assert same_cluster_share(model.batches) == pytest.approx(0.1, abs=0.03)
+
+
+def test_uniform_batches_need_a_graph_of_nearest_neighbours_for_a_mask():
+    with pytest.raises(TypeError, match="mask_nearest=5 needs a composer that finds each instance's nearest"):
+        BatchSamplerCallback(composer=UniformComposer(RandomCandidateGraph()), mask_nearest=5)

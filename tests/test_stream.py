@@ -373,6 +373,14 @@ def test_looking_into_the_loader_disturbs_nothing(kind):
     assert_equal(looked[1], undisturbed[1])
 
 
+def test_a_stream_that_cannot_be_copied_says_why_it_must_be():
+    stream = Stateful(32)
+    stream.running = iter(stream)
+    with pytest.raises(TypeError) as failed:
+        StreamLoader._copied(stream)
+    assert "Stateful has a state, so it is read from a copy" in failed.value.__notes__[0]
+
+
 def test_no_last_batch_of_one_instance():
     with pytest.raises(ValueError, match="a last batch of one of the stream's 17 instances, which has no negatives"):
         StreamLoader(Sized(17), 8, drop_last=False)

@@ -355,14 +355,14 @@ def test_says_what_pynndescent_needs_where_no_folder_can_be_written(monkeypatch)
     assert numba.config.CACHE_DIR == ""
 
 
+def test_the_compiler_imports_from_where_its_parent_does(monkeypatch):
+    monkeypatch.setattr(sys, "path", ["", "/somewhere", Path("/skipped/by/import")])
+    assert _nndescent._import_path() == [os.getcwd(), "/somewhere"]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "kernels":
         graphs._SMALL_POOL = 0  # pynndescent builds the graphs
         print_what_a_graph_compiles(int(sys.argv[2]), sys.argv[3] == "True")
     else:
         main(*sys.argv[1:])
-
-
-def test_the_compiler_imports_from_where_its_parent_does(monkeypatch):
-    monkeypatch.setattr(sys, "path", ["", "/somewhere", Path("/skipped/by/import")])
-    assert _nndescent._import_path() == [os.getcwd(), "/somewhere"]

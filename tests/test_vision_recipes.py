@@ -345,7 +345,7 @@ def test_folders_of_different_classes_are_refused(folder, tmp_path_factory):
     test = tmp_path_factory.mktemp("test")
     (test / "dog").mkdir()
     picture("L").save(test / "dog" / "1.png")
-    with pytest.raises(ValueError, match=r"train and test must have the same classes .* but \['cat'\] differs"):
+    with pytest.raises(ValueError, match=r"train and test must have the same classes, .* but \['cat'\] differs"):
         ImageData(folder, 2, test=test)
 
 

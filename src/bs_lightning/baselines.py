@@ -26,7 +26,7 @@ from bs_lightning._embeddings import (
 )
 from bs_lightning._types import Batches, Embeddings
 from bs_lightning.compose import Composer, Graph
-from bs_lightning.graphs import ExactGraph, NNDescentGraph
+from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
 
 
 def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -80,12 +80,14 @@ class UniformComposer(Composer):
         >>> callback = BatchSamplerCallback(composer=UniformComposer(), mask_nearest=5)
     """
 
-    finds_nearest = True
-
     def __init__(self, graph: Graph | None = None) -> None:
         if graph is not None:
             check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
         self.graph = NNDescentGraph() if graph is None else graph
+
+    @property
+    def finds_nearest(self) -> bool:
+        return not isinstance(self.graph, RandomCandidateGraph)
 
     def prepare(self, pool_size: int, example: Tensor) -> None:
         if isinstance(self.graph, NNDescentGraph):

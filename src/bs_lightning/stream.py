@@ -46,7 +46,8 @@ class StreamLoader:
         plan_pool: Arranges a pool into batches. It gets the pool's positions in ``buffer``, int64 ``[P]``, a seed and
             the epoch, and returns a :class:`~bs_lightning.PlannedPool`. ``None`` serves random batches of the pool. You
             may set the attribute between two passes.
-        drop_last: ``False`` serves the last instances as a smaller batch. Needs one process.
+        drop_last: ``False`` serves the last instances as a smaller batch, but for a single one, which has no negatives.
+            Needs one process.
         seed: The same seed gives the same batches of the same stream.
         rank: This process's number.
         world_size: Number of processes. Each reads its own part of the stream, and composes batches from that part.
@@ -55,7 +56,8 @@ class StreamLoader:
 
     Raises:
         TypeError: If ``stream`` is not an ``IterableDataset``, or a number is not an integer.
-        ValueError: If an argument is out of range, or chooses or reorders instances.
+        ValueError: If an argument is out of range, or chooses or reorders instances, or ``drop_last=False`` would leave
+            a last batch of one instance.
 
     Example:
         >>> from torch.utils.data import IterableDataset
@@ -248,7 +250,7 @@ class StreamLoader:
         stream: Any = self.stream
         if run.restored is not None or (self._is_stateful and not run.together):
             # A state holds for this pass: the next one reads from the start. A look into the loader moves no position.
-            stream = copy.deepcopy(stream)
+            stream = self._copied(stream)
         if hasattr(stream, "set_epoch"):
             stream.set_epoch(run.epoch)
         if run.restored is not None and run.restored.readings[self.rank].state is not None:
@@ -275,6 +277,18 @@ class StreamLoader:
                 self._reader = reader
             else:
                 reader.close()
+
+    @staticmethod
+    def _copied(stream: Any) -> Any:
+        """Return a copy of a stream that has a state."""
+        try:
+            return copy.deepcopy(stream)
+        except Exception as error:
+            error.add_note(
+                f"{type(stream).__name__} has a state, so it is read from a copy where it is resumed, or looked into "
+                "while it is trained from. Let it hold what can be copied: no running iterator and no open file."
+            )
+            raise
 
     def _pools(self, run: "Pass", stream: Any, instances: Iterator[Any]) -> Iterator[StreamPool]:
         """Read and plan one pool after the other. When one is yielded, the buffer holds its instances."""

@@ -29,6 +29,7 @@ from bs_lightning.recipes.texts import (
     load_model,
     load_tokenizer,
     model_width,
+    n_steps,
     pair_groups,
     read_pairs,
     require,
@@ -131,7 +132,7 @@ class CLIP(LightningModule):
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0},
         ]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay)
-        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
+        steps = n_steps(self.trainer)
         # `CosineAnnealingLR` would keep the length of the run that a resumed run comes from.
         decay = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}

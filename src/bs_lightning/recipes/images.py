@@ -84,12 +84,11 @@ class ImageData(BatchSamplerDataModule):
         self.augment = augment
         self.train_images = open_images(train)
         self.test_images = None if test is None else open_images(test)
-        classes, test_classes = (getattr(images, "classes", None) for images in (self.train_images, self.test_images))
-        if classes and test_classes and list(classes) != list(test_classes):
-            different = sorted(set(classes) ^ set(test_classes))
+        classes = [set(each.classes) for each in (self.train_images, self.test_images) if isinstance(each, ImageFolder)]
+        if len(classes) == 2 and all(classes) and classes[0] != classes[1]:
             raise ValueError(
-                f"train and test must have the same classes in the same order, as labels are positions among them, but "
-                f"{different or 'the order'} differs. Remove stray folders, or add the missing ones."
+                "The folders train and test must have the same classes, as labels are positions among them, but "
+                f"{sorted(classes[0] ^ classes[1])} differs. Remove stray folders, or add the missing ones."
             )
 
     def train_dataset(self) -> "Pixels":

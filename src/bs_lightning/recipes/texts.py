@@ -1,6 +1,7 @@
 """What the recipes of texts share: files, tokens, groups, an encoder, and the evaluation on pairs of texts."""
 
 import importlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -367,7 +368,7 @@ class TextEncoder(nn.Module):
     @property
     def width(self) -> int:
         """Numbers in a text's vector."""
-        return model_width(self.transformer, "transformers.CLIPTextModel")
+        return model_width(self.transformer, 'transformers.CLIPTextModel with pooling="mean"')
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return the vectors of texts.
@@ -413,8 +414,7 @@ def model_width(model: Any, of_one_side: str) -> int:
     if hasattr(config, "hidden_sizes"):
         return int(config.hidden_sizes[-1])
     raise TypeError(
-        f"{type(model).__name__} has no config.hidden_size. Give a model of one side, such as "
-        f"{of_one_side}.from_pretrained(name)."
+        f"{type(model).__name__} has no config.hidden_size. Give a model of one side, such as {of_one_side}."
     )
 
 
@@ -567,6 +567,12 @@ def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor
     return {"r1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
 
 
+def n_steps(trainer: Trainer) -> float:
+    """Return how many steps the training has; infinity if that is not known, so that the learning rate stays."""
+    steps = trainer.estimated_stepping_batches  # -1 for a stream of unknown length
+    return steps if steps > 0 else math.inf
+
+
 class EvaluatedModule(LightningModule):
     """Embeds the pairs of its DataModule's evaluation files in validation, and logs the scores of :func:`evaluate`.
 
@@ -593,7 +599,7 @@ class EvaluatedModule(LightningModule):
 
     def with_linear_decay(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return what ``configure_optimizers`` returns: the optimizer, and its rate's linear decay to zero."""
-        steps = self.trainer.estimated_stepping_batches  # infinite if training has no end: no decay then
+        steps = n_steps(self.trainer)
         # `LinearLR` would keep the length of the run that a resumed run comes from.
         decay = LambdaLR(optimizer, lambda step: max(1 - step / steps, 0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
