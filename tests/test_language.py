@@ -324,7 +324,7 @@ def test_a_model_of_two_sides_is_refused():
     both = CLIPModel(CLIPConfig(text_config=texts.to_dict(), vision_config=images.to_dict()))
     with pytest.raises(TypeError, match=r"CLIPModel has no config.hidden_size. .* transformers.CLIPVisionModel"):
         CLIP(both, bert())
-    with pytest.raises(TypeError, match="such as transformers.CLIPTextModel with pooling="):
+    with pytest.raises(TypeError, match=r"such as transformers\.CLIPTextModel with pooling="):
         CLIP(vit(), both)
 
 
