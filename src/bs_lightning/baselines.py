@@ -25,8 +25,8 @@ from bs_lightning._embeddings import (
     unit_rows,
 )
 from bs_lightning._types import Batches, Embeddings
-from bs_lightning.compose import Composer, Graph
-from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
+from bs_lightning.compose import Composer, Graph, GraphComposer
+from bs_lightning.graphs import ExactGraph
 
 
 def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -60,7 +60,7 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
 
-class UniformComposer(Composer):
+class UniformComposer(GraphComposer):
     """Composes uniform batches, but builds the graph, so that ``own_rule`` and ``mask_nearest`` work.
 
     It shows what composing adds to a mask: compare it with :class:`~bs_lightning.RWRComposer` under the same loss.
@@ -79,19 +79,6 @@ class UniformComposer(Composer):
         >>> from bs_lightning.baselines import UniformComposer
         >>> callback = BatchSamplerCallback(composer=UniformComposer(), mask_nearest=5)
     """
-
-    def __init__(self, graph: Graph | None = None) -> None:
-        if graph is not None:
-            check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
-        self.graph = NNDescentGraph() if graph is None else graph
-
-    @property
-    def finds_nearest(self) -> bool:
-        return not isinstance(self.graph, RandomCandidateGraph)
-
-    def prepare(self, pool_size: int, example: Tensor) -> None:
-        if isinstance(self.graph, NNDescentGraph):
-            self.graph.prepare(pool_size, example)
 
     def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
         self.neighbors = self.graph(embeddings, seed=seed)

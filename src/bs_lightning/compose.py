@@ -171,7 +171,37 @@ def asked_for(composer: Composer) -> set[str]:
     return (offered & inspect.signature(called).parameters.keys()) - set(bound)
 
 
-class RWRComposer(Composer):
+class GraphComposer(Composer):
+    """Base class of composers that build a neighbour graph. :meth:`__call__` must leave the graph in ``neighbors``.
+
+    Args:
+        graph: Builds the graph; ``None`` is ``NNDescentGraph(n_neighbors=15)``.
+
+    Raises:
+        TypeError: If ``graph`` is not callable.
+    """
+
+    def __init__(self, graph: Graph | None = None) -> None:
+        if graph is not None:
+            check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
+        self.graph = NNDescentGraph() if graph is None else graph
+
+    @property
+    def finds_nearest(self) -> bool:
+        return not isinstance(self.graph, RandomCandidateGraph)
+
+    def prepare(self, pool_size: int, example: Tensor) -> None:
+        """Start to compile what :class:`~bs_lightning.NNDescentGraph` needs in pools of this size.
+
+        Args:
+            pool_size: The most instances that a pool may have.
+            example: Embeddings of a few instances, ``[b, d]`` or ``[b, 2, d]``, on the device of a pool's embeddings.
+        """
+        if isinstance(self.graph, NNDescentGraph):
+            self.graph.prepare(pool_size, example)
+
+
+class RWRComposer(GraphComposer):
     """Composes batches by random walks with restart on a neighbour graph, as BatchSampler does.
 
     Args:
@@ -209,20 +239,14 @@ class RWRComposer(Composer):
         replacement: bool = False,
         n_roots: int = 1,
     ) -> None:
-        if graph is not None:
-            check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
+        super().__init__(graph)
         if not callable(restart_probability):
             check_restart_probability(restart_probability)
         if check_integer("n_roots", n_roots) < 1:
             raise ValueError(f"n_roots must be at least 1, got {n_roots}. The paper walks from one root per batch.")
-        self.graph = NNDescentGraph() if graph is None else graph
         self.restart_probability = restart_probability
         self.replacement = replacement
         self.n_roots = n_roots
-
-    @property
-    def finds_nearest(self) -> bool:
-        return not isinstance(self.graph, RandomCandidateGraph)
 
     def check_batch_size(self, batch_size: int) -> None:
         """Refuse batches that have fewer instances than ``n_roots``.
@@ -235,16 +259,6 @@ class RWRComposer(Composer):
         """
         if self.n_roots > batch_size:
             raise ValueError(f"n_roots must be at most the {batch_size} instances of a batch, got {self.n_roots}.")
-
-    def prepare(self, pool_size: int, example: Tensor) -> None:
-        """Start to compile what :class:`~bs_lightning.NNDescentGraph` needs in pools of this size.
-
-        Args:
-            pool_size: The most instances that a pool may have.
-            example: Embeddings of a few instances, ``[b, d]`` or ``[b, 2, d]``, on the device of a pool's embeddings.
-        """
-        if isinstance(self.graph, NNDescentGraph):
-            self.graph.prepare(pool_size, example)
 
     def __repr__(self) -> str:
         return f"RWRComposer({self.graph!r})"
