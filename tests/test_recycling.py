@@ -48,13 +48,30 @@ def test_the_bank_keeps_the_last_embedding_of_each():
     assert torch.equal(other.read(torch.arange(5)), bank.read(torch.arange(5)))
 
 
+@pytest.mark.parametrize("look_after_each", [True, False])
+def test_the_bank_equals_a_plain_assignment_for_each_batch(look_after_each):
+    generator = torch.Generator().manual_seed(0)
+    bank, expected = EmbeddingBank(30), torch.zeros(30, 2, 4)
+    for _ in range(50):
+        indices = torch.randperm(30, generator=generator)[:8]  # instances come again in nearby batches
+        rows = torch.randn(8, 2, 4, generator=generator)
+        bank.write(indices, rows)
+        expected[indices] = torch.nn.functional.normalize(rows, dim=-1)
+        rows.zero_()  # the module goes on to use its tensor
+        if look_after_each:
+            torch.testing.assert_close(bank.state_dict()["rows"].float(), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(bank.read(torch.arange(30)), expected, atol=1e-3, rtol=0)
+
+
 def test_the_bank_refuses():
     bank = EmbeddingBank(5)
     with pytest.raises(ValueError, match=r"one row for each of the batch's 2 instances, got shape \[3, 4\]"):
         bank.write(torch.tensor([0, 1]), torch.ones(3, 4))
     bank.write(torch.tensor([0, 1]), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"embeddings must keep their shape, \['b', 4\], got \[2, 3\]"):
-        bank.write(torch.tensor([0, 1]), torch.ones(2, 3))
+    for _ in range(2):  # before and after the rows are written together
+        with pytest.raises(ValueError, match=r"embeddings must keep their shape, \['b', 4\], got \[2, 3\]"):
+            bank.write(torch.tensor([0, 1]), torch.ones(2, 3))
+        bank.read(torch.tensor([0]))
     bank.write(torch.tensor([4]), torch.full((1, 4), torch.nan))
     with pytest.raises(ValueError, match="embedding of dataset index 4 is not finite"):
         bank.read(torch.tensor([1, 4]))

@@ -71,7 +71,7 @@ def main() -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     common.add_argument("--precision", default="32-true")
-    common.add_argument("--network", default="small", choices=["small", "resnet18"])
+    common.add_argument("--network", default="small", choices=["small", "wide", "resnet18"])
     common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     common.add_argument("--embeddings", help="an .npz file with z [N, d]")
     common.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSV files to add rows to")

@@ -144,6 +144,7 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         "network": args.network,
         "threads": args.threads,
         "instances": args.instances,
+        "batch size": args.batch_size,
         "epoch seconds": float(np.median(composed)),
         "forward pass ratio": float(np.median(forward_pass / uniform)),
         **{f"epoch {name}": value for name, value in ratio_columns(composed / seconds[base]).items()},

@@ -46,15 +46,11 @@ class Data(BatchSamplerDataModule):
 
 
 class SimCLR(LightningModule):
-    """A small convolutional net or a ResNet-18, trained with NT-Xent."""
+    """A small convolutional net, one twice as wide, or a ResNet-18, trained with NT-Xent."""
 
     def __init__(self, network: str = "small") -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-        small = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 128))
-        self.net: nn.Module = ResNet18() if network == "resnet18" else small
+        self.net: nn.Module = ResNet18() if network == "resnet18" else _convolutional(64 if network == "wide" else 32)
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.net(images)
@@ -67,6 +63,14 @@ class SimCLR(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def _convolutional(width: int) -> nn.Module:
+    """Three convolutions with stride 2, of which the first has ``width`` channels."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 128))
 
 
 def quiet_trainer(args: argparse.Namespace, callbacks: list[Callback], epochs: int | None, **limits: int) -> Trainer:

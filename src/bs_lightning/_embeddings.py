@@ -99,7 +99,7 @@ def _kind(value: Any) -> str:
 def first_not_finite(rows: Tensor) -> int | None:
     """Return the number of the first instance that holds a NaN or an infinity, or ``None`` if there is none."""
     # `torch.isfinite` of all rows would hold them twice more. Their largest number says the same.
-    finite = torch.linalg.vector_norm(rows.flatten(1), ord=torch.inf, dim=1).isfinite()
+    finite = _largest(rows.flatten(1)).squeeze(1).isfinite()
     return None if finite.all() else int((~finite).nonzero()[0])
 
 
@@ -186,5 +186,11 @@ def _scales(rows: Tensor) -> Tensor:
 
     Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
     """
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, keepdim=True)
+    largest = _largest(rows)
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-126, 126))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return each row's largest absolute value, ``[..., 1]``, or NaN if a row holds one."""
+    # `torch.linalg.vector_norm(ord=inf)` takes ten times as long on a CPU, and `rows.abs()` would be a second copy.
+    return torch.maximum(rows.amax(dim=-1, keepdim=True), -rows.amin(dim=-1, keepdim=True))

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from bs_lightning._embeddings import as_sides, first_not_finite, unit_rows
 
+_WRITTEN_TOGETHER = 16  # batches: the many small steps of a write cost a training step more than its data does
+
 
 class EmbeddingBank:
     """Keeps each instance's last embedding, so that pools need not be encoded.
 
     Rows have length 1 and are kept in float16: ``2 N d`` bytes, on the device of the embeddings that were written last.
+    The last batches, up to 16, are held as they came.
 
     Args:
         n_instances: Length of the dataset (the paper's N).
@@ -31,6 +34,7 @@ class EmbeddingBank:
     def __init__(self, n_instances: int) -> None:
         self.n_instances = n_instances
         self._rows: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def write(self, indices: Tensor, embeddings: Tensor) -> None:
         """Keep the embeddings of some instances, in place of their earlier embeddings.
@@ -42,15 +46,16 @@ class EmbeddingBank:
         Raises:
             ValueError: If the embeddings have a different shape, or differ in width from earlier embeddings.
         """
-        unit = unit_rows(check_rows(embeddings, indices)).half()
+        rows = check_rows(embeddings, indices)
         if self._rows is None:
-            self._rows = unit.new_zeros(self.n_instances, *unit.shape[1:])
-        if self._rows.shape[1:] != unit.shape[1:]:
+            self._rows = rows.new_zeros(self.n_instances, *rows.shape[1:], dtype=torch.float16)
+        if self._rows.shape[1:] != rows.shape[1:]:
             raise ValueError(
-                f"embeddings must keep their shape, {['b', *self._rows.shape[1:]]}, got {list(unit.shape)}."
+                f"embeddings must keep their shape, {['b', *self._rows.shape[1:]]}, got {list(rows.shape)}."
             )
-        self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
-        self._rows[indices.to(unit.device)] = unit
+        self._waiting.append((indices, rows.detach().clone()))  # the module may go on to write to its own tensor
+        if len(self._waiting) == _WRITTEN_TOGETHER:
+            self._write_waiting()
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the last embeddings of some instances.
@@ -65,6 +70,7 @@ class EmbeddingBank:
         Raises:
             ValueError: If an embedding is not finite; the message names the dataset index.
         """
+        self._write_waiting()
         if self._rows is None:
             return torch.zeros(len(indices), 2)
         rows = self._rows[indices.to(self._rows.device)].float()
@@ -83,6 +89,7 @@ class EmbeddingBank:
         Returns:
             The number of instances, and the rows: ``2 N d`` bytes.
         """
+        self._write_waiting()
         return {"n_instances": self.n_instances, "rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -99,7 +106,20 @@ class EmbeddingBank:
                 f"The checkpoint holds embeddings of {state_dict['n_instances']} instances, but the dataset now has "
                 f"{self.n_instances}. Resume with the same dataset."
             )
-        self._rows = state_dict["rows"]
+        self._rows, self._waiting = state_dict["rows"], []
+
+    def _write_waiting(self) -> None:
+        """Write the batches that wait, in order: a batch may hold instances of an earlier batch."""
+        if not self._waiting:
+            return
+        assert self._rows is not None
+        indices, rows = zip(*self._waiting, strict=True)
+        self._waiting = []
+        unit = unit_rows(torch.cat(rows)).half()
+        self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
+        places, sizes = torch.cat(indices).to(unit.device), [len(batch) for batch in indices]
+        for batch, of_batch in zip(places.split(sizes), unit.split(sizes), strict=True):
+            self._rows[batch] = of_batch
 
 
 def check_rows(embeddings: Any, indices: Sized) -> Tensor:

@@ -257,7 +257,7 @@ class ExactGraph:
                 similarity[:, isolated] = BELOW_ANY_COSINE
             similarity.diagonal(start).fill_(-torch.inf)  # no instance is its own neighbour
             first = start - rows.start
-            found[first : first + len(similarity)] = similarity.topk(k, dim=1).indices.int()
+            found[first : first + len(similarity)] = _most_similar(similarity, k)
         return found.cpu().numpy()
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
@@ -412,6 +412,15 @@ def _suits_product(embeddings: Tensor, n_parts: int) -> bool:
 def _small_pool(embeddings: Tensor) -> int:
     """Return the most instances for which a matrix product is as fast as pynndescent."""
     return _SMALL_POOL_ON_GPU if embeddings.is_cuda else _SMALL_POOL
+
+
+def _most_similar(similarity: Tensor, k: int) -> Tensor:
+    """Return the columns of each row's ``k`` largest entries, largest first, int32 ``[rows, k]``."""
+    n_columns = similarity.shape[1]
+    # On a CPU `topk` is twice as fast from 64 columns for each of the k on, where it need not order all columns.
+    if not similarity.is_cuda and 32 * k <= n_columns < 64 * k:
+        similarity = torch.nn.functional.pad(similarity, (0, 64 * k - n_columns), value=-torch.inf)
+    return similarity.topk(k, dim=1).indices.int()
 
 
 def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Order
 
@@ -86,5 +84,6 @@ class BatchLayout:
         Returns:
             Dataset indices, integers ``[b]``.
         """
-        part: Order = np.array_split(batch, self.world_size)[rank]
-        return part
+        size, n_larger = divmod(len(batch), self.world_size)  # `np.array_split` takes 40 times as long
+        start = rank * size + min(rank, n_larger)
+        return batch[start : start + size + (rank < n_larger)]
