@@ -33,7 +33,7 @@ class Compare(Callback):
 
     def on_train_batch_start(self, trainer: Any, module: LightningModule, batch: Any, batch_idx: int) -> None:
         planner: Any = self.sampling._planner
-        pool = np.random.default_rng(0).permutation(self.args.instances)[: self.args.pool_size]
+        pool = np.random.default_rng(0).permutation(self.args.instances)
         self.size = planner.source._size
         batches = [pool[start : start + self.size].tolist() for start in range(0, len(pool), self.size)]
         settings = trainer.datamodule.dataloader_kwargs | {"pin_memory": module.device.type == "cuda"}
@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--instances", type=int, default=8192)
-    parser.add_argument("--pool-size", type=int, default=8192)
     parser.add_argument("--encode-batch-size", type=int, help="by default, the callback's")
     parser.add_argument("--rounds", type=int, default=21)
 
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Compare once."""
     seed_everything(0, verbose=False)
-    sampling = BatchSamplerCallback(args.pool_size, encode_batch_size=args.encode_batch_size)
+    sampling = BatchSamplerCallback("all", encode_batch_size=args.encode_batch_size)
     compare = Compare(sampling, args)
     trainer = quiet_trainer(args, [sampling, compare], None, max_steps=1)
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}
@@ -83,7 +82,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         "precision": args.precision,
         "threads": args.threads,
         "workers": args.workers,
-        "instances": args.pool_size,
+        "instances": args.instances,
         "embedded at a time": compare.size,
         "callback seconds": statistics.median(ours for ours, _ in pairs),
         "bare seconds": statistics.median(bare for _, bare in pairs),
