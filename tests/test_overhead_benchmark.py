@@ -14,7 +14,7 @@ from benchmarks.processes import measured
 @pytest.mark.parametrize(
     ("command", "options", "value"),
     [
-        ("encoding", "--instances 64 --pool-size 64 --rounds 6", "ratio"),
+        ("encoding", "--instances 64 --rounds 6", "ratio"),
         ("profile", "--instances 64 --pool-size 32 --batch-size 8", "share"),
         # These start processes.
         pytest.param(
