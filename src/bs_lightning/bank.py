@@ -8,14 +8,14 @@ from torch import Tensor
 
 from bs_lightning._embeddings import as_sides, first_not_finite, unit_rows
 
-_WRITTEN_TOGETHER = 16  # batches: the many small steps of a write cost a training step more than its data does
+_WRITTEN_TOGETHER = 2**18  # entries, 1 MB: of small batches, the many steps of a write take longer than their data
 
 
 class EmbeddingBank:
     """Keeps each instance's last embedding, so that pools need not be encoded.
 
     Rows have length 1 and are kept in float16: ``2 N d`` bytes, on the device of the embeddings that were written last.
-    The last batches, up to 16, are held as they came.
+    The last batches, up to a megabyte, are held as they came.
 
     Args:
         n_instances: Length of the dataset (the paper's N).
@@ -53,8 +53,8 @@ class EmbeddingBank:
             raise ValueError(
                 f"embeddings must keep their shape, {['b', *self._rows.shape[1:]]}, got {list(rows.shape)}."
             )
-        self._waiting.append((indices, rows.detach().clone()))  # the module may go on to write to its own tensor
-        if len(self._waiting) == _WRITTEN_TOGETHER:
+        self._waiting.append((indices.clone(), rows.detach().clone()))  # callers may go on to write to their tensors
+        if sum(waiting.numel() for _, waiting in self._waiting) >= _WRITTEN_TOGETHER:
             self._write_waiting()
 
     def read(self, indices: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ class EmbeddingBank:
             return
         assert self._rows is not None
         indices, rows = zip(*self._waiting, strict=True)
-        self._waiting = []
         unit = unit_rows(torch.cat(rows)).half()
         self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
         places, sizes = torch.cat(indices).to(unit.device), [len(batch) for batch in indices]
         for batch, of_batch in zip(places.split(sizes), unit.split(sizes), strict=True):
             self._rows[batch] = of_batch
+        self._waiting = []
 
 
 def check_rows(embeddings: Any, indices: Sized) -> Tensor:
