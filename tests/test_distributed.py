@@ -202,7 +202,8 @@ def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
     assert {"encode": "no embedding on rank 1", "graph": "no graph"}[fail] in stderr
     if how != {"sharded": True}:
         rank = 0 if fail == "graph" and not how else 1
-        assert f"RuntimeError: The process of rank {rank} failed to plan a pool. ValueError: no" in stderr
+        words = " ".join(stderr.split())  # some versions of Lightning break lines
+        assert f"RuntimeError: The process of rank {rank} failed to plan a pool. ValueError: no" in words
 
 
 @pytest.mark.slow
