@@ -62,8 +62,14 @@ class InTurn(BatchSamplerCallback):
     def should_plan(self, trainer: Trainer) -> bool:
         return self.kinds[trainer.current_epoch] == "composed"
 
+    # A uniform epoch is one without the callback: it keeps no embeddings, and describes no batches for the log.
+
+    def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        if self.should_plan(trainer):
+            super().on_train_batch_start(trainer, *arguments)
+
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        if self.should_plan(trainer):  # embeddings for later epochs are part of composing, and not of uniform epochs
+        if self.should_plan(trainer):
             super().on_train_batch_end(trainer, *arguments)
 
 
