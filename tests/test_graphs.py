@@ -223,7 +223,8 @@ def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
     assert np.array_equal(ExactGraph(7)(embeddings), naive(embeddings, 7))
 
 
-def test_exact_never_holds_all_pairs(monkeypatch):
+@pytest.mark.parametrize("limit", ["BLOCK_ENTRIES", "_BLOCK_ENTRIES_ON_CPU"])
+def test_exact_never_holds_all_pairs(monkeypatch, limit):
     class Largest(TorchDispatchMode):
         entries = 0
 
@@ -233,7 +234,7 @@ def test_exact_never_holds_all_pairs(monkeypatch):
                 self.entries = max(self.entries, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return result
 
-    monkeypatch.setattr(_embeddings, "BLOCK_ENTRIES", 5000)
+    monkeypatch.setattr(_embeddings, limit, 5000)
     with Largest() as largest:
         ExactGraph(3)(gaussian(500))
     assert 0 < largest.entries <= 5000

@@ -200,8 +200,9 @@ class NNDescentGraph:
 class ExactGraph:
     """Find exact nearest neighbours by cosine similarity, with a matrix product per block of rows.
 
-    The graph is computed on the device of the embeddings. It holds 64 MB of similarities at a time, not all
-    ``P x P``. The work grows with ``P^2``. On a CPU it suits pools of up to some thousands, on a GPU far larger ones.
+    The graph is computed on the device of the embeddings. It holds 4 MB of similarities at a time, and 64 MB on a GPU,
+    not all ``P x P``. The work grows with ``P^2``. On a CPU it suits pools of up to some thousands, on a GPU far larger
+    ones.
 
     Args:
         n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
