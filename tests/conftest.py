@@ -1,3 +1,4 @@
+import logging
 import os
 
 import pytest
@@ -12,3 +13,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     seed_everything(0, verbose=False)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    """Let no benchmark that a test runs silence the tests after it."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "bs_lightning"))}
+    yield
+    for logger, level in levels.items():
+        logger.setLevel(level)
