@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Compare once."""
     seed_everything(0, verbose=False)
-    graph = RWRComposer(ExactGraph())  # compiles nothing beside what is timed
-    sampling = BatchSamplerCallback("all", graph, encode_batch_size=args.encode_batch_size)
+    composer = RWRComposer(ExactGraph())  # compiles nothing beside what is timed
+    sampling = BatchSamplerCallback("all", composer, encode_batch_size=args.encode_batch_size)
     compare = Compare(sampling, args)
     trainer = quiet_trainer(args, [sampling, compare], None, max_steps=1)
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}

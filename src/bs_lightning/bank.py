@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._embeddings import as_sides, first_not_finite, unit_rows
+from bs_lightning._embeddings import as_sides, first_not_finite, unit_rows_
 
 _WRITTEN_TOGETHER = 2**18  # entries, 1 MB: of small batches, the many steps of a write take longer than their data
 
@@ -114,7 +114,7 @@ class EmbeddingBank:
             return
         assert self._rows is not None
         indices, rows = zip(*self._waiting, strict=True)
-        unit = unit_rows(torch.cat(rows)).half()
+        unit = unit_rows_(torch.cat(rows).float()).half()
         self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
         places, sizes = torch.cat(indices).to(unit.device), [len(batch) for batch in indices]
         for batch, of_batch in zip(places.split(sizes), unit.split(sizes), strict=True):
