@@ -8,7 +8,7 @@ Each command prints its rows as a table. It also adds them to a CSV file in the 
 the versions. Git tracks the default folder, whose rows docs/performance.md shows. `all` runs each command in turn, in a
 process of its own and with the defaults of its own options. Let nothing else run beside it.
 
-The embeddings file holds `z`, floats [N, d]. Two commands need it: `growth` and `whole-data`.
+The embeddings file holds `z`, floats [N, d]. Three commands need it: `graphs`, `growth` and `whole-data`.
 """
 
 import argparse
@@ -25,23 +25,25 @@ import torch
 from .. import csv_files
 from ..csv_files import Row
 from ..markdown import print_row
-from . import encoding, epochs, first_graph, growth, memory, profile, whole_data
+from . import encoding, epochs, first_graph, graphs, growth, memory, profile, whole_data
 
 RESULTS = Path(__file__).parent / "results"
 COMMANDS: dict[str, Any] = {
     "epochs": epochs,
     "encoding": encoding,
     "profile": profile,
+    "graphs": graphs,
     "first-graph": first_graph,
     "memory": memory,
     "growth": growth,
     "whole-data": whole_data,
 }
+ON_DEVICE = ("epochs", "encoding", "profile", "graphs")  # the others need no GPU
 
 
 def where(args: argparse.Namespace) -> Row:
     """Return the day, the device and the versions that a row was measured with."""
-    on_gpu = args.device == "cuda" and args.command in ("epochs", "encoding", "profile")  # the others need no GPU
+    on_gpu = args.device == "cuda" and args.command in ON_DEVICE
     return {
         "day": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
@@ -71,6 +73,7 @@ def main() -> None:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     common.add_argument("--precision", default="32-true")
+    common.add_argument("--channels-last", action="store_true", help="keep the network's tensors in that order")
     common.add_argument("--network", default="small", choices=["small", "wide", "resnet18"])
     common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     common.add_argument("--embeddings", help="an .npz file with z [N, d]")
@@ -92,7 +95,7 @@ def main() -> None:
         module.add_arguments(command)
     commands.add_parser("all", parents=[common], help="Run every command with its defaults.")
     args = parser.parse_args()
-    if args.embeddings is None and args.command in ("growth", "whole-data", "all"):
+    if args.embeddings is None and args.command in ("graphs", "growth", "whole-data", "all"):
         parser.error(f"{args.command} needs --embeddings: an .npz file with z, floats [N, d].")
     (run_all if args.command == "all" else run)(args)
 

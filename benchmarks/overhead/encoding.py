@@ -76,7 +76,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     compare = Compare(sampling, args)
     trainer = quiet_trainer(args, [sampling, compare], None, max_steps=1)
     workers = {"num_workers": args.workers, "persistent_workers": True} if args.workers else {}
-    trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, **workers))
+    trainer.fit(SimCLR(args.network, args.channels_last), datamodule=Data(args.instances, **workers))
     pairs = compare.pairs[2:]
     yield {
         "network": args.network,

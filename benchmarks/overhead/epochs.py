@@ -137,7 +137,7 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
     kinds = np.random.default_rng(0).permuted(np.tile(KINDS, (rounds, 1)), axis=1).flatten().tolist()
     clock = Clock()
     trainer = quiet_trainer(args, [InTurn(kinds, **ARMS[arm]), ForwardPass(kinds), clock], len(kinds))
-    trainer.fit(SimCLR(args.network), datamodule=Data(args.instances, args.batch_size))
+    trainer.fit(SimCLR(args.network, args.channels_last), datamodule=Data(args.instances, args.batch_size))
     by_kind = {kind: np.array(clock.epochs)[np.array(kinds) == kind][UNCOUNTED:].T for kind in KINDS}
     seconds = {kind: of_kind[0] for kind, of_kind in by_kind.items()}
     uniform, forward_pass, composed = seconds.values()

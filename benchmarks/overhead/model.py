@@ -48,9 +48,11 @@ class Data(BatchSamplerDataModule):
 class SimCLR(LightningModule):
     """A small convolutional net, one twice as wide, or a ResNet-18, trained with NT-Xent."""
 
-    def __init__(self, network: str = "small") -> None:
+    def __init__(self, network: str = "small", channels_last: bool = False) -> None:
         super().__init__()
         self.net: nn.Module = ResNet18() if network == "resnet18" else _convolutional(64 if network == "wide" else 32)
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.net(images)

@@ -57,7 +57,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     sampling = BatchSamplerCallback(args.pool_size)
     profiled = Profile(sampling, args)
     quiet_trainer(args, [sampling, profiled], None, max_steps=1).fit(
-        SimCLR(args.network), datamodule=Data(args.instances, args.batch_size)
+        SimCLR(args.network, args.channels_last), datamodule=Data(args.instances, args.batch_size)
     )
     settings = {"network": args.network, "P": args.pool_size}
     parts = {"refresh": (1, profiled.seconds)} | {name: (1, seconds) for name, seconds in profiled.steps.items()}
