@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -92,6 +92,8 @@ def _snapshot(module: nn.Module) -> Callable[[], list[str]]:
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _HOLDERS = (nn.Module, Tensor, dict, list, tuple, set, deque)
+_CONTAINERS = {dict, OrderedDict, list, tuple, set, deque}
+_PLAIN = {bool, int, float, str}
 
 
 def _held(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]:
@@ -111,7 +113,9 @@ def _held(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]
         inner: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, nn.Module):
             parts.append(value)
-            inner = [pair for names in (*_registered(value), vars(value)) for pair in names.items()]
+            registries = (value._parameters, value._buffers, value._modules)
+            inner = [pair for names in (*registries, vars(value)) for pair in names.items()]
+            seen.update(map(id, registries))  # they are attributes, too
         elif isinstance(value, Tensor):
             if not is_lazy(value) and not value.is_meta:
                 tensors.append((name, value))
@@ -121,7 +125,12 @@ def _held(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]
             inner = value.items()
         else:
             inner = enumerate(value)
-        found += [(f"{name}.{key}" if name else str(key), each) for key, each in inner if isinstance(each, _HOLDERS)]
+        for key, each in inner:
+            # Most attributes hold nothing, and among them are a dozen empty dictionaries in each module.
+            if each is None or each.__class__ in _PLAIN or (each.__class__ in _CONTAINERS and not each):
+                continue
+            if isinstance(each, _HOLDERS):
+                found.append((f"{name}.{key}" if name else str(key), each))
     return parts, tensors
 
 
@@ -145,11 +154,13 @@ def _names(part: nn.Module) -> Callable[[], None]:
     lists = [(value, list(value)) for value in states if isinstance(value, list)]
 
     def restore() -> None:
-        part.training = training
+        if part.training != training:
+            part.training = training
         if type(part) is not kind:  # a lazy module has become a real one
             return
-        for name in vars(part).keys() - attributes.keys():
-            del part.__dict__[name]
+        if vars(part).keys() != attributes.keys():
+            for name in vars(part).keys() - attributes.keys():
+                del part.__dict__[name]
         part.__dict__.update(attributes)
         for now, before in zip(_registered(part), registered, strict=True):
             for name in now.keys() - before.keys():
@@ -196,19 +207,34 @@ def _gradient(leaf: Tensor) -> Callable[[], None]:
 
 def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
     """Return a function that restores the memory of tensors, bit for bit. Memory that they share is copied once."""
-    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    copies = [(storage, _integers(storage).clone()) for storage in storages.values()]
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values()
+    sizes = [storage.nbytes() for storage in storages]
+    alike: dict[Any, list[Tensor]] = {}  # by device and dtype
+    for memory in map(_integers, storages):
+        alike.setdefault((memory.device, memory.dtype), []).append(memory)
+    copies = [(memories, _copied(memories)) for memories in alike.values()]
 
     def restore() -> None:
-        for storage, before in copies:
-            if storage.nbytes() != before.nbytes:
-                storage.resize_(before.nbytes)
-            # Unchanged memory is not written to: it may be read-only, or shared with forked workers. A GPU's memory is
-            # neither, and each comparison would wait for the GPU.
-            if before.is_cuda or not torch.equal(_integers(storage), before):
-                _integers(storage).copy_(before)
+        for storage, size in zip(storages, sizes, strict=True):
+            if storage.nbytes() != size:
+                storage.resize_(size)
+        for memories, before in copies:
+            if memories[0].is_cuda:
+                torch._foreach_copy_(memories, before)  # each comparison would wait for the GPU
+                continue
+            for memory, earlier in zip(memories, before, strict=True):
+                # Unchanged memory is not written to: it may be read-only, or shared with forked workers.
+                if not torch.equal(memory, earlier):
+                    memory.copy_(earlier)
 
     return restore
+
+
+def _copied(memories: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors of one dimension. On a GPU, one copy of all saves the start of many kernels."""
+    if memories[0].is_cuda:
+        return list(torch.cat(memories).split([len(memory) for memory in memories]))
+    return [memory.clone() for memory in memories]
 
 
 def _integers(storage: torch.UntypedStorage) -> Tensor:
