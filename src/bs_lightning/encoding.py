@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bs_lightning._checks import check_integer, check_integer_array
 from bs_lightning._embeddings import as_sides, first_not_finite, similar_to_nothing, unit_rows_
+from bs_lightning._types import Indices
 from bs_lightning.loader import Load
 
 Embed = Callable[[Any], Tensor | tuple[Tensor, Tensor]]
 
 
-@torch.no_grad()
 def encode(
     indices: Sequence[int], load: Load, embed: Embed, *, batch_size: int, advance: Callable[[], None] | None = None
 ) -> Tensor:
@@ -49,6 +49,18 @@ def encode(
         >>> encode([2, 0], BatchFetcher(torch.eye(3) * 5), lambda batch: batch, batch_size=2).tolist()
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
+    return checked_unit_rows_(embed_in_batches(indices, load, embed, batch_size=batch_size, advance=advance), indices)
+
+
+@torch.no_grad()
+def embed_in_batches(
+    indices: Sequence[int], load: Load, embed: Embed, *, batch_size: int, advance: Callable[[], None] | None = None
+) -> Tensor:
+    """Embed a pool as :func:`encode` does, without waiting for the device.
+
+    Returns:
+        float32 of shape ``[P, d]`` or ``[P, 2, d]``, on the device, for :func:`checked_unit_rows_`.
+    """
     array = check_integer_array("indices", indices)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"indices must have shape [P] with P >= 1, got shape {list(array.shape)}.")
@@ -67,12 +79,21 @@ def encode(
         if advance is not None:
             advance()
     assert embeddings is not None
+    return embeddings
 
+
+@torch.no_grad()
+def checked_unit_rows_(embeddings: Tensor, indices: Sequence[int] | Indices) -> Tensor:
+    """Check a pool's embeddings as :func:`encode` does, and scale them to length 1 in place.
+
+    Returns:
+        ``embeddings``.
+    """
     row = first_not_finite(embeddings)
     if row is not None:
         raise ValueError(
-            f"The embedding of dataset index {rows[row]} is not finite. Check that instance, or whether training "
-            "diverged. Lower precisions overflow sooner."
+            f"The embedding of dataset index {int(indices[row])} is not finite. Check that instance, or whether "
+            "training diverged. Lower precisions overflow sooner."
         )
     if similar_to_nothing(embeddings).any():
         _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")

@@ -15,7 +15,7 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
-from bs_lightning.encoding import encode
+from bs_lightning.encoding import checked_unit_rows_, embed_in_batches
 from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
@@ -223,7 +223,8 @@ class EncodedEmbeddings:
                 error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset, how))
                 raise
 
-        with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
+        n_batches = -(-len(indices) // self._size)
+        with no_trace(module), progress(trainer, "Encoding", n_batches) as advance:
             # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
             module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
@@ -231,7 +232,10 @@ class EncodedEmbeddings:
                 # the whole pool. It is rank 0's, because only rank 0's statistics are in a checkpoint.
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-            return encode(indices.tolist(), lambda _: loading, embed, batch_size=self._size, advance=advance)
+            embeddings = embed_in_batches(
+                indices.tolist(), lambda _: loading, embed, batch_size=self._size, advance=advance
+            )
+        return checked_unit_rows_(embeddings, indices)  # waits for the GPU, which `no_trace` need not do
 
 
 class RecycledEmbeddings:
