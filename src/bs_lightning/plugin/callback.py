@@ -395,7 +395,6 @@ class BatchSamplerCallback(Callback):
         self._start_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Pools are planned between two batches, where Lightning allows no logging. So their values are logged here.
         assert self._planner is not None
         if self._must_rehearse:  # not earlier: the module's start hooks may make what `embed` needs
             self._planner.rehearse(self.cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch))
@@ -403,9 +402,6 @@ class BatchSamplerCallback(Callback):
         if self._must_describe:
             self._planner.describe_uniform(trainer.current_epoch)
             self._must_describe = False
-        log, n_batches = self._planner.take_log()
-        if log:
-            pl_module.log_dict(log, on_step=False, on_epoch=True, batch_size=n_batches, sync_dist=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -426,11 +422,11 @@ class BatchSamplerCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._planner is not None
-        spent = self._planner.seconds
+        log, spent = self._planner.description(), self._planner.seconds
         if spent:
-            share = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
-            seconds = {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
-            pl_module.log_dict(seconds | {"batch_sampler/time_share": share}, sync_dist=True)
+            log |= {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
+            log["batch_sampler/time_share"] = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
+        pl_module.log_dict(log, sync_dist=True)
         self._planner.source.end_epoch()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

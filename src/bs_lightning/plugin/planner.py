@@ -89,8 +89,7 @@ class TrainerPlanner:
         self._n_composing = 1
         self._labels: Tensor | None = None
         self._asked = asked_for(composer)
-        self._log: dict[str, float] = {}
-        self._n_batches = 0
+        self._described: dict[str, tuple[float, int]] = {}  # a sum over batches, and their number
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that planning needs.
@@ -173,8 +172,7 @@ class TrainerPlanner:
             known = all(gather(self.trainer, known))
         if known:
             log |= self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
-        self._log = log if self._per_rank else self.trainer.strategy.broadcast(log)
-        self._n_batches = 2
+        self._note(log if self._per_rank else self.trainer.strategy.broadcast(log), 2)
         self.source.end_epoch()
 
     def _two_batches(self, epoch: int) -> Indices:
@@ -184,17 +182,19 @@ class TrainerPlanner:
 
     def start_epoch(self) -> None:
         """Forget what was noted of the last epoch."""
-        self._log = {}
+        self._described = {}
         self.seconds = {}
 
-    def take_log(self) -> tuple[dict[str, float], int]:
-        """Return the values to log for the pool that was planned since the last call.
+    def description(self) -> dict[str, float]:
+        """Return what this epoch's batches are like so far: values to log, by name, each a mean over batches."""
+        return {name: total / n_batches for name, (total, n_batches) in self._described.items()}
 
-        Returns:
-            The values by name, which are empty if no pool was planned, and the pool's number of batches.
-        """
-        log, self._log = self._log, {}
-        return log, self._n_batches
+    def _note(self, values: dict[str, float], n_batches: int) -> None:
+        """Note what some batches are like."""
+        # Lightning could take the mean, but a call for each pool and value takes longer than the values themselves.
+        for name, value in values.items():
+            total, n_before = self._described.get(name, (0.0, 0))
+            self._described[name] = total + value * n_batches, n_before + n_batches
 
     def plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         """Embed a pool with the current weights and compose its batches. Every process calls it.
@@ -214,9 +214,8 @@ class TrainerPlanner:
         encode_seconds = time.perf_counter() - start
         compose = self._compose_per_rank if self._per_rank else self._compose_once
         with nullcontext() if len(indices) <= _QUICKLY_COMPOSED else progress(self.trainer, "Composing", total=1):
-            pool, self._log, seconds = compose(embeddings, indices, seed, epoch)
-        self._log["batch_sampler/pool_size"] = float(len(indices))
-        self._n_batches = len(pool.batches)
+            pool, log, seconds = compose(embeddings, indices, seed, epoch)
+        self._note(log | {"batch_sampler/pool_size": float(len(indices))}, len(pool.batches))
         for step, spent in {"encode": encode_seconds, **seconds}.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + spent
         return pool
@@ -231,7 +230,7 @@ class TrainerPlanner:
             The pool's global batches.
         """
         size = self.layout.global_batch_size
-        self._log, self._n_batches = {"batch_sampler/pool_size": float(size)}, len(indices) // size
+        self._note({"batch_sampler/pool_size": float(size)}, len(indices) // size)
         return PlannedPool(np.arange(len(indices)).reshape(-1, size))
 
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
