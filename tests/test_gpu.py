@@ -148,11 +148,12 @@ def test_no_trace_is_left_on_the_gpu():
 
 
 @pytest.mark.parametrize("graph", [ExactGraph(15), NNDescentGraph(15), RandomCandidateGraph(200, 15)])
-@pytest.mark.parametrize("shape", [(3000, 16), (3000, 2, 16), (20, 16)])
+@pytest.mark.parametrize("shape", [(3000, 16), (3000, 2, 16), (20, 16), (9000, 16)])
 def test_graphs_are_those_of_a_cpu(graph, shape):
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     z[7] = 0
-    on_cpu, on_gpu = graph(z), graph(z.cuda())
+    on_cpu = (ExactGraph(15) if isinstance(graph, NNDescentGraph) else graph)(z)  # a pool of 9,000 is small on a GPU
+    on_gpu = graph(z.cuda())
     assert on_gpu.dtype == np.int32
     same = [len(set(a) & set(b)) / len(set(a)) for a, b in zip(on_cpu, on_gpu, strict=True)]
     assert np.mean(same) > 0.999  # the last of 15 may be a tie

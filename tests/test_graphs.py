@@ -218,13 +218,12 @@ def test_refuses_less_than_one_neighbor(graph, n_neighbors):
 
 @pytest.mark.parametrize("rows_per_block", [1, 7, 60, 1000])
 def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
-    monkeypatch.setattr(_embeddings, "BLOCK_ENTRIES", rows_per_block * 60 + 3)
+    monkeypatch.setattr(_embeddings, "_BLOCK_ENTRIES_ON_CPU", rows_per_block * 60 + 3)
     embeddings = gaussian(60)
     assert np.array_equal(ExactGraph(7)(embeddings), naive(embeddings, 7))
 
 
-@pytest.mark.parametrize("limit", ["BLOCK_ENTRIES", "_BLOCK_ENTRIES_ON_CPU"])
-def test_exact_never_holds_all_pairs(monkeypatch, limit):
+def test_exact_never_holds_all_pairs(monkeypatch):
     class Largest(TorchDispatchMode):
         entries = 0
 
@@ -234,10 +233,22 @@ def test_exact_never_holds_all_pairs(monkeypatch, limit):
                 self.entries = max(self.entries, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return result
 
-    monkeypatch.setattr(_embeddings, limit, 5000)
+    monkeypatch.setattr(_embeddings, "_BLOCK_ENTRIES_ON_CPU", 5000)
     with Largest() as largest:
         ExactGraph(3)(gaussian(500))
     assert 0 < largest.entries <= 5000
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 127), st.integers(0, 2**32 - 1))
+def test_the_choice_by_groups_of_columns_equals_the_choice_among_all(k, more_groups, rest, seed):
+    """It is a GPU's. The largest may lie in one group, or behind the last."""
+    n_columns = (k + more_groups) * graphs._COLUMN_GROUP + rest
+    similarity = torch.randn(20, n_columns, generator=torch.Generator().manual_seed(seed))
+    similarity[::2, -3:] += 9
+    chosen = graphs._most_similar_of_groups(similarity, k)
+    assert chosen.dtype == torch.int32
+    assert torch.equal(chosen.long(), similarity.topk(k, dim=1).indices)
 
 
 # The graph among random candidates

@@ -37,6 +37,7 @@ from bs_lightning._types import Embeddings, Neighbors
 _SMALL_POOL = 4096  # instances up to which a matrix product is as fast as pynndescent, by `benchmarks/pools.py`
 # The same for embeddings on a GPU. Not measured: the product reads and writes 17 GB, a fraction of a second's work.
 _SMALL_POOL_ON_GPU = 65_536
+_COLUMN_GROUP = 128  # columns of similarities that are looked at together on a GPU, by `benchmarks/overhead graphs`
 _CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
 # Runs of distances in `RandomCandidateGraph`. With more runs, two steps of a walk reach more instances, and a graph
 # takes longer. `benchmarks/composers` measures both.
@@ -179,12 +180,16 @@ class NNDescentGraph:
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
         """Make the graph from all its parts, as ``SharedGraph`` says."""
-        if len(parts) == 1 or _suits_product(embeddings, len(parts)):
+        if _suits_product(embeddings, len(parts)):
             return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
-        found = np.full((len(embeddings), self._n_found(embeddings)), -1, dtype=np.int32)
-        for numbered in parts:
-            found[numbered[:, 0]] = numbered[:, 1:]
-        return ExactGraph(self.n_neighbors).join([found], embeddings, seed=seed)
+        if len(parts) == 1:
+            found = parts[0]
+        else:
+            found = np.full((len(embeddings), self._n_found(embeddings)), -1, dtype=np.int32)
+            for numbered in parts:
+                found[numbered[:, 0]] = numbered[:, 1:]
+        k = min(self.n_neighbors, len(embeddings) - 1)
+        return _real_neighbors(found, k, similar_to_nothing(embeddings).cpu().numpy(), seed)
 
     def _n_found(self, embeddings: Tensor) -> int:
         """Return how many neighbours pynndescent looks for, the instance itself included.
@@ -200,7 +205,7 @@ class NNDescentGraph:
 class ExactGraph:
     """Find exact nearest neighbours by cosine similarity, with a matrix product per block of rows.
 
-    The graph is computed on the device of the embeddings. It holds 4 MB of similarities at a time, and 64 MB on a GPU,
+    The graph is computed on the device of the embeddings. It holds 4 MB of similarities at a time, and 256 MB on a GPU,
     not all ``P x P``. The work grows with ``P^2``. On a CPU it suits pools of up to some thousands, on a GPU far larger
     ones.
 
@@ -263,8 +268,9 @@ class ExactGraph:
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
         """Make the graph from all its parts, as ``SharedGraph`` says."""
-        k = min(self.n_neighbors, len(embeddings) - 1)
-        return _real_neighbors(np.concatenate(parts), k, similar_to_nothing(embeddings).cpu().numpy(), seed)
+        found = np.concatenate(parts)
+        isolated = similar_to_nothing(embeddings).cpu().numpy()
+        return _real_neighbors(found, found.shape[1], isolated, seed) if isolated.any() else found
 
 
 @dataclass(frozen=True)
@@ -418,10 +424,28 @@ def _small_pool(embeddings: Tensor) -> int:
 def _most_similar(similarity: Tensor, k: int) -> Tensor:
     """Return the columns of each row's ``k`` largest entries, largest first, int32 ``[rows, k]``."""
     n_columns = similarity.shape[1]
+    if similarity.is_cuda and n_columns >= 4 * k * _COLUMN_GROUP:
+        return _most_similar_of_groups(similarity, k)
     # From 64 k columns on, `topk` on a CPU has a faster method, which pays for some more columns.
     if similarity.device.type == "cpu" and 32 * k <= n_columns < 64 * k <= 1024:
         similarity = torch.nn.functional.pad(similarity, (0, 64 * k - n_columns), value=-torch.inf)
     return similarity.topk(k, dim=1).indices.int()
+
+
+def _most_similar_of_groups(similarity: Tensor, k: int) -> Tensor:
+    """Return what :func:`_most_similar` returns, and read large rows once, where `topk` on a GPU reads them many times.
+
+    The ``k`` largest entries of a row lie in the ``k`` groups of columns whose largest entries are largest.
+    """
+    n_columns = similarity.shape[1]
+    n_grouped = n_columns // _COLUMN_GROUP * _COLUMN_GROUP
+    groups = similarity[:, :n_grouped].unflatten(1, (-1, _COLUMN_GROUP))
+    chosen = groups.amax(dim=2).topk(k, dim=1).indices
+    columns = (chosen[:, :, None] * _COLUMN_GROUP + torch.arange(_COLUMN_GROUP, device=chosen.device)).flatten(1)
+    rest = torch.arange(n_grouped, n_columns, device=chosen.device).expand(len(columns), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    largest = similarity.gather(1, columns).topk(k, dim=1).indices
+    return columns.gather(1, largest).int()
 
 
 def _random_runs(size: int, n_candidates: int, rng: np.random.Generator) -> list[tuple[int, int]]:
