@@ -117,12 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=31, help="epochs of each kind that count")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Train each arm in a process of its own, and yield its row."""
     context = multiprocessing.get_context("spawn")
-    for arm in ARMS:
+    for arm in args.arms:
         with context.Pool(1) as process:
             yield process.apply(measure, (arm, args))
 
@@ -148,6 +149,7 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         "batches": arm,
         "compared with": base,
         "network": args.network,
+        "precision": args.precision,
         "threads": args.threads,
         "instances": args.instances,
         "batch size": args.batch_size,
