@@ -217,6 +217,8 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         LocalFileOpener.write = lambda file, data: model.kill.write(file, data)
     model.width = 4 - rank * (differs in ("width", "recycled width"))
     seed = rank if differs == "seed" else None
+    if differs == "recycled num_workers":
+        loader = {"num_workers": rank}
     make = GroupedData if groups else ValidatedData if validate else StreamData if stream else Data
     fit(
         model,

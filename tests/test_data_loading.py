@@ -324,8 +324,8 @@ def test_nothing_is_read_ahead_without_workers_or_where_the_next_pool_is_not_kno
     assert ahead.n_read == [0] * 12
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(8, [32] * 15), (100, [256, 144]), (480, [480])])
-def test_a_cpu_embeds_at_most_256_instances_or_one_training_batch_at_a_time(batch_size, expected):
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, [32] * 15), (100, [128] * 3 + [16]), (480, [128] * 3 + [96])])
+def test_a_cpu_embeds_at_most_128_instances_or_four_training_batches_at_a_time(batch_size, expected):
     sizes = []
 
     def embed(module, batch):

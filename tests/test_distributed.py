@@ -28,6 +28,12 @@ RUNS = SETTINGS | {
     "low loss": {"pool_size": "auto", "target_loss": 100.0},
     "high loss": {"pool_size": "auto", "target_loss": 1e-9},
     "recycled": {"recycle": True, "warmup_epochs": 1, "pool_size": 80, "save_every": 5},
+    "recycled, ahead": {
+        "recycle": True,
+        "warmup_epochs": 1,
+        "pool_size": 80,
+        "loader": {"num_workers": 2, "prefetch_factor": 8},
+    },
     "encoded": {"composer": "pool order", "warmup_epochs": 1, "max_epochs": 3},
     "plain": {"composer": "none", "warmup_epochs": 1, "max_epochs": 3},
 }
@@ -172,9 +178,20 @@ def test_recycled_embeddings_are_those_of_all_ranks(trained):
     assert set(bank.any(dim=1).nonzero().flatten().tolist()) == set(trained)
 
 
+def test_pools_that_are_planned_ahead_are_the_same(trained):
+    ahead, recycled = (trained[1][name] for name in ("recycled, ahead", "recycled"))
+    assert [global_batches(ahead, epoch) for epoch in (0, 1)] == [global_batches(recycled, epoch) for epoch in (0, 1)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", [{"refresh_every": 5, "pool_size": None}, {"per_rank": True, "drop_last": False}], ids=str
+    "kind",
+    [
+        {"refresh_every": 5, "pool_size": None},
+        {"per_rank": True, "drop_last": False},
+        {"loader": {"num_workers": 2, "prefetch_factor": 8}},
+    ],
+    ids=str,
 )
 def test_recycling_killed_and_resumed(kind, tmp_path):
     settings = {"recycle": True, "warmup_epochs": 1, "max_epochs": 3, "save_every": 3, "n": 205} | kind

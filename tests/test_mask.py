@@ -147,6 +147,21 @@ def test_a_resumed_run_masks_the_same(tmp_path):
         assert torch.equal(torch.stack(resumed), torch.stack(whole[step:]))
 
 
+def test_masks_are_the_same_where_pools_are_planned_ahead():
+    class Returns(Asks):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx), "embeddings": self(batch).detach()}
+
+    def masks(**loader):
+        torch.manual_seed(0)
+        model = Returns()
+        fit(model, Data(seed=1, **loader), walker(mask_nearest=3, recycle=True))
+        return torch.stack(model.masks)
+
+    assert masks().any()
+    assert torch.equal(masks(), masks(num_workers=2, prefetch_factor=3))
+
+
 def test_asked_for_in_vain():
     failed = Data()
     with pytest.raises(

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -28,7 +30,7 @@ def plans(draw):
 
 
 class Shuffle:
-    """A planner that shuffles its pools and records their lengths."""
+    """A planner that shuffles its pools, calls neighbours in them likely false negatives, and records their lengths."""
 
     def __init__(self, layout):
         self.size = layout.global_batch_size
@@ -36,7 +38,8 @@ class Shuffle:
 
     def __call__(self, indices, *, seed, epoch):
         self.lengths.append(len(indices))
-        return PlannedPool(np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, self.size))
+        batches = np.random.default_rng([seed, epoch]).permutation(len(indices)).reshape(-1, self.size)
+        return PlannedPool(batches, np.stack([np.arange(len(indices) - 1), np.arange(1, len(indices))], axis=1))
 
 
 def batches(layout, **arguments):
@@ -82,7 +85,31 @@ def test_goes_on_anywhere_with_the_same_batches(plan, data):
         if pool is None and len(served) + len(part) >= start:
             pool = whole.pool  # the pool of a checkpoint that was taken after `start` batches
         served += [batch.tolist() for batch in part]
+        whole.served = len(served)
     assert batches(layout, start=start, pool=pool, **arguments) == served[start:]
+
+
+@settings(deadline=None)
+@given(plans(), st.data())
+def test_pools_that_are_planned_ahead_change_nothing(plan, data):
+    """What is served and saved depends on training alone, not on how far ahead of it batches are asked for."""
+    layout, arguments = plan
+    plain, expected, pairs = EpochPlan(layout, **arguments), [], []
+    for batch in (batch for pool in plain for batch in pool):
+        plain.served += 1
+        expected.append(batch.tolist())
+        pairs.append(plain.pairs(plain.served - 1).tolist())
+    ahead = EpochPlan(layout, **arguments)
+    stream, asked = (batch for pool in ahead for batch in pool), []
+    for number in range(layout.n_batches):
+        most = data.draw(st.integers(number + 1, layout.n_batches))
+        asked += [batch.tolist() for batch in itertools.islice(stream, max(0, most - len(asked)))]
+        ahead.served = number + 1
+        assert ahead.global_batch(number).tolist() == expected[number]
+        assert ahead.pairs(number).tolist() == pairs[number]
+        rest = batches(layout, start=number + 1, pool=ahead.pool, **arguments)
+        assert rest == expected[number + 1 :]
+    assert asked == expected
 
 
 def test_a_pool_of_another_epoch_is_not_served():
@@ -270,6 +297,7 @@ def test_the_whole_dataset_is_planned_again_every_few_batches():
         assert len(batches) == (4, 4, 1)[number]
         assert len(plan.pool.batches) == len(batches)  # a checkpoint holds only the batches that are served
         assert set(plan.pool.pairs.ravel()) == set(np.ravel(batches))
+        plan.served += len(batches)
     assert [sorted(sum(each, [])) == sorted(sum(planned[0], [])) for each in planned] == [True, False, False]
 
 

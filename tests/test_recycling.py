@@ -146,12 +146,41 @@ def test_refreshing_works_with_encoding_too():
     assert same_cluster_share(model.batches) > 0.2
 
 
+def test_pools_are_planned_ahead_so_that_loading_never_stops():
+    """With workers the next pools are planned while a pool is being trained, from the same embeddings."""
+
+    def train(make=Data, **loader):
+        class Notes(RWRComposer):
+            def __call__(self, *args, **kwargs):
+                planned.append(len(model.batches))
+                return super().__call__(*args, **kwargs)
+
+        seed_everything(0, verbose=False)
+        model, planned = Returns(), []
+        how = {"from_reference": True} if make is Guided else {"recycle": True}
+        fit(model, make(8, 100, **loader), walker(32, composer=Notes(ExactGraph(5)), **how), max_epochs=3)
+        return model.batches, planned
+
+    class Guided(Data):
+        def reference_embeddings(self):
+            return self.train_dataset().points
+
+    for make in (Data, Guided):
+        batches, planned = train(make)
+        assert planned == [*range(0, 36, 4)]
+        ahead, planned_ahead = train(make, num_workers=2, prefetch_factor=3)
+        assert ahead == batches
+        assert planned_ahead == [0, 0, 2, 12, 12, 14, 24, 24, 26]
+
+
+@pytest.mark.parametrize("loader", [{}, {"num_workers": 2, "prefetch_factor": 8}], ids=str)
 @pytest.mark.parametrize("kind", [{"pool_size": 32}, PAPERS], ids=["pools", "refresh"])
-def test_a_resumed_run_goes_on_exactly(kind, tmp_path):
+def test_a_resumed_run_goes_on_exactly(kind, loader, tmp_path):
     def train(model, *callbacks, **kwargs):
         seed_everything(0, verbose=False)
+        data = Data(8, 100, seed=3, **loader)
         callbacks = [walker(**kind, recycle=True, warmup_epochs=1), *callbacks]
-        return fit(model, Data(8, 100, seed=3), *callbacks, max_epochs=3, default_root_dir=tmp_path, **kwargs)
+        return fit(model, data, *callbacks, max_epochs=3, default_root_dir=tmp_path, **kwargs)
 
     seed_everything(0, verbose=False)
     whole = Returns()

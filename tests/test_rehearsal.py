@@ -225,10 +225,11 @@ def test_embed_may_need_what_the_start_of_training_makes():
         ("width", r"same shape_of_an_embedding, got \[4\] on rank 0, \[3\] on rank 1"),
         ("recycled width", r"same shape_of_an_embedding, got \[4\] on"),
         ("composer", "same composer, got .* on rank 0, 'pool_order' on rank 1"),
+        ("recycled num_workers", "same num_workers, got 0 on rank 0, 1 on rank 1"),
     ],
 )
 def test_processes_that_differ_are_refused_in_all(differs, words, tmp_path):
-    stderr = run(tmp_path, fails=True, differs=differs, recycle=differs == "recycled width", timeout=120)
+    stderr = run(tmp_path, fails=True, differs=differs, recycle=differs.startswith("recycled"), timeout=120)
     assert len(re.findall(f"ValueError: All processes must have the {words}", stderr)) == 2
 
 

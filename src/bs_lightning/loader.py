@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -117,9 +118,10 @@ class PoolLoader:
 
     A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training. The more workers there
     are, the older are the weights with which a pool is planned. This loader loads pool by pool with one set of workers,
-    and prefetches within a pool only. Iterate it like a ``DataLoader``, and read the same attributes. ``batch_size``
-    and ``drop_last`` are the batch sampler's. It is not a subclass of ``DataLoader``: Lightning makes such loaders
-    again, with a sampler of its own, and the plan would be lost.
+    and prefetches within a pool only, unless ``Planning(ahead=True)`` says that this changes nothing. Iterate it like a
+    ``DataLoader``, and read the same attributes. ``batch_size`` and ``drop_last`` are the batch sampler's. It is not a
+    subclass of ``DataLoader``: Lightning makes such loaders again, with a sampler of its own, and the plan would be
+    lost.
 
     Workers live for one iteration, or until :meth:`close` with ``persistent_workers=True``. Nothing is drawn from the
     global random state. The workers' seeds come from the sampler's seed, or from ``generator``, one draw each time that
@@ -185,7 +187,10 @@ class PoolLoader:
         load, self._load = self._load, None  # a second iteration meanwhile gets workers of its own
         try:
             plan = sampler.plan()
-            for batches in sampler.pools(plan):
+            pools: Iterable[Iterable[list[int]]] = sampler.pools(plan)
+            if plan.planning is not None and plan.planning.ahead:
+                pools = [itertools.chain.from_iterable(pools)]  # workers ask for batches, and so plan pools, ahead
+            for batches in pools:
                 if load is None:
                     settings = {name: getattr(self, name) for name in SETTINGS}
                     load = BatchFetcher(self.dataset, **settings | {"generator": self._generator()})

@@ -206,6 +206,8 @@ class Planning:
         replacement: Whether different batches may share instances.
         expect: Gets the dataset indices of the pool after the one that is about to be served, int64 ``[P]``, so that
             they can be read ahead. ``None`` reads nothing ahead.
+        ahead: Whether a pool may be planned while earlier pools are being trained, so that loading never stops at a
+            pool's end. Say so if training on other pools does not change what ``plan_pool`` returns for a pool.
 
     Raises:
         ValueError: If ``cut`` is :class:`WholeData` and ``replacement`` is ``False``.
@@ -223,6 +225,7 @@ class Planning:
     cut: Cut
     replacement: bool = False
     expect: Callable[[Indices], None] | None = None
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.cut, WholeData) and not self.replacement:
@@ -245,6 +248,11 @@ class Pool(NamedTuple):
     replacement: bool = False
     """Whether different batches may share instances."""
 
+    @property
+    def stop(self) -> int:
+        """The number of the batch before which the pool ends."""
+        return self.start + len(self.batches)
+
     def serves(self, epoch: int, batch: int) -> bool:
         """Return whether a batch belongs to this pool.
 
@@ -255,11 +263,13 @@ class Pool(NamedTuple):
         Returns:
             ``True`` if the pool holds that batch.
         """
-        return self.epoch == epoch and self.start <= batch < self.start + len(self.batches)
+        return self.epoch == epoch and self.start <= batch < self.stop
 
 
 class EpochPlan:
     """Serves one epoch's global batches, and plans each pool when its first batch is asked for.
+
+    Who iterates may ask for batches ahead of training. The plan then keeps all pools that are not served yet.
 
     Args:
         layout: The epoch's sizes.
@@ -272,7 +282,6 @@ class EpochPlan:
         groups: Each instance's group, int64 ``[N]``: no batch holds two instances of a group. ``None`` separates none.
 
     Attributes:
-        pool: The pool being served; ``None`` in an epoch of uniform batches.
         served: The number of the batch to serve next. The caller who iterates must count it.
 
     Raises:
@@ -311,14 +320,24 @@ class EpochPlan:
         self.start = self.served = start
         self.stop = layout.n_batches if stop is None else min(stop, layout.n_batches)
         self.planning = planning
-        self.pool = pool
         self.groups = groups
+        self._pools = [] if pool is None else [pool]
         self._sorted: tuple[Pool, Pairs, Indices] | None = None
         self._order = permutation(layout.n_instances, seed, epoch)
         if groups is not None:
             self._order = separate_order(self._order[:], groups, layout.global_batch_size, pool_seed(seed, epoch, 0))
         if pool is not None and pool.epoch == epoch:
             check_pool(pool, self._order, layout)
+
+    @property
+    def pool(self) -> Pool | None:
+        """The pool being served, ``None`` in an epoch of uniform batches."""
+        begun = [pool for pool in self._pools if pool.epoch != self.epoch or pool.start <= self.served]
+        return begun[-1] if begun else None
+
+    def _pool_of(self, batch: int) -> Pool | None:
+        """Return the planned pool that holds a batch, or ``None`` if there is none."""
+        return next((pool for pool in self._pools if pool.serves(self.epoch, batch)), None)
 
     def global_batch(self, batch: int) -> Order:
         """Return the dataset indices of a global batch.
@@ -329,8 +348,9 @@ class EpochPlan:
         Returns:
             Dataset indices, integers ``[B]``.
         """
-        if self.pool is not None and self.pool.serves(self.epoch, batch):
-            planned: Indices = self.pool.batches[batch - self.pool.start]
+        pool = self._pool_of(batch)
+        if pool is not None:
+            planned: Indices = pool.batches[batch - pool.start]
             return planned
         size = self.layout.global_batch_size
         return self._order[batch * size : (batch + 1) * size]
@@ -345,8 +365,8 @@ class EpochPlan:
             Pairs of dataset indices, int64 ``[m, 2]``. Where batches may share instances, pairs of other batches of the
             pool are among them.
         """
-        pool = self.pool
-        if pool is None or not pool.serves(self.epoch, batch):
+        pool = self._pool_of(batch)
+        if pool is None:
             return NO_PAIRS
         if pool.replacement:
             return pool.pairs
@@ -361,17 +381,19 @@ class EpochPlan:
         full_stop = min(self.stop, self.layout.n_full)
         batch = self.start
         while batch < full_stop:
-            if self.pool is None or not self.pool.serves(self.epoch, batch):
-                self.pool = None
+            pool = self._pool_of(batch)
+            if pool is None:
+                self._pools = [each for each in self._pools if each.epoch == self.epoch and each.stop > self.served]
                 if self.planning is None:
                     yield (self._order[each * size : (each + 1) * size] for each in range(batch, full_stop))
                     batch = full_stop
                     continue
-                self.pool = self._plan_pool(self.planning, batch, full_stop)
-            end = min(self.pool.start + len(self.pool.batches), full_stop)
+                pool = self._plan_pool(self.planning, batch, full_stop)
+                self._pools.append(pool)
+            end = min(pool.stop, full_stop)
             if end < full_stop and self.planning is not None and self.planning.expect and self.planning.cut.foreseen:
                 self.planning.expect(self._indices(self.planning.cut.next_pool(end, full_stop, self.layout)[0]))
-            yield self.pool.batches[batch - self.pool.start : end - self.pool.start]
+            yield pool.batches[batch - pool.start : end - pool.start]
             batch = end
         if batch < self.stop:
             yield [self._order[self.layout.n_full * size :]]
@@ -501,7 +523,7 @@ def check_pool(pool: Pool, order: Order | KeyedPermutation, layout: BatchLayout)
     Raises:
         ValueError: If the checkpoint is damaged, or was taken with different data or a different seed.
     """
-    size, stop = layout.global_batch_size, pool.start + len(pool.batches)
+    size, stop = layout.global_batch_size, pool.stop
     fits = 0 <= pool.start < stop <= layout.n_full and pool.batches.shape[1] == size and pool.pairs.shape[1] == 2
     if fits and pool.replacement:
         rows = np.sort(pool.batches, axis=1)

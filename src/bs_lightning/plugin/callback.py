@@ -96,8 +96,8 @@ class BatchSamplerCallback(Callback):
             sides, such as query and document: a pair of such tensors, or ``[b, 2, d]``. Batches are then composed by
             the similarity of one side with the other, as the loss compares them.
         encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``, which
-            fits into memory if training does. On a CPU it is 256, unless that is more than four training batches or
-            less than one: a CPU embeds larger batches more slowly.
+            fits into memory if training does. It is at most 128 on a CPU, which embeds larger batches more slowly. On a
+            GPU with ``num_workers`` above 0 it is ``batch_size``, so that more workers read at the same time.
 
     Raises:
         ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
@@ -269,7 +269,9 @@ class BatchSamplerCallback(Callback):
         assert self._planner is not None
         if not self.should_plan(self._planner.trainer):
             return None
-        return Planning(self._plan_pool, self.cut(layout), self.composer.replacement, self._planner.source.expect)
+        source, cut = self._planner.source, self.cut(layout)
+        ahead = source.foreseen and isinstance(cut, Pools)
+        return Planning(self._plan_pool, cut, self.composer.replacement, source.expect, ahead)
 
     def cut(self, layout: BatchLayout) -> Cut:
         """Return which instances are planned together.
@@ -377,6 +379,7 @@ class BatchSamplerCallback(Callback):
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
             per_rank=self.per_rank,
+            **self._loading_ahead(trainer),
             composer=_name(self.composer),
             replacement=self.composer.replacement,
         )
@@ -447,6 +450,12 @@ class BatchSamplerCallback(Callback):
             self._planner.source.load_state_dict(of_source)
         if self._adaptive is not None and "adaptive" in state_dict:
             self._adaptive.load_state_dict(state_dict["adaptive"])
+
+    def _loading_ahead(self, trainer: Trainer) -> dict[str, Any]:
+        """Return by which arguments of the data loader pools are planned ahead of training, if they are."""
+        assert self._planner is not None
+        names = ("num_workers", "prefetch_factor") if self._planner.source.foreseen else ()
+        return {name: trainer.datamodule.dataloader_kwargs.get(name) for name in names}
 
     def _start_epoch(self, trainer: Trainer) -> None:
         assert self._planner is not None

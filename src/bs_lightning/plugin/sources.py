@@ -24,6 +24,8 @@ from bs_lightning.plugin.processes import check_equal, failing_together, own_sha
 from bs_lightning.plugin.progress import progress
 from bs_lightning.rules import as_float_tensor
 
+_MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
+
 Embed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
 
 
@@ -33,9 +35,11 @@ class EmbeddingSource(Protocol):
     Attributes:
         in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
             composes.
+        foreseen: Whether :meth:`read` returns the same for a pool while other pools of the epoch are trained.
     """
 
     in_all_processes: ClassVar[bool]
+    foreseen: ClassVar[bool]
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that embedding needs.
@@ -114,6 +118,7 @@ class EncodedEmbeddings:
     """
 
     in_all_processes: ClassVar[bool] = True
+    foreseen: ClassVar[bool] = False
 
     def __init__(self, trainer: Trainer, embed: Embed | None, batch_size: int | None, per_rank: bool) -> None:
         module = trainer.lightning_module
@@ -186,10 +191,12 @@ class EncodedEmbeddings:
         """Instances embedded at a time."""
         if self._batch_size is not None:
             return self._batch_size
-        training: int = self._trainer.datamodule.batch_size
+        data = self._trainer.datamodule
+        training: int = data.batch_size
         if self._trainer.lightning_module.device.type == "cpu":
-            return max(training, min(4 * training, 256))
-        return 4 * training
+            return min(4 * training, _MOST_ON_CPU)
+        # A worker reads a batch, so that small ones keep more workers busy. Loading takes longer than embedding there.
+        return training if data.dataloader_kwargs.get("num_workers", 0) else 4 * training
 
     def _loading(self, indices: Indices) -> Iterator[Any]:
         """Return an iterator over a pool's batches. Worker processes, if there are any, begin at once."""
@@ -247,6 +254,7 @@ class RecycledEmbeddings:
     """
 
     in_all_processes: ClassVar[bool] = False
+    foreseen: ClassVar[bool] = True
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
         self._trainer = trainer
@@ -324,6 +332,7 @@ class ReferenceEmbeddings:
     """
 
     in_all_processes: ClassVar[bool] = False
+    foreseen: ClassVar[bool] = True
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
         self._trainer = trainer
