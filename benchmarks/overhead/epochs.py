@@ -20,7 +20,6 @@ not count. An epoch lasts from the end of the one before to its own end. Ratios 
 """
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +32,8 @@ from torch.utils.data import DataLoader
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, graphs
 
 from ..csv_files import Row
-from .model import Data, SimCLR, as_loaded, quiet_trainer
+from ..processes import in_new_process
+from .model import Data, SimCLR, quiet_trainer
 from .ratios import ratio_columns
 
 UNCOUNTED = 3  # rounds
@@ -74,22 +74,27 @@ class InTurn(BatchSamplerCallback):
 
 
 class ForwardPass(Callback):
-    """Embeds every instance once before the first step of some epochs, in a bare loop."""
+    """Embeds every instance once before the first step of some epochs, in a bare loop with workers of its own."""
 
     def __init__(self, kinds: list[str]) -> None:
         self.kinds = kinds
+        self.batches: list[list[int]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        workers = data.dataloader_kwargs.get("num_workers", 0)
+        on_cpu = pl_module.device.type == "cpu"
+        self.size = min(4 * data.batch_size, 128) if on_cpu else data.batch_size if workers else 4 * data.batch_size
+        settings: Any = {"batch_sampler": self.batches, "pin_memory": not on_cpu} | data.dataloader_kwargs
+        self.loader: Any = DataLoader(data.train_dataset(), **settings)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx > 0 or self.kinds[trainer.current_epoch] != "forward pass":
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        size = 256 if pl_module.device.type == "cpu" else 4 * data.batch_size
-        batches = torch.randperm(data.size).split(size)
-        settings: Any = {"batch_sampler": [batch.tolist() for batch in batches], "collate_fn": as_loaded}
-        loader = DataLoader(data.pool_dataset(), pin_memory=pl_module.device.type == "cuda", **settings)
+        self.batches[:] = [batch.tolist() for batch in torch.randperm(len(self.loader.dataset)).split(self.size)]
         pl_module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            torch.cat([pl_module(images.to(pl_module.device, non_blocking=True)) for images in loader])
+            torch.cat([pl_module(images.to(pl_module.device, non_blocking=True)) for images in self.loader])
         pl_module.train()
 
 
@@ -116,16 +121,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("--instances", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--load-ms", type=float, default=0.0, help="how long an image takes to load, in milliseconds")
     parser.add_argument("--rounds", type=int, default=31, help="epochs of each kind that count")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Train each arm in a process of its own, and yield its row."""
-    context = multiprocessing.get_context("spawn")
     for arm in args.arms:
-        with context.Pool(1) as process:
-            yield process.apply(measure, (arm, args))
+        yield in_new_process(measure, arm, args)
 
 
 def measure(arm: str, args: argparse.Namespace) -> Row:
@@ -137,8 +142,9 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
     rounds = UNCOUNTED + args.rounds
     kinds = np.random.default_rng(0).permuted(np.tile(KINDS, (rounds, 1)), axis=1).flatten().tolist()
     clock = Clock()
+    data = Data(args.instances, args.batch_size, args.load_ms / 1000, num_workers=args.workers)
     trainer = quiet_trainer(args, [InTurn(kinds, **ARMS[arm]), ForwardPass(kinds), clock], len(kinds))
-    trainer.fit(SimCLR(args.network, args.channels_last), datamodule=Data(args.instances, args.batch_size))
+    trainer.fit(SimCLR(args.network, args.channels_last), datamodule=data)
     by_kind = {kind: np.array(clock.epochs)[np.array(kinds) == kind][UNCOUNTED:].T for kind in KINDS}
     seconds = {kind: of_kind[0] for kind, of_kind in by_kind.items()}
     uniform, forward_pass, composed = seconds.values()
@@ -153,6 +159,8 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         "threads": args.threads,
         "instances": args.instances,
         "batch size": args.batch_size,
+        "workers": args.workers,
+        "ms to load": args.load_ms,
         "epoch seconds": float(np.median(composed)),
         "forward pass ratio": float(np.median(forward_pass / uniform)),
         **{f"epoch {name}": value for name, value in ratio_columns(composed / seconds[base]).items()},

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 import warnings
 from typing import Any
 
@@ -17,15 +18,22 @@ from ..trainers import make_trainer
 
 
 class Images(Dataset[Tensor]):
-    """Random images; both views are the same, as augmentation is not what is measured."""
+    """Random images; both views are the same, as augmentation is not what is measured.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: Number of images.
+        seconds: How long an image takes to load. Loaders sleep, as if each had a core of its own.
+    """
+
+    def __init__(self, size: int, seconds: float = 0.0) -> None:
         self.images = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.seconds = seconds
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> Tensor:
+        time.sleep(self.seconds * len(indices))
         return self.images[indices]
 
 
@@ -37,12 +45,12 @@ def as_loaded(batch: Tensor) -> Tensor:
 class Data(BatchSamplerDataModule):
     """The data of all arms."""
 
-    def __init__(self, size: int, batch_size: int = 64, **kwargs: Any) -> None:
+    def __init__(self, size: int, batch_size: int = 64, seconds: float = 0.0, **kwargs: Any) -> None:
         super().__init__(batch_size, collate_fn=as_loaded, **kwargs)
-        self.size = size
+        self.size, self.seconds = size, seconds
 
     def train_dataset(self) -> Dataset[Tensor]:
-        return Images(self.size)
+        return Images(self.size, self.seconds)
 
 
 class SimCLR(LightningModule):

@@ -35,8 +35,9 @@ from bs_lightning._nndescent import compile_ahead, descend
 from bs_lightning._types import Embeddings, Neighbors
 
 _SMALL_POOL = 4096  # instances up to which a matrix product is as fast as pynndescent, by `benchmarks/pools.py`
-# The same for embeddings on a GPU. Not measured: the product reads and writes 17 GB, a fraction of a second's work.
-_SMALL_POOL_ON_GPU = 65_536
+# The same for embeddings on a GPU. On an H200 beside 16 cores the product is still 2.5 times as fast at 262,144, by
+# `benchmarks/overhead graphs`. Other GPUs are slower.
+_SMALL_POOL_ON_GPU = 131_072
 _COLUMN_GROUP = 128  # columns of similarities that are looked at together on a GPU, by `benchmarks/overhead graphs`
 _CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
 # Runs of distances in `RandomCandidateGraph`. With more runs, two steps of a walk reach more instances, and a graph
@@ -80,7 +81,7 @@ class SharedGraph(Protocol):
 class NNDescentGraph:
     """Find approximate nearest neighbours, with nearest neighbour descent in large pools.
 
-    In pools of up to 4,096 instances a matrix product is as fast, and for embeddings on a GPU up to 65,536. There the
+    In pools of up to 4,096 instances a matrix product is as fast, and for embeddings on a GPU up to 131,072. There the
     graph equals :class:`ExactGraph`. In larger pools pynndescent finds the neighbours, on the CPU. On the first call on
     a machine, its kernels are compiled, which takes about a minute. numba keeps them on disk, as it keeps other
     functions of pynndescent. One line in the log says when. :class:`~bs_lightning.BatchSamplerCallback` has them
