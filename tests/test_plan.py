@@ -107,9 +107,27 @@ def test_pools_that_are_planned_ahead_change_nothing(plan, data):
         ahead.served = number + 1
         assert ahead.global_batch(number).tolist() == expected[number]
         assert ahead.pairs(number).tolist() == pairs[number]
-        rest = batches(layout, start=number + 1, pool=ahead.pool, **arguments)
-        assert rest == expected[number + 1 :]
+        for start in (number, number + 1):  # a checkpoint may be taken before or after the batch is trained
+            assert batches(layout, start=start, pool=ahead.pool, **arguments) == expected[start:]
+            assert ahead.pool is None or ahead.pool.start <= number
     assert asked == expected
+
+
+def test_a_later_pool_of_the_epoch_is_planned_anew():
+    layout = BatchLayout(90, 10)
+    shuffle = Shuffle(layout)
+    plan = EpochPlan(layout, seed=0, epoch=0, planning=Planning(shuffle, Pools(30)))
+    for pool in plan:
+        plan.served += len(pool)
+    assert plan.pool.start == 6
+    shuffle.lengths.clear()
+    batches(layout, seed=0, epoch=0, planning=Planning(shuffle, Pools(30)), pool=plan.pool)
+    assert shuffle.lengths == [30, 30, 30]
+
+
+def test_only_pools_may_be_planned_ahead():
+    with pytest.raises(ValueError, match=r"ahead=True needs Pools, .* got WholeData\(every=3\)"):
+        Planning(Shuffle(BatchLayout(90, 10)), WholeData(3), replacement=True, ahead=True)
 
 
 def test_a_pool_of_another_epoch_is_not_served():

@@ -32,6 +32,11 @@ class Returns(Model):
         return {"loss": loss, "embeddings": embeddings}
 
 
+class SavesAtBatchStart(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/start={trainer.global_step}.ckpt")
+
+
 # The bank
 
 
@@ -185,11 +190,12 @@ def test_a_resumed_run_goes_on_exactly(kind, loader, tmp_path):
     seed_everything(0, verbose=False)
     whole = Returns()
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    train(whole, saves, enable_checkpointing=True)
-    for step in (5, 12, 14, 17, 24, 30):
-        resumed = Returns()
-        train(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert resumed.batches == whole.batches[step:], f"from step {step}"
+    train(whole, saves, SavesAtBatchStart(), enable_checkpointing=True)
+    for name in ("step", "start"):
+        for step in (5, 12, 14, 15, 17, 24, 30):
+            resumed = Returns()
+            train(resumed, ckpt_path=tmp_path / f"{name}={step}.ckpt")
+            assert resumed.batches == whole.batches[step:], f"{name} {step}"
 
 
 def test_another_fit_starts_without_embeddings():

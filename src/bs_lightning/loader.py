@@ -1,4 +1,4 @@
-"""Loader: a plan's batches -> collated batches of data, without prefetching across a pool's end."""
+"""Loader: a plan's batches -> collated batches of data, prefetched across a pool's end only where it may be."""
 
 import functools
 import inspect
@@ -114,7 +114,7 @@ class _Iteration(Iterator[Any]):
 
 
 class PoolLoader:
-    """A data loader that asks for each pool's plan only when its first batch is about to be trained.
+    """A data loader that asks for each pool's plan when the pool's first batch is about to be trained.
 
     A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training. The more workers there
     are, the older are the weights with which a pool is planned. This loader loads pool by pool with one set of workers,
@@ -187,9 +187,9 @@ class PoolLoader:
         load, self._load = self._load, None  # a second iteration meanwhile gets workers of its own
         try:
             plan = sampler.plan()
-            pools: Iterable[Iterable[list[int]]] = sampler.pools(plan)
+            pools: Iterator[Iterable[list[int]]] = sampler.pools(plan)
             if plan.planning is not None and plan.planning.ahead:
-                pools = [itertools.chain.from_iterable(pools)]  # workers ask for batches, and so plan pools, ahead
+                pools = _in_one(pools)  # workers ask for batches, and so plan pools, ahead of training
             for batches in pools:
                 if load is None:
                     settings = {name: getattr(self, name) for name in SETTINGS}
@@ -224,6 +224,12 @@ class PoolLoader:
         else:
             seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         return torch.Generator().manual_seed(seed)
+
+
+def _in_one(pools: Iterator[Iterable[list[int]]]) -> Iterator[Iterable[list[int]]]:
+    """Yield the batches of all pools as those of one. The first pool is planned before any worker starts."""
+    for first in pools:
+        yield itertools.chain(first, itertools.chain.from_iterable(pools))
 
 
 def end_workers(loader: DataLoader[Any]) -> None:

@@ -1,7 +1,8 @@
 """Plan: which instances make the batches of one epoch, pool after pool.
 
 An epoch is a random permutation of the dataset. Its batches are consecutive pieces of the permutation. A planner, if
-there is one, rearranges each pool when the pool's first batch is about to be trained.
+there is one, rearranges each pool when the pool's first batch is asked for: when that batch is about to be trained, or
+ahead of it where that changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -210,7 +211,8 @@ class Planning:
             pool's end. Say so if training on other pools does not change what ``plan_pool`` returns for a pool.
 
     Raises:
-        ValueError: If ``cut`` is :class:`WholeData` and ``replacement`` is ``False``.
+        ValueError: If ``cut`` is :class:`WholeData` and ``replacement`` is ``False``, or ``ahead`` is ``True`` and
+            ``cut`` is not :class:`Pools`.
 
     Example:
         >>> import numpy as np
@@ -232,6 +234,11 @@ class Planning:
             raise ValueError(
                 f"refresh_every={self.cut.every} needs a composer whose batches may share instances, such as "
                 "RWRComposer(..., replacement=True). To serve each instance once an epoch, use pools."
+            )
+        if self.ahead and not isinstance(self.cut, Pools):
+            raise ValueError(
+                f"ahead=True needs Pools, which share no instances and whose sizes are known, got {self.cut!r}. Leave "
+                "ahead out."
             )
 
 
@@ -269,7 +276,8 @@ class Pool(NamedTuple):
 class EpochPlan:
     """Serves one epoch's global batches, and plans each pool when its first batch is asked for.
 
-    Who iterates may ask for batches ahead of training. The plan then keeps all pools that are not served yet.
+    Who iterates may ask for batches ahead of training. The plan then keeps all pools that are not served yet, by the
+    count in ``served``.
 
     Args:
         layout: The epoch's sizes.
@@ -331,9 +339,9 @@ class EpochPlan:
 
     @property
     def pool(self) -> Pool | None:
-        """The pool being served, ``None`` in an epoch of uniform batches."""
-        begun = [pool for pool in self._pools if pool.epoch != self.epoch or pool.start <= self.served]
-        return begun[-1] if begun else None
+        """The pool of the batch that was served last, else of the next batch; ``None`` where batches are uniform."""
+        begun = [pool for pool in self._pools if pool.epoch != self.epoch or pool.start < self.served]
+        return begun[-1] if begun else self._pool_of(self.served)
 
     def _pool_of(self, batch: int) -> Pool | None:
         """Return the planned pool that holds a batch, or ``None`` if there is none."""
@@ -380,6 +388,8 @@ class EpochPlan:
         size = self.layout.global_batch_size
         full_stop = min(self.stop, self.layout.n_full)
         batch = self.start
+        if self._pool_of(batch) is None:
+            self._pools = []  # a later pool, from a checkpoint, is planned anew when its time comes
         while batch < full_stop:
             pool = self._pool_of(batch)
             if pool is None:

@@ -27,7 +27,7 @@ class SamplerState:
         epoch: The epoch being served.
         served: Number of that epoch's batches that were served.
         stop: Number of batches after which that epoch ends, at most ``n_batches``.
-        in_pool: Whether a pool is being served. ``False`` in uniform epochs, and while a pool is being planned.
+        in_pool: Whether a pool is being served. ``False`` in uniform epochs.
         pool: The pool being served, or the last one; ``None`` if no pool was planned yet.
         groups: A digest of the groups that are kept apart, 0 if none are.
 

@@ -47,7 +47,7 @@ class BatchSamplerCallback(Callback):
     is uniform even with ``warmup_epochs=0``. Checkpoints hold the rows, so a resumed run goes on exactly. Put callbacks
     that save in ``on_train_batch_end`` behind this one.
 
-    The module logs at each epoch's end:
+    The module logs in ``on_train_epoch_end``:
 
     - ``batch_sampler/hardness``: mean cosine similarity of the negatives in a batch, in the embeddings that the batches
       were composed from. If labels are known, only true negatives count.
@@ -269,9 +269,9 @@ class BatchSamplerCallback(Callback):
         assert self._planner is not None
         if not self.should_plan(self._planner.trainer):
             return None
-        source, cut = self._planner.source, self.cut(layout)
-        ahead = source.foreseen and isinstance(cut, Pools)
-        return Planning(self._plan_pool, cut, self.composer.replacement, source.expect, ahead)
+        cut = self.cut(layout)
+        expect, ahead = self._planner.source.expect, self._plans_ahead(cut)
+        return Planning(self._plan_pool, cut, self.composer.replacement, expect, ahead)
 
     def cut(self, layout: BatchLayout) -> Cut:
         """Return which instances are planned together.
@@ -363,6 +363,9 @@ class BatchSamplerCallback(Callback):
                 f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
                 "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
             )
+        # They decide at which step pools are planned ahead, and all processes must plan a pool at the same step.
+        names = ("num_workers", "prefetch_factor") if self._plans_ahead(self.cut(sampler.layout)) else ()
+        settings_of_workers = {name: trainer.datamodule.dataloader_kwargs.get(name) for name in names}
         check_equal(
             trainer,
             n_instances=sampler.layout.n_instances,
@@ -379,7 +382,7 @@ class BatchSamplerCallback(Callback):
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
             per_rank=self.per_rank,
-            **self._loading_ahead(trainer),
+            **settings_of_workers,
             composer=_name(self.composer),
             replacement=self.composer.replacement,
         )
@@ -451,11 +454,10 @@ class BatchSamplerCallback(Callback):
         if self._adaptive is not None and "adaptive" in state_dict:
             self._adaptive.load_state_dict(state_dict["adaptive"])
 
-    def _loading_ahead(self, trainer: Trainer) -> dict[str, Any]:
-        """Return by which arguments of the data loader pools are planned ahead of training, if they are."""
+    def _plans_ahead(self, cut: Cut) -> bool:
+        """Return whether pools may be planned while earlier pools are trained."""
         assert self._planner is not None
-        names = ("num_workers", "prefetch_factor") if self._planner.source.foreseen else ()
-        return {name: trainer.datamodule.dataloader_kwargs.get(name) for name in names}
+        return self._planner.source.foreseen and isinstance(cut, Pools)
 
     def _start_epoch(self, trainer: Trainer) -> None:
         assert self._planner is not None

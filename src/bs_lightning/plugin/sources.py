@@ -191,12 +191,11 @@ class EncodedEmbeddings:
         """Instances embedded at a time."""
         if self._batch_size is not None:
             return self._batch_size
-        data = self._trainer.datamodule
-        training: int = data.batch_size
+        training: int = self._trainer.datamodule.batch_size
         if self._trainer.lightning_module.device.type == "cpu":
             return min(4 * training, _MOST_ON_CPU)
-        # A worker reads a batch, so that small ones keep more workers busy. Loading takes longer than embedding there.
-        return training if data.dataloader_kwargs.get("num_workers", 0) else 4 * training
+        # Each worker reads one batch at a time, so small batches keep more workers busy.
+        return training if self._settings.get("num_workers", 0) else 4 * training
 
     def _loading(self, indices: Indices) -> Iterator[Any]:
         """Return an iterator over a pool's batches. Worker processes, if there are any, begin at once."""
@@ -319,7 +318,10 @@ class RecycledEmbeddings:
     def _restore(self) -> None:
         """Fill the bank from a checkpoint, as soon as both exist."""
         if self._bank is not None and self._restored:
-            self._bank.load_state_dict(self._restored)
+            # On the device of training, where the run that was left had scaled them.
+            rows = self._restored["rows"]
+            rows = None if rows is None else rows.to(self._trainer.strategy.root_device)
+            self._bank.load_state_dict(self._restored | {"rows": rows})
             self._restored = None
 
 
