@@ -207,11 +207,13 @@ def test_serves_each_instance_once_and_the_same_twice(kind):
 
 
 @pytest.mark.parametrize("kind", ["fresh", "recycled"])
-def test_a_resumed_run_goes_on_exactly(kind, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_goes_on_exactly(kind, num_workers, tmp_path):
     def train(*callbacks, **kwargs):
         seed_everything(0, verbose=False)
         model = Still()
-        fit(model, Data(n=96), CALLBACKS[kind](), *callbacks, max_epochs=3, **kwargs, **GPU)
+        data = Data(n=96, num_workers=num_workers)
+        fit(model, data, CALLBACKS[kind](), *callbacks, max_epochs=3, **kwargs, **GPU)
         return model.batches
 
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=17, save_top_k=-1)

@@ -82,7 +82,6 @@ def embed_in_batches(
     return embeddings
 
 
-@torch.no_grad()
 def checked_unit_rows_(embeddings: Tensor, indices: Sequence[int] | Indices) -> Tensor:
     """Check a pool's embeddings as :func:`encode` does, and scale them to length 1 in place.
 

@@ -206,9 +206,9 @@ class NNDescentGraph:
 class ExactGraph:
     """Find exact nearest neighbours by cosine similarity, with a matrix product per block of rows.
 
-    The graph is computed on the device of the embeddings. It holds 4 MB of similarities at a time, and 256 MB on a GPU,
-    not all ``P x P``. The work grows with ``P^2``. On a CPU it suits pools of up to some thousands, on a GPU far larger
-    ones.
+    The graph is computed on the device of the embeddings. It does not hold all ``P x P`` similarities, but 4 MB at a
+    time, and on a GPU less than 600 MB. The work grows with ``P^2``. On a CPU it suits pools of up to some thousands,
+    on a GPU far larger ones.
 
     Args:
         n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.

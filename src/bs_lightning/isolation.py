@@ -94,6 +94,7 @@ _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 _HOLDERS = (nn.Module, Tensor, dict, list, tuple, set, deque)
 _CONTAINERS = {dict, OrderedDict, list, tuple, set, deque}
 _PLAIN = {bool, int, float, str}
+_SMALL = 2**20  # bytes of memory that is copied together with others: for all of a large model there may be no room
 
 
 def _held(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]:
@@ -209,9 +210,9 @@ def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
     """Return a function that restores the memory of tensors, bit for bit. Memory that they share is copied once."""
     storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values()
     sizes = [storage.nbytes() for storage in storages]
-    alike: dict[Any, list[Tensor]] = {}  # by device and dtype
+    alike: dict[Any, list[Tensor]] = {}
     for memory in map(_integers, storages):
-        alike.setdefault((memory.device, memory.dtype), []).append(memory)
+        alike.setdefault((memory.device, memory.dtype, memory.nbytes <= _SMALL), []).append(memory)
     copies = [(memories, _copied(memories)) for memories in alike.values()]
 
     def restore() -> None:
@@ -231,8 +232,8 @@ def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
 
 
 def _copied(memories: list[Tensor]) -> list[Tensor]:
-    """Return copies of tensors of one dimension. On a GPU, one copy of all saves the start of many kernels."""
-    if memories[0].is_cuda:
+    """Return copies of tensors of one dimension. On a GPU, one copy of small ones saves the start of many kernels."""
+    if memories[0].is_cuda and memories[0].nbytes <= _SMALL:
         return list(torch.cat(memories).split([len(memory) for memory in memories]))
     return [memory.clone() for memory in memories]
 
