@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer
 
 from ..csv_files import Row
-from .model import Data, SimCLR, quiet_trainer
+from .model import Data, SimCLR, precision_columns, quiet_trainer
 from .ratios import ratio_columns
 
 
@@ -80,7 +80,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     pairs = compare.pairs[2:]
     yield {
         "network": args.network,
-        "precision": args.precision,
+        **precision_columns(args),
         "threads": args.threads,
         "workers": args.workers,
         "instances": args.instances,

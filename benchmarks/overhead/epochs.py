@@ -33,14 +33,13 @@ from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, graphs
 
 from ..csv_files import Row
 from ..processes import in_new_process
-from .model import Data, SimCLR, quiet_trainer
+from .model import Data, SimCLR, precision_columns, quiet_trainer
 from .ratios import ratio_columns
 
 UNCOUNTED = 3  # rounds
 KINDS = ("uniform", "forward pass", "composed")
 STEPS = ("encode", "graph", "walk")
 ARMS: dict[str, dict[str, Any]] = {  # the callback's arguments
-    "exact graph": {"composer": RWRComposer(ExactGraph(15))},
     "default": {},
     "pynndescent": {},
     "recycled": {"composer": RWRComposer(ExactGraph(15)), "recycle": True},
@@ -155,7 +154,7 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         "batches": arm,
         "compared with": base,
         "network": args.network,
-        "precision": args.precision,
+        **precision_columns(args),
         "threads": args.threads,
         "instances": args.instances,
         "batch size": args.batch_size,

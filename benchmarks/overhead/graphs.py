@@ -2,8 +2,8 @@
 
 Both build the graph of the same random instances in turn. The product is computed on the device, pynndescent runs on
 the CPU, and its seconds include the copy to it. The ratio is pynndescent's seconds by the product's, pair by pair.
-"From" and "to" are a 95% interval of its median. Up to the size where the ratio falls below 1, ``NNDescentGraph`` takes
-the product. Pools larger than the embeddings file are made from it as for ``whole-data``.
+"From" and "to" are a 95% interval of its median. Where the ratio is above 1, the product is faster. Pools larger than
+the embeddings file are made from it as for ``whole-data``.
 """
 
 import argparse

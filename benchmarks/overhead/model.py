@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.recipes.resnet import ResNet18
 
+from ..csv_files import Row
 from ..trainers import make_trainer
 
 
@@ -81,6 +82,11 @@ def _convolutional(width: int) -> nn.Module:
     for inputs, outputs in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 128))
+
+
+def precision_columns(args: argparse.Namespace) -> Row:
+    """Return the precision and the order of memory that were asked for."""
+    return {"precision": args.precision, "channels last": args.channels_last}
 
 
 def quiet_trainer(args: argparse.Namespace, callbacks: list[Callback], epochs: int | None, **limits: int) -> Trainer:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from bs_lightning import BatchSamplerCallback
 
 from ..csv_files import Row
-from .model import Data, SimCLR, quiet_trainer
+from .model import Data, SimCLR, precision_columns, quiet_trainer
 
 SHOWN = 15
 
@@ -59,7 +59,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     quiet_trainer(args, [sampling, profiled], None, max_steps=1).fit(
         SimCLR(args.network, args.channels_last), datamodule=Data(args.instances, args.batch_size)
     )
-    settings = {"network": args.network, "P": args.pool_size}
+    settings = {"network": args.network, **precision_columns(args), "P": args.pool_size}
     parts = {"refresh": (1, profiled.seconds)} | {name: (1, seconds) for name, seconds in profiled.steps.items()}
     for name, (count, seconds) in parts.items():
         yield settings | {"what": name, "calls": count, "ms": 1000 * seconds, "share": seconds / profiled.seconds}
