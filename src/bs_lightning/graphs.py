@@ -34,9 +34,10 @@ from bs_lightning._embeddings import (
 from bs_lightning._nndescent import compile_ahead, descend
 from bs_lightning._types import Embeddings, Neighbors
 
-_SMALL_POOL = 4096  # instances up to which a matrix product is as fast as pynndescent, by `benchmarks/pools.py`
-# The same for embeddings on a GPU. On an H200 beside 16 cores the product is still 2.5 times as fast at 262,144, by
-# `benchmarks/overhead graphs`. Other GPUs are slower.
+# Instances up to which a matrix product is as fast as pynndescent, by `benchmarks/overhead graphs`.
+_SMALL_POOL = 4096
+# The same for embeddings on a GPU. On an H200 beside 16 cores the product is still 2.5 times as fast at 262,144. Other
+# GPUs are slower.
 _SMALL_POOL_ON_GPU = 131_072
 _COLUMN_GROUP = 128  # columns of similarities that are looked at together on a GPU, by `benchmarks/overhead graphs`
 _CHUNK_ENTRIES = 2**22  # similarities that `RandomCandidateGraph` holds at a time
