@@ -168,9 +168,10 @@ def _names(part: nn.Module) -> Callable[[], None]:
                 delattr(part, name)
             for name, value in before.items():
                 current = now.get(name)
+                if current is value:
+                    continue
                 # FSDP swaps a parameter for its sharded or gathered form, and keeps account of it.
-                by_fsdp = is_traceable_wrapper_subclass(current) != is_traceable_wrapper_subclass(value)
-                if current is not value and not by_fsdp:
+                if is_traceable_wrapper_subclass(current) == is_traceable_wrapper_subclass(value):
                     setattr(part, name, value)
         for values, earlier in lists:
             values[:] = earlier
