@@ -270,9 +270,7 @@ class ExactGraph:
 
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
         """Make the graph from all its parts, as ``SharedGraph`` says."""
-        found = np.concatenate(parts)
-        isolated = similar_to_nothing(embeddings).cpu().numpy()
-        return _real_neighbors(found, found.shape[1], isolated, seed) if isolated.any() else found
+        return _without_isolated(np.concatenate(parts), embeddings, seed)
 
 
 @dataclass(frozen=True)
@@ -386,8 +384,7 @@ class RandomCandidateGraph:
             return ExactGraph(self.n_neighbors).join(parts, embeddings, seed=seed)
         neighbors = np.empty((size, self.n_neighbors), dtype=np.int32)
         neighbors[np.random.default_rng(seed).permutation(size)] = np.concatenate(parts)
-        isolated = similar_to_nothing(embeddings).cpu().numpy()
-        return _real_neighbors(neighbors, self.n_neighbors, isolated, seed) if isolated.any() else neighbors
+        return _without_isolated(neighbors, embeddings, seed)
 
 
 def can_share(graph: object) -> bool:
@@ -472,6 +469,12 @@ def _banded_product(left: Tensor, right: Tensor, rows: int, columns: int, n_rows
     product = torch.bmm(blocks, others.transpose(1, 2))
     # Row i of a block begins i columns further right: its stride is one row and one column.
     return product.as_strided((len(blocks), b, width), (b * (b + width), b + width + 1, 1))
+
+
+def _without_isolated(neighbors: Neighbors, embeddings: Tensor, seed: int) -> Neighbors:
+    """Replace edges from and to all-zero rows, if there are any. All other edges are real."""
+    isolated = similar_to_nothing(embeddings).cpu().numpy()
+    return _real_neighbors(neighbors, neighbors.shape[1], isolated, seed) if isolated.any() else neighbors
 
 
 def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed: int) -> Neighbors:
