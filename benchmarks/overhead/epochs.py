@@ -30,6 +30,7 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, graphs
+from bs_lightning.plugin.sources import default_batch_size
 
 from ..csv_files import Row
 from ..processes import in_new_process
@@ -81,10 +82,9 @@ class ForwardPass(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        workers = data.dataloader_kwargs.get("num_workers", 0)
-        on_cpu = pl_module.device.type == "cpu"
-        self.size = min(4 * data.batch_size, 128) if on_cpu else data.batch_size if workers else 4 * data.batch_size
-        settings: Any = {"batch_sampler": self.batches, "pin_memory": not on_cpu} | data.dataloader_kwargs
+        device, kwargs = pl_module.device, data.dataloader_kwargs
+        self.size = default_batch_size(data.batch_size, device, kwargs["num_workers"])
+        settings: Any = {"batch_sampler": self.batches, "pin_memory": device.type == "cuda"} | kwargs
         self.loader: Any = DataLoader(data.train_dataset(), **settings)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -191,11 +191,8 @@ class EncodedEmbeddings:
         """Instances embedded at a time."""
         if self._batch_size is not None:
             return self._batch_size
-        training: int = self._trainer.datamodule.batch_size
-        if self._trainer.lightning_module.device.type == "cpu":
-            return min(4 * training, _MOST_ON_CPU)
-        # Each worker reads one batch at a time, so small batches keep more workers busy.
-        return training if self._settings.get("num_workers", 0) else 4 * training
+        device, n_workers = self._trainer.lightning_module.device, self._settings.get("num_workers", 0)
+        return default_batch_size(self._trainer.datamodule.batch_size, device, n_workers)
 
     def _loading(self, indices: Indices) -> Iterator[Any]:
         """Return an iterator over a pool's batches. Worker processes, if there are any, begin at once."""
@@ -229,8 +226,7 @@ class EncodedEmbeddings:
                 error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset, how))
                 raise
 
-        n_batches = -(-len(indices) // self._size)
-        with no_trace(module), progress(trainer, "Encoding", n_batches) as advance:
+        with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
             # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
             module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
@@ -273,7 +269,7 @@ class RecycledEmbeddings:
             if self._bank is None:
                 return torch.empty(0)  # a different process composes
             asked = own_share(self._trainer, indices) if self._per_rank else indices
-            # Restored rows, and those of a bank that is still empty, are on the CPU.
+            # The zeros of a bank that is still empty are on the CPU.
             return self._bank.read(torch.from_numpy(asked)).to(self._trainer.strategy.root_device)
 
     def expect(self, indices: Indices) -> None:
@@ -373,6 +369,23 @@ class ReferenceEmbeddings:
 
     def close(self) -> None:
         pass
+
+
+def default_batch_size(training: int, device: torch.device, n_workers: int) -> int:
+    """Return how many instances are embedded at a time, where nothing else was asked for.
+
+    Args:
+        training: Instances in a training batch.
+        device: The module's device.
+        n_workers: Number of workers that read what is embedded.
+
+    Returns:
+        Instances, at least 1.
+    """
+    if device.type == "cpu":
+        return min(4 * training, _MOST_ON_CPU)
+    # Each worker reads one batch at a time, so small batches keep more workers busy.
+    return training if n_workers else 4 * training
 
 
 def _advice(batch: Any, is_training_data: bool, how: str) -> str:
