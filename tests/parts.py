@@ -1,11 +1,12 @@
 """Parts that the tests of training share: data with known indices, a model that records them, and a Trainer."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
@@ -65,6 +66,16 @@ class Model(LightningModule):
     @property
     def batches(self) -> list[list[int]]:
         return [batch for epoch in sorted(self.epochs) for batch in self.epochs[epoch]]
+
+
+class SavesAtBatchStart(Callback):
+    """Saves a checkpoint before each step is trained."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
 
 
 def walker(pool_size: int = 32, **kwargs: Any) -> BatchSamplerCallback:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, pool_order, same_cluster_share, trainer, walker
+from parts import Data, Model, SavesAtBatchStart, fit, pool_order, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, Composer, ExactGraph, RWRComposer
 from bs_lightning.bank import EmbeddingBank
@@ -30,11 +30,6 @@ class Returns(Model):
         self.returned |= dict(zip(batch[0].tolist(), z.detach(), strict=True))
         loss = torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
         return {"loss": loss, "embeddings": embeddings}
-
-
-class SavesAtBatchStart(Callback):
-    def on_train_batch_start(self, trainer, *_):
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/start={trainer.global_step}.ckpt")
 
 
 # The bank
@@ -189,13 +184,14 @@ def test_a_resumed_run_goes_on_exactly(kind, loader, tmp_path):
 
     seed_everything(0, verbose=False)
     whole = Returns()
-    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    train(whole, saves, SavesAtBatchStart(), enable_checkpointing=True)
-    for name in ("step", "start"):
+    before, after = tmp_path / "before", tmp_path / "after"
+    saves = ModelCheckpoint(after, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    train(whole, saves, SavesAtBatchStart(before), enable_checkpointing=True)
+    for folder in (before, after):
         for step in (5, 12, 14, 15, 17, 24, 30):
             resumed = Returns()
-            train(resumed, ckpt_path=tmp_path / f"{name}={step}.ckpt")
-            assert resumed.batches == whole.batches[step:], f"{name} {step}"
+            train(resumed, ckpt_path=folder / f"step={step}.ckpt")
+            assert resumed.batches == whole.batches[step:], f"{folder.name} step {step}"
 
 
 def test_another_fit_starts_without_embeddings():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, walker
+from parts import Data, Model, SavesAtBatchStart, fit, walker
 from processes import batches_by_step, run, run_all
 from torch.utils.data import DataLoader
 
@@ -45,14 +45,6 @@ class SavesAtBatchEnd(Callback):
         self.folder = folder
 
     def on_train_batch_end(self, trainer, *_):
-        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
-
-
-class SavesAtBatchStart(Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_start(self, trainer, *_):
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
 
 
