@@ -115,7 +115,7 @@ class EmbeddingBank:
         assert self._rows is not None
         indices, rows = zip(*self._waiting, strict=True)
         unit = unit_rows_(torch.cat(rows).float()).half()
-        self._rows = self._rows.to(unit.device)  # restored rows are on the CPU
+        self._rows = self._rows.to(unit.device)  # loaded rows may be on a different device
         places, sizes = torch.cat(indices).to(unit.device), [len(batch) for batch in indices]
         for batch, of_batch in zip(places.split(sizes), unit.split(sizes), strict=True):
             self._rows[batch] = of_batch

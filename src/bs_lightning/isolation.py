@@ -159,9 +159,8 @@ def _names(part: nn.Module) -> Callable[[], None]:
             part.training = training
         if type(part) is not kind:  # a lazy module has become a real one
             return
-        if vars(part).keys() != attributes.keys():
-            for name in vars(part).keys() - attributes.keys():
-                del part.__dict__[name]
+        for name in vars(part).keys() - attributes.keys():
+            del part.__dict__[name]
         part.__dict__.update(attributes)
         for now, before in zip(_registered(part), registered, strict=True):
             for name in now.keys() - before.keys():
