@@ -430,6 +430,34 @@ def test_items_that_are_dictionaries():
     assert next(iter(data.test_dataloader()[0]))[1].tolist() == [2, 1]
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ((torch.tensor([3, 1]),), [3, 1]),
+        ((torch.tensor([0.5, 1.5]),), None),
+        ((torch.rand(2, 3, 8, 8),), None),
+        ((), None),
+    ],
+    ids=["labels", "floats", "second images", "images alone"],
+)
+def test_labels_of_a_tensor_dataset(columns, expected):
+    data = ImageData(TensorDataset(torch.rand(2, 3, 8, 8), *columns), 2, image_size=8)
+    data.train_dataloader()
+    labels = data.train_labels()
+    assert (None if labels is None else labels.tolist()) == expected
+
+
+@pytest.mark.parametrize(("labels", "expected"), [([3, 1], [3, 1]), (["cat", "dog"], None)], ids=["integers", "words"])
+def test_labels_of_a_hugging_face_dataset(labels, expected):
+    datasets = pytest.importorskip("datasets")
+    images = [np.asarray(picture("RGB")), np.asarray(picture("L"))]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64" if expected else "string")})
+    data = ImageData(datasets.Dataset.from_dict({"img": images, "label": labels}, features=features), 2, image_size=8)
+    data.train_dataloader()
+    assert data.train_labels() == expected
+    assert data.train_dataset()[1].shape == (3, 8, 8)
+
+
 def test_evaluation_needs_test_images():
     with pytest.raises(ValueError, match="give ImageData"):
         ImageData(torch.rand(4, 3, 8, 8)).test_dataloader()

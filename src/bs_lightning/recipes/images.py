@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.plugin.loops import next_batch
@@ -46,7 +46,8 @@ class ImageData(BatchSamplerDataModule):
 
     Args:
         train: What is trained on: a folder of images (:class:`ImageFolder`), a parquet file (:class:`ParquetImages`),
-            or a map-style dataset. A dataset with ``targets`` gives the labels for the false-negative rate.
+            or a map-style dataset. Its ``targets``, the integers of a ``TensorDataset``, or the column ``label`` of a
+            ``datasets.Dataset`` are the labels for the false-negative rate.
         batch_size: Instances per batch and process.
         test: Labelled images for ``trainer.test``, in the same forms. ``train`` must have labels, too, then.
         image_size: Height and width in pixels that all images get.
@@ -139,7 +140,7 @@ class Pixels(Dataset[Any]):
     def __init__(self, dataset: Any, size: int) -> None:
         self.dataset = dataset
         self.size = size
-        self.targets = getattr(dataset, "targets", None)
+        self.targets = _labels(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -335,6 +336,17 @@ def _tensor_to_pixels(image: Tensor) -> Tensor:
     if image.dtype != torch.uint8:
         raise ValueError(f"Its dtype is {image.dtype}. It must be uint8, or floats in [0, 1].")
     return image.expand(3, -1, -1)
+
+
+def _labels(dataset: Any) -> Any:
+    """Return the label of each image, ``[N]``, or ``None`` where they cannot be had without reading the images."""
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        second = dataset.tensors[1]
+        return second if second.ndim == 1 and not second.is_floating_point() else None
+    if "label" in getattr(dataset, "column_names", ()):
+        is_integer = "int" in getattr(dataset.features["label"], "dtype", "")
+        return dataset["label"][:] if is_integer else None
+    return getattr(dataset, "targets", None)
 
 
 def _image_and_label(item: Any) -> tuple[Any, Any]:
