@@ -10,9 +10,6 @@ from torch import Tensor
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Embeddings
 
-BLOCK_ENTRIES = 2**24
-"""Numbers that metrics hold at a time: 64 MB of float32."""
-
 # Similarities that `similarity_blocks` holds at a time. On a CPU, 4 MB stay in the cache: in pools of 4,096, graphs
 # take two thirds of the time. On a GPU, 256 MB at a time take half the time of 64 MB.
 _BLOCK_ENTRIES_ON_CPU, _BLOCK_ENTRIES_ON_GPU = 2**20, 2**26

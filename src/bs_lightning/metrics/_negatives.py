@@ -8,7 +8,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bs_lightning._checks import check_tensor
-from bs_lightning._embeddings import BLOCK_ENTRIES, unit_rows
+from bs_lightning._embeddings import unit_rows
+
+BLOCK_ENTRIES = 2**24
+"""Numbers that metrics hold at a time: 64 MB of float32."""
 
 
 def in_batch_false_negative_rate(labels: Tensor | NDArray[Any]) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bs_lightning._checks import check_tensor
-from bs_lightning._embeddings import BLOCK_ENTRIES, TIE, unit_rows
+from bs_lightning._embeddings import TIE, unit_rows
+from bs_lightning.metrics._negatives import BLOCK_ENTRIES
 
 
 def in_batch_accuracy(embeddings: Tensor | NDArray[Any]) -> Tensor:
