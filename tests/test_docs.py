@@ -12,20 +12,24 @@ from parts import Model
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
+from bs_lightning.losses import info_nce
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
 
 
-class TwoViews(Dataset):
-    def __init__(self, images):
-        self.images = images
+class Pairs(Dataset):
+    """Item ``i`` is a pair of two sides of instance ``i``."""
+
+    def __init__(self, n):
+        points = torch.randn(n, 8)
+        self.sides = torch.stack([points, points + 0.3 * torch.randn(n, 8)], dim=1)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.sides)
 
     def __getitem__(self, index):
-        return [self.images[index] + 0.1 * torch.randn(8) for _ in range(2)]
+        return list(self.sides[index])
 
 
 class SimCLR(LightningModule):
@@ -44,6 +48,15 @@ class SimCLR(LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
+class CLIP(SimCLR):
+    def __init__(self):
+        super().__init__()
+        self.image_tower, self.text_tower = Model().encoder, Model().encoder
+
+    def training_step(self, batch, batch_idx):
+        return info_nce(*self.embed(batch), temperature=0.1)
+
+
 def printed(page):
     found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     return [textwrap.dedent(code) for code in found]
@@ -54,11 +67,12 @@ def test_the_readmes_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
     (code,) = printed("README.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    names = {"images": torch.randn(300, 8), "TwoViews": TwoViews, "SimCLR": SimCLR}
+    names = {"pairs": Pairs(300), "CLIP": CLIP}
     exec(code, names)
     logged = names["trainer"].callback_metrics
     assert names["trainer"].current_epoch == 5
     assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
+    assert "batch_sampler/accuracy" in logged  # of two sides
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -172,20 +186,6 @@ def test_the_guarantees_name_tests_that_exist():
     for file, name in named:
         assert not file or file in tests, file
         assert not name or name in (tests[file] if file else set().union(*tests.values())), name
-
-
-class Pairs(Dataset):
-    """Item ``i`` is a pair of two sides of instance ``i``."""
-
-    def __init__(self, n):
-        points = torch.randn(n, 8)
-        self.sides = torch.stack([points, points + 0.3 * torch.randn(n, 8)], dim=1)
-
-    def __len__(self):
-        return len(self.sides)
-
-    def __getitem__(self, index):
-        return list(self.sides[index])
 
 
 def choices():

@@ -139,12 +139,12 @@ def stated(arm: str, paper: tuple[float, float, float], others: list[str]) -> st
 
 
 def batches_table(rows: Rows) -> str:
-    """Return a table of what the last epoch's batches were like, and of how long training took, by arm."""
-    shown = [name for name in columns(rows) if name.startswith(("last_epoch/", "seconds/train"))]
+    """Return a table of what the last epoch's batches were like, by arm."""
+    shown = [name for name in columns(rows) if name.startswith("last_epoch/")]
     lines = [["arm", *(title(name.removeprefix("last_epoch/")) for name in shown)]]
     for arm in arms(rows):
         values = [mean(rows, arm, name) for name in shown]
-        if any(mean(rows, arm, name) for name in shown if name.startswith("last_epoch/")):
+        if any(values):
             lines.append([arm, *values])
     return as_markdown(lines) if len(lines) > 1 else ""
 

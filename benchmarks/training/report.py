@@ -94,7 +94,7 @@ def overview(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
 
 
 def worth(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield markdown: for each task, what arms gain beside what uniform batches of two to eight times the size gain.
+    """Yield markdown: for each task, what arms gain beside what uniform batches of other sizes gain.
 
     All are compared with uniform batches of the task's own size by seed, after as many steps.
     """
@@ -102,20 +102,20 @@ def worth(paths: Sequence[Path]) -> Iterator[str]:
     for settings, rows in found:
         task = TASKS[settings["task"]]
         size = task.defaults["batch_size"]
-        larger = {
-            f"{UNIFORM}, {int(other['batch_size']) // size} x": each
+        of_other_sizes = {
+            f"{UNIFORM}, {int(other['batch_size']) / size:g} x": each
             for other, each in found
             if other["task"] == settings["task"]
             and other["batch_size"] != str(size)
             and has_defaults(other | {"batch_size": str(size)})
         }
-        if not has_defaults(settings) or not larger:
+        if not has_defaults(settings) or not of_other_sizes:
             continue
         together = [row for row in rows if row["arm"] in (UNIFORM, *NAMED)]
-        for name, each in larger.items():
+        for name, each in of_other_sizes.items():
             together += [row | {"arm": name} for row in each if row["arm"] == UNIFORM]
         yield heading(settings)
-        yield table(together, [f"result/{name}" for name in task.main], ["seconds/train"], UNIFORM) + "\n"
+        yield table(together, [f"result/{name}" for name in task.main], ["seconds/all_cpu"], UNIFORM) + "\n"
 
 
 def heading(settings: dict[str, str]) -> str:

@@ -111,13 +111,14 @@ class BatchSamplerCallback(Callback):
 
         class Data(BatchSamplerDataModule):
             def train_dataset(self):
-                return TwoViews(self.images)    # item i: two augmentations of image i
+                return self.pairs  # item i: an image and its caption
 
-            def pool_dataset(self):
-                return Plain(self.images)       # item i: image i as it is
+        class MyCLIP(CLIP):
+            def embed(self, batch):  # both sides, as the loss compares them
+                return self.image_tower(batch[0]), self.text_tower(batch[1])
 
-        trainer = Trainer(callbacks=[BatchSamplerCallback()], max_epochs=100)
-        trainer.fit(SimCLR(), datamodule=Data(batch_size=256, num_workers=8))
+        trainer = Trainer(callbacks=[BatchSamplerCallback("all")], max_epochs=100)
+        trainer.fit(MyCLIP(), datamodule=Data(batch_size=256, num_workers=8))
 
     Source: "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and Graphs", KDD 2023,
     arXiv 2306.03355; pools are this library's.
