@@ -262,9 +262,9 @@ for name, batches in first_epoch.items():
         show(batch)
 
 # %% [markdown]
-# The right function still comes first for most of the queries in the uniform batches, and the next ones have little to
-# do with it: their similarity is far lower. The second uniform batch holds two functions with the same code. They are
-# one group, so they are no negatives, and the loss leaves them out. In the composed batches several functions are near
+# In the uniform batches the right function comes first. These are the two hardest queries of 64, so a close second can
+# be there by chance. The second uniform batch holds two functions with the same code. They are one group, so they are
+# no negatives, and the loss leaves them out. In the composed batches several functions are near
 # copies of the right one in words. Some of them are ranked before it. This is what the model has yet to learn.
 #
 # ## How similar are the negatives?
