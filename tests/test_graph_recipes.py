@@ -252,6 +252,22 @@ def test_views_are_those_of_the_public_code():
         assert not diffusion[number, :n, n:].any()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_diffusions_of_large_graphs_are_right_on_any_number_of_threads(threads, monkeypatch):
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    one_way = [torch.randint(150, (2, 400), generator=generator) for _ in range(32)]
+    graphs = Batch.from_data_list([Data(x=torch.ones(150, 1), edge_index=edges) for edges in one_way])
+    try:
+        torch.set_num_threads(threads)
+        adjacency, diffusion = adjacency_and_diffusion(graphs, teleport=0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(adjacency, adjacency.mT)  # an edge counts in both directions
+    expected = 0.2 * np.linalg.inv(np.eye(150) - 0.8 * adjacency.double().numpy())
+    np.testing.assert_allclose(diffusion, expected, atol=1e-5)
+
+
 def test_local_global_loss_is_that_of_a_literal_sum():
     nodes, wholes, graph_of = torch.randn(5, 4), torch.randn(3, 4), torch.tensor([0, 0, 1, 2, 2])
     positive, negative = [], []

@@ -2,7 +2,8 @@
 
 Source: You et al., "Graph contrastive learning with augmentations", NeurIPS 2020, arXiv 2010.13902. The settings are
 the defaults of its public code for unsupervised learning on TU datasets: 3 layers, hidden width 32, temperature 0.2,
-Adam with a learning rate of 0.01, batches of 128, 20 epochs.
+Adam with a learning rate of 0.01, batches of 128, 20 epochs. That code also adds a loop to each node; here graphs stay
+as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -215,7 +216,8 @@ def mask_attributes(graph: Data, share: float = 0.1) -> Data:
 def sample_subgraph(graph: Data, share: float = 0.8) -> Data:
     """Keep a connected share of the nodes: from a random node, add random neighbours until there are enough.
 
-    Where the node's component is smaller than that, the component is kept.
+    Where the node's component is smaller than that, the component is kept. The public code walks over a fifth of the
+    nodes. One version keeps the edges among the other four fifths, and another those among the fifth.
     """
     neighbors: list[list[int]] = [[] for _ in range(graph.num_nodes)]
     for source, target in graph.edge_index.T.tolist():

@@ -163,7 +163,7 @@ def adjacency_and_diffusion(graphs: Batch, teleport: float) -> tuple[Tensor, Ten
     """Return the two views of each graph as matrices.
 
     Args:
-        graphs: A batch of undirected graphs.
+        graphs: A batch of graphs. An edge counts in both directions.
         teleport: PageRank's probability to start again.
 
     Returns:
@@ -172,13 +172,15 @@ def adjacency_and_diffusion(graphs: Batch, teleport: float) -> tuple[Tensor, Ten
     """
     with torch.autocast(graphs.x.device.type, enabled=False):  # no inverse in half precision
         adjacency = to_dense_adj(graphs.edge_index, graphs.batch, batch_size=graphs.num_graphs).clamp_max(1).float()
+        adjacency = torch.maximum(adjacency, adjacency.mT)
         identity = torch.eye(adjacency.shape[1], device=adjacency.device, dtype=torch.float32)
         adjacency = adjacency + identity
         scale = adjacency.sum(dim=2).rsqrt()
         adjacency = scale[:, :, None] * adjacency * scale[:, None, :]
-        # The matrix always has an inverse. `inv` would wait for a GPU, to check that.
-        inverse, _ = torch.linalg.inv_ex(identity - (1 - teleport) * adjacency)
-        return adjacency, teleport * inverse
+        # The matrix is symmetric, and its eigenvalues are at least `teleport`. A check of that would wait for a GPU.
+        # On a CPU with several threads, `torch.linalg.inv_ex` of a batch is wrong (pytorch issue 141358, torch 2.13).
+        factor, _ = torch.linalg.cholesky_ex(identity - (1 - teleport) * adjacency)
+        return adjacency, teleport * torch.cholesky_inverse(factor)
 
 
 def local_global_loss(nodes: Tensor, wholes: Tensor, graph_of: Tensor) -> Tensor:
