@@ -167,6 +167,13 @@ def test_keep_apart(n_batches, size, n_texts, seed):
         np.testing.assert_array_equal(apart, batches)
 
 
+def test_a_text_of_all_instances_does_not_keep_others_together():
+    texts = [{"label", "twin" if i < 2 else str(i)} for i in range(8)]
+    apart, left = keep_apart(np.arange(8).reshape(2, 4), texts, seed=0)
+    assert sorted((apart < 2).sum(axis=1)) == [1, 1]
+    assert left == 6  # the label, of four instances in each batch
+
+
 def test_evaluation_keeps_its_own_batches(tmp_path):
     trainer = sentence_trainer(tmp_path)
     assert not isinstance(trainer.get_eval_dataloader(pairs()).batch_sampler, PoolBatchSampler)

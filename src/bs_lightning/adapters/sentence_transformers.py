@@ -23,7 +23,8 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
     prompts and the ``router_mapping`` of the arguments. Batches are composed by the similarity of one column with the
     other.
 
-    No composed batch holds a text twice, in any column, as with ``BatchSamplers.NO_DUPLICATES``. With
+    No composed batch holds a text twice, in any column, as with ``BatchSamplers.NO_DUPLICATES``. A warning says where
+    this cannot be: where more instances of a pool have a text than the pool has batches. With
     ``dataloader_drop_last=False``, the smaller last batch of an epoch is uniform, and is not rearranged.
 
     Args:
@@ -107,7 +108,7 @@ def keep_apart(batches: Batches, texts: list[set[str]], seed: int) -> tuple[Batc
     """Exchange instances between batches so that no two instances of a batch share a text.
 
     An instance that shares a text is exchanged with one of a different batch, if both then share none. So no exchange
-    brings a new repetition.
+    brings a new repetition. Texts of more instances than there are batches stay where they are.
 
     Args:
         batches: Positions in the pool, int64 ``[n, B]``.
@@ -126,9 +127,12 @@ def keep_apart(batches: Batches, texts: list[set[str]], seed: int) -> tuple[Batc
         ([1, 1], 0)
     """
     batches = batches.copy()
+    n_batches, size = batches.shape
+    frequency = Counter(text for position in batches.flat for text in texts[position])
+    too_frequent = {text for text, count in frequency.items() if count > n_batches}
+    all_texts, texts = texts, [each - too_frequent for each in texts]
     held = [Counter(text for position in batch for text in texts[position]) for batch in batches.tolist()]
     rng = np.random.default_rng(seed)
-    n_batches, size = batches.shape
     for batch, column in np.ndindex(n_batches, size):
         mine = texts[batches[batch, column]]
         if all(held[batch][text] == 1 for text in mine):
@@ -145,7 +149,8 @@ def keep_apart(batches: Batches, texts: list[set[str]], seed: int) -> tuple[Batc
             held[other].subtract(theirs)
             held[other].update(mine)
             break
-    return batches, sum(count - 1 for counter in held for count in counter.values() if count > 1)
+    in_batches = [Counter(text for position in batch for text in all_texts[position]) for batch in batches.tolist()]
+    return batches, sum(count - 1 for counter in in_batches for count in counter.values())
 
 
 def _fits(incoming: set[str], outgoing: set[str], held: Counter[str]) -> bool:
