@@ -225,6 +225,25 @@ def test_a_temperature_can_be_learned(function):
     assert float(log_scale.grad) == pytest.approx(float(up - down) / (2 * step), rel=1e-4)
 
 
+def test_a_learned_temperature_is_compiled_in_one_graph():
+    loss = losses.NTXentLoss(temperature=nn.Parameter(torch.tensor(0.5)))
+    first, second = sides()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.isclose(compiled(first, second), loss(first, second))
+
+
+def test_a_learned_temperature_may_be_on_the_meta_device():
+    with torch.device("meta"):
+        assert losses.NTXentLoss(temperature=nn.Parameter(torch.tensor(0.5))).temperature.is_meta
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e19, 1e37])
+@every_function
+def test_rows_of_any_length_have_the_same_loss(function, scale):
+    first, second = (side.float() for side in sides())
+    assert torch.isclose(call(function, scale * first, scale * second), call(function, first, second))
+
+
 def test_a_modules_temperature_is_a_parameter():
     loss = losses.InfoNCELoss(temperature=nn.Parameter(torch.tensor([0.5])))
     assert [name for name, _ in loss.named_parameters()] == ["temperature"]

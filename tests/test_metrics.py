@@ -352,6 +352,17 @@ def test_alignment_and_uniformity_have_gradients(scale):
     torch.testing.assert_close(x.grad * scale, z.grad)
 
 
+def test_rows_without_a_length_or_a_distance_have_ordinary_gradients():
+    zeros = torch.zeros(3, 4, requires_grad=True)
+    (alignment(zeros, Y[0, :3, :4]) + uniformity(torch.cat([zeros, Y[0, :3, :4]]))).backward()
+    assert zeros.grad.abs().max() < 10
+    x = Y[0].clone().requires_grad_()
+    for alpha in (0.5, 1.0, 2.0):
+        assert alignment(x, Y[0], alpha=alpha) == 0
+        (gradient,) = torch.autograd.grad(alignment(x, Y[0], alpha=alpha), x)
+        assert not gradient.any()
+
+
 def test_hardness_and_rate_have_no_gradient():
     assert not in_batch_hardness(X[0].clone().requires_grad_(), LABELS[0]).requires_grad
     sides = TWO_SIDES.clone().requires_grad_()

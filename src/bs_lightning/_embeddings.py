@@ -175,16 +175,18 @@ def similarity_blocks(unit: Tensor, rows: range | None = None) -> Iterator[tuple
         yield start, left[start : min(start + rows_per_block, rows.stop)] @ right.T
 
 
-def unit_rows_with_gradient(embeddings: Tensor) -> Tensor:
-    """Scale rows to length 1, float32 ``[B, d]``, in a differentiable way. All-zero rows stay zero."""
-    rows = embeddings.float()
+def unit_rows_with_gradient(rows: Tensor) -> Tensor:
+    """Scale float32 or float64 rows ``[B, d]`` to length 1, in a differentiable way.
+
+    All-zero rows stay zero. Unlike ``torch.nn.functional.normalize``, it gives them an ordinary gradient, not 1e12.
+    """
     rows = rows * _scales(rows.detach())  # `torch.ldexp` has a wrong gradient
-    lengths: Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / lengths.clamp_min(1e-12)
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(lengths > 0, lengths, 1)
 
 
 def _scales(rows: Tensor) -> Tensor:
-    """Return the power of two, float32 ``[..., 1]``, that scales each row's largest number to between 0.5 and 1.
+    """Return the power of two, ``[..., 1]``, that scales each row's largest number to between 0.5 and 1.
 
     Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
     """

@@ -62,7 +62,7 @@ class NTXentLoss(_PairLoss):
 
 
 class InfoNCELoss(_PairLoss):
-    """Compute :func:`info_nce`: ``loss(queries, documents, masked=None)``, with sides of shape ``[B, d]``.
+    """Compute :func:`info_nce`: ``loss(first, second, masked=None)``, with queries and documents of shape ``[B, d]``.
 
     Args:
         temperature: What similarities are divided by: a float, or an ``nn.Parameter`` of one float, which is learned.

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bs_lightning._checks import check_number
+from bs_lightning._embeddings import unit_rows_with_gradient
 
 Negatives = Literal["views", "other_side", "second"]
 """Which rows an anchor's negatives are; see :func:`anchor_rows`."""
@@ -84,7 +85,7 @@ def anchor_rows(
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(())
     with torch.autocast(first.device.type, enabled=False):
-        own = torch.stack([_unit_rows(first.to(dtype)), _unit_rows(second.to(dtype))])
+        own = torch.stack([unit_rows_with_gradient(first.to(dtype)), unit_rows_with_gradient(second.to(dtype))])
         everyone, start, n_processes = _gathered(own) if gather else (own, 0, 1)
         size = everyone.shape[1]
         if size < 2:
@@ -107,12 +108,6 @@ def anchor_rows(
     n_rows = size if negatives == "second" else 2 * size
     share = n_processes / n_rows
     return AnchorRows(positive / temperature, similarity / temperature, is_negative, temperature, share)
-
-
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Scale rows to length 1. Unlike ``normalize``, it gives an all-zero row an ordinary gradient instead of 1e12."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / torch.where(lengths > 0, lengths, 1)
 
 
 # Several processes
@@ -170,7 +165,9 @@ def check_negatives(negatives: Any) -> None:
 
 
 def check_temperature(temperature: Any) -> None:
-    """Reject what is not finite and above 0. The value of a tensor on a GPU is not read: that would wait for the GPU.
+    """Reject what is not finite and above 0. A tensor's value is not read on a GPU, which would have to be waited for.
+
+    Nor is it read on the meta device, nor while ``torch.compile`` traces the loss.
 
     Raises:
         TypeError: If it is neither a number nor a tensor of one float.
@@ -179,7 +176,7 @@ def check_temperature(temperature: Any) -> None:
     if not isinstance(temperature, Tensor):
         value = check_number("temperature", temperature)
     elif temperature.numel() == 1 and temperature.is_floating_point():
-        if temperature.is_cuda:
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = temperature.item()
     else:

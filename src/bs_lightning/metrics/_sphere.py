@@ -210,8 +210,10 @@ def _alignment_update(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], alpha:
         raise ValueError(
             f"x and y must have the same shape [B, d] with B >= 1 and d >= 1, got {list(x.shape)} and {list(y.shape)}."
         )
-    distance = torch.linalg.vector_norm(unit_rows_with_gradient(x) - unit_rows_with_gradient(y), dim=1)
-    return distance.pow(alpha).sum(), len(x)
+    x, y = unit_rows_with_gradient(x.float()), unit_rows_with_gradient(y.float())
+    distance = torch.linalg.vector_norm(x - y, dim=1)
+    no_distance = distance == 0  # where a power below 1 has no gradient
+    return distance.masked_fill(no_distance, 1).pow(alpha).masked_fill(no_distance, 0).sum(), len(x)
 
 
 def _alignment_compute(total: Tensor, count: Tensor | int) -> Tensor:
@@ -223,7 +225,7 @@ def _uniformity_update(x: Tensor | NDArray[Any], t: float) -> tuple[Tensor, int]
     x = check_tensor("x", x)
     if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
         raise ValueError(f"x must have shape [B, d] with B >= 2 and d >= 1, got {list(x.shape)}.")
-    potentials = torch.pdist(unit_rows_with_gradient(x)).square().mul(-t).exp()
+    potentials = torch.pdist(unit_rows_with_gradient(x.float())).square().mul(-t).exp()
     return potentials.sum(), len(potentials)
 
 
