@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import vision
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import assert_equal, pool_order, trainer, walker
 from PIL import Image
@@ -133,13 +133,15 @@ def test_two_processes(tmp_path):
     done = finish([sys.executable, vision.__file__, tmp_path])
     assert done.returncode == 0, done.error[-4000:]
     # At this temperature all pairs are equally similar. So the loss says how many negatives there are: those of both.
-    for name, expected in {"simclr": math.log(2 * 8 - 1), "moco_v3": 2 * 1e6 * 2 * math.log(8)}.items():
+    for name, expected in {"simclr": math.log(2 * 8 - 1), "moco_v3": 2 * 1e4 * 2 * math.log(8)}.items():
         first, second = seen(tmp_path / name, 2)
         assert first["weights"] == second["weights"]
         for batches in first["epochs"]:
             assert sorted(sum(batches, [])) == list(range(96))
             assert {len(batch) for batch in batches} == {8}
         assert first["losses"] == pytest.approx([expected] * 12, rel=1e-3)
+        assert first["losses"][-1] != second["losses"][-1]  # each has its own anchors
+        assert first["logged"] == second["logged"]
         drawn = first["drawn"] + second["drawn"]
         assert len(drawn) == len(set(drawn)) == 2 * 12  # each process has views of its own
 
@@ -218,6 +220,14 @@ def test_the_momentum_encoder_follows():
     assert accumulated == pytest.approx(1, rel=1e-4)
 
 
+def test_the_momentum_stays_where_the_number_of_steps_is_not_known(monkeypatch):
+    momenta = []
+    monkeypatch.setattr(MoCoV3, "follow", lambda self, momentum: momenta.append(momentum))
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", -1)
+    fit(vision.model("moco_v3", momentum=0.9), vision.data(), max_epochs=1, limit_train_batches=3)
+    assert momenta == pytest.approx([0.9, 0.9, 0.9])
+
+
 def test_the_momentum_encoder_gets_no_gradient():
     model = vision.model("moco_v3")
     fit(model, vision.data(), max_epochs=1)
@@ -229,6 +239,13 @@ def test_the_momentum_encoder_gets_no_gradient():
 def test_a_wrong_momentum_is_refused(momentum):
     with pytest.raises(ValueError, match=f"momentum must be in .*, got {momentum}"):
         MoCoV3(ResNet18(4), momentum=momentum)
+
+
+@pytest.mark.parametrize("recipe", [SimCLR, MoCoV3])
+@pytest.mark.parametrize(("temperature", "error"), [(0, ValueError), (math.nan, ValueError), ("x", TypeError)])
+def test_a_wrong_temperature_is_refused(recipe, temperature, error):
+    with pytest.raises(error, match="temperature must be"):
+        recipe(ResNet18(4), temperature=temperature)
 
 
 # The command line
@@ -544,8 +561,10 @@ def test_the_nearest_vote_by_similarity():
     angles = torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0, 1.1, 1.2])
     gallery, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 0, 1, 1, 1, 1])
     for k, temperature, expected in ((3, 0.1, 1), (7, 0.01, 1), (7, 100, 0)):
-        found = probes.knn_accuracy(gallery, labels, 5 * gallery[:1], labels[:1], k=k, temperature=temperature)
-        assert found == expected
+        for dtype in (torch.int64, torch.uint8):
+            of = labels.to(dtype)
+            found = probes.knn_accuracy(gallery, of, 5 * gallery[:1], of[:1], k=k, temperature=temperature)
+            assert found == expected
 
 
 def test_the_probes_agree_with_the_data():

@@ -110,11 +110,12 @@ def train(name: str, folder: Path) -> None:
 
     seed_everything(0)
     drawn: list[float] = []
-    records, recipe = Records(), model(name, temperature=1e6)
+    records, recipe = Records(), model(name, temperature=1e4)
     made = trainer(records, walker(48), strategy="ddp", devices=2, max_epochs=1)
     made.fit(recipe, datamodule=data(batch_size=4, augment=noting))
     weights = b"".join(parameter.detach().numpy().tobytes() for parameter in recipe.parameters())
     seen = {"epochs": list(records.epochs.values()), "losses": records.losses, "drawn": drawn}
+    seen["logged"] = float(made.callback_metrics["train/loss"])
     seen["weights"] = hashlib.sha256(weights).hexdigest()
     folder.mkdir(exist_ok=True)
     (folder / f"rank{made.global_rank}.json").write_text(json.dumps(seen))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.losses import info_nce
+from bs_lightning.recipes.steps import n_steps
 from bs_lightning.recipes.texts import (
     Pooling,
     TextEncoder,
@@ -29,7 +30,6 @@ from bs_lightning.recipes.texts import (
     load_model,
     load_tokenizer,
     model_width,
-    n_steps,
     pair_groups,
     read_pairs,
     require,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bs_lightning.losses import info_nce
+from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.texts import (
     EvaluatedModule,
     Pooling,
@@ -35,7 +35,8 @@ class DualEncoder(EvaluatedModule):
 
     Raises:
         ImportError: If a model is a name and transformers is not installed.
-        ValueError: If ``pooling`` is neither of them.
+        TypeError: If ``temperature`` is not a number.
+        ValueError: If ``pooling`` is neither of them, or ``temperature`` is not finite and above 0.
 
     Example::
 
@@ -60,7 +61,7 @@ class DualEncoder(EvaluatedModule):
         super().__init__()
         self.queries = TextEncoder(model, pooling)
         self.documents = self.queries if document_model is None else TextEncoder(document_model, pooling)
-        self.temperature = temperature
+        self.loss = InfoNCELoss(temperature=temperature, gather=True)
         self.learning_rate = learning_rate
 
     def embed(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
@@ -71,13 +72,7 @@ class DualEncoder(EvaluatedModule):
     def training_step(self, batch: tuple[Tokens, Tokens], batch_idx: int) -> Tensor:
         """Compare queries with documents in both directions."""
         queries, documents = self.embed(batch)
-        loss = info_nce(
-            queries,
-            documents,
-            temperature=self.temperature,
-            masked=self.trainer.datamodule.likely_false_negatives(),
-            gather=True,
-        )
+        loss: Tensor = self.loss(queries, documents, self.trainer.datamodule.likely_false_negatives())
         self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(queries))
         return loss
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bs_lightning import BatchSamplerDataModule
+from bs_lightning._checks import check_integer
 from bs_lightning.plugin.loops import next_batch
 from bs_lightning.recipes.augment import random_view
 
@@ -79,7 +80,7 @@ class ImageData(BatchSamplerDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size, **kwargs)
-        if image_size < 1:
+        if check_integer("image_size", image_size) < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         self.image_size = image_size
         self.augment = augment

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bs_lightning.losses import info_nce
+from bs_lightning._checks import check_number
+from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.images import ImageData
 from bs_lightning.recipes.probes import ProbedModule
 from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
+from bs_lightning.recipes.steps import n_steps
 
 
 class MoCoV3(ProbedModule):
@@ -40,6 +42,10 @@ class MoCoV3(ProbedModule):
         masked: Whether the loss leaves out the pairs that ``datamodule.likely_false_negatives()`` marks. It needs a
             rule that marks them.
 
+    Raises:
+        TypeError: If ``encoder`` has no integer ``num_features``, or ``temperature`` or ``momentum`` is not a number.
+        ValueError: If ``temperature`` is not finite and above 0, or ``momentum`` lies outside ``[0, 1]``.
+
     Example::
 
         from lightning import Trainer
@@ -53,7 +59,8 @@ class MoCoV3(ProbedModule):
         trainer.test(datamodule=data)
 
     Source: Chen et al., "An empirical study of training self-supervised vision transformers", ICCV 2021,
-    arXiv 2104.02057, algorithm 1. Widths are smaller, and the optimizer is AdamW, for small images.
+    arXiv 2104.02057, algorithm 1. Widths are smaller, and the optimizer is AdamW with a constant learning rate, for
+    small images.
     """
 
     def __init__(
@@ -69,9 +76,10 @@ class MoCoV3(ProbedModule):
         masked: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
+        if not 0 <= check_number("momentum", momentum) <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}. 0.99 is usual.")
         self.save_hyperparameters(ignore="encoder")
+        self.loss = InfoNCELoss(temperature=temperature, symmetric=False, gather=True)
         encoder = ResNet18() if encoder is None else encoder
         self.encoder = nn.Sequential(Standardize(), encoder)
         self.projector = nn.Sequential(
@@ -101,12 +109,10 @@ class MoCoV3(ProbedModule):
         first, second = views  # one view at a time, so that each has batch norm's statistics to itself
         queries = self.queries(first), self.queries(second)
         keys = self.keys(first), self.keys(second)
-        temperature = self.hparams.temperature
         masked = self.trainer.datamodule.likely_false_negatives() if self.hparams.masked else None
-        options: dict[str, Any] = {"temperature": temperature, "masked": masked, "symmetric": False, "gather": True}
-        both = info_nce(queries[0], keys[1], **options) + info_nce(queries[1], keys[0], **options)
-        loss = 2 * temperature * both  # so scaled, the gradient depends little on the temperature
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(first))
+        both = self.loss(queries[0], keys[1], masked) + self.loss(queries[1], keys[0], masked)
+        loss = 2 * self.hparams.temperature * both  # so scaled, the gradient depends little on the temperature
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
         return {"loss": loss, "embeddings": (queries[0].detach(), keys[0])}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +122,7 @@ class MoCoV3(ProbedModule):
         gradients are accumulated.
         """
         super().optimizer_step(*args, **kwargs)
-        progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        progress = self.trainer.global_step / n_steps(self.trainer)
         self.follow(1 - (1 - self.hparams.momentum) * (1 + math.cos(math.pi * progress)) / 2)
 
     @torch.no_grad()

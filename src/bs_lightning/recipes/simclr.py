@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bs_lightning.losses import nt_xent
+from bs_lightning.losses import NTXentLoss
 from bs_lightning.recipes.images import ImageData
 from bs_lightning.recipes.probes import ProbedModule
 from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
@@ -31,6 +31,10 @@ class SimCLR(ProbedModule):
         masked: Whether the loss leaves out the pairs that ``datamodule.likely_false_negatives()`` marks. It needs a
             rule that marks them.
 
+    Raises:
+        TypeError: If ``encoder`` has no integer ``num_features``, or ``temperature`` is not a number.
+        ValueError: If ``temperature`` is not finite and above 0.
+
     Example::
 
         from lightning import Trainer
@@ -44,7 +48,7 @@ class SimCLR(ProbedModule):
         trainer.test(datamodule=data)
 
     Source: Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020,
-    arXiv 2002.05709. The optimizer is BatchSampler's, arXiv 2306.03355.
+    arXiv 2002.05709. The optimizer is BatchSampler's, arXiv 2306.03355: Adam with a constant learning rate.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class SimCLR(ProbedModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="encoder")
+        self.loss = NTXentLoss(temperature=temperature, gather=True)
         encoder = ResNet18() if encoder is None else encoder
         width = feature_width(encoder)
         self.encoder = nn.Sequential(Standardize(), encoder)
@@ -75,8 +80,8 @@ class SimCLR(ProbedModule):
         """Return the loss of two views of each image, and the embeddings that ``recycle=True`` keeps."""
         first, second = self.embed(views.flatten(0, 1)).chunk(2)
         masked = self.trainer.datamodule.likely_false_negatives() if self.hparams.masked else None
-        loss = nt_xent(first, second, temperature=self.hparams.temperature, masked=masked, gather=True)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(first))
+        loss = self.loss(first, second, masked)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
         return {"loss": loss, "embeddings": torch.cat([first, second], dim=1).detach()}
 
     def configure_optimizers(self) -> Any:

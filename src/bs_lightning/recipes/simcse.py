@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bs_lightning.losses import info_nce
+from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.texts import (
     EvaluatedModule,
     Pooling,
@@ -37,7 +37,8 @@ class SimCSE(EvaluatedModule):
 
     Raises:
         ImportError: If ``model`` is a name and transformers is not installed.
-        ValueError: If ``pooling`` is neither of them.
+        TypeError: If ``temperature`` is not a number.
+        ValueError: If ``pooling`` is neither of them, or ``temperature`` is not finite and above 0.
 
     Example::
 
@@ -61,7 +62,7 @@ class SimCSE(EvaluatedModule):
         super().__init__()
         self.encoder = TextEncoder(model, pooling)
         self.head = nn.Sequential(nn.Linear(self.encoder.width, self.encoder.width), nn.Tanh())
-        self.temperature = temperature
+        self.loss = InfoNCELoss(temperature=temperature, symmetric=False, gather=True)
         self.learning_rate = learning_rate
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -78,14 +79,7 @@ class SimCSE(EvaluatedModule):
         """Embed each sentence twice, and compare the first embeddings with the second."""
         twice = {name: torch.cat([values, values]) for name, values in tokens.items()}
         first, second = self.embed(twice).chunk(2)
-        loss = info_nce(
-            first,
-            second,
-            temperature=self.temperature,
-            masked=self.trainer.datamodule.likely_false_negatives(),
-            symmetric=False,
-            gather=True,
-        )
+        loss: Tensor = self.loss(first, second, self.trainer.datamodule.likely_false_negatives())
         self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
         return loss
 

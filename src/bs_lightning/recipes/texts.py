@@ -1,7 +1,6 @@
 """What the recipes of texts share: files, tokens, groups, an encoder, and the evaluation on pairs of texts."""
 
 import importlib
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
+from bs_lightning.recipes.steps import n_steps
 
 Pooling = Literal["cls", "mean"]
 """How token vectors become the vector of a text; see :class:`TextEncoder`."""
@@ -565,12 +565,6 @@ def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor
         ranks.append(1 + (~is_right & ~(similarity < best)).sum(dim=1))  # NaN is a loss too
     rank = torch.cat(ranks).double()
     return {"r1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
-
-
-def n_steps(trainer: Trainer) -> float:
-    """Return how many steps the training has; infinity if that is not known, so that the learning rate stays."""
-    steps = trainer.estimated_stepping_batches  # -1 for a stream of unknown length
-    return steps if steps > 0 else math.inf
 
 
 class EvaluatedModule(LightningModule):
