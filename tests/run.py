@@ -33,6 +33,15 @@ from bs_lightning.baselines import uniform_batches
 from bs_lightning.rules import AbovePositive
 
 
+class LooksAlone(Callback):
+    """Rank 0 alone iterates a training loader of its own, as to evaluate nearest neighbours."""
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.is_global_zero:
+            for _ in trainer.datamodule.train_dataloader():
+                pass
+
+
 class Writes(Callback):
     """Writes what a rank has seen, in the process that has seen it."""
 
@@ -182,7 +191,7 @@ class Run(Model):
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
          sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
-         groups=False, two_sides=False, target_loss=None, stream=None, **trainer):  # fmt: skip
+         groups=False, two_sides=False, target_loss=None, stream=None, looks_alone=False, **trainer):  # fmt: skip
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")
@@ -193,7 +202,7 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     how["mask_nearest"] = mask_nearest
     how["target_loss"] = target_loss
     how["own_rule"] = AbovePositive() if two_sides else None
-    callbacks = [Writes(folder)]
+    callbacks = [Writes(folder), *([LooksAlone()] if looks_alone else [])]
     if composer != "none":
         used = {"walk": walk, "descent": walk, "pool order": pool_order, "uniform": uniform_batches}[composer]
         if differs == "composer" and rank == 1:

@@ -89,6 +89,7 @@ def attribute(owner, path, change):
         ("fit_loop.restarting", "loops.position"),
         ("fit_loop.epoch_progress.current.processed", "loops.epochs_processed"),
         ("fit_loop.epoch_progress.current.ready", "loops.count_epoch"),
+        ("fit_loop.epoch_progress.current.started", "loops.in_epoch"),
         ("fit_loop.epoch_progress.increment_ready", "loops.count_epoch"),
         ("fit_loop.epoch_progress.increment_started", "loops.count_epoch"),
         ("fit_loop.restarted_mid_epoch", "loops.count_epoch"),

@@ -18,6 +18,7 @@ SETTINGS = {
     "unused parameters": {"strategy": "ddp_find_unused_parameters_true"},
     "no distributed sampler": {"use_distributed_sampler": False},
     "odd sizes": {"pool_size": 45, "n": 211},
+    "rank 0 looks alone": {"looks_alone": True},
 }
 RUNS = SETTINGS | {
     "default": {"num_sanity_val_steps": 0, "mask_nearest": 3},

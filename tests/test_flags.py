@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
 from parts import Data, Model, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
+from streams import StreamData
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback
@@ -355,6 +356,64 @@ def test_iterating_the_loader_by_hand_disturbs_nothing():
     assert looked.batches == model.batches
     assert peeks.first == model.epochs[0][0]
     assert len(set(peeks.seen)) == 96
+
+
+@pytest.mark.parametrize("data", [Data, StreamData])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_epoch_end", "on_train_end"])
+def test_looking_into_the_loader_around_an_epoch_disturbs_nothing(hook, data):
+    """Between two epochs, Lightning's counter of batches is still that of the last epoch."""
+    sizes = []
+
+    def look(self, trainer, module):
+        assert len(next(iter(trainer.train_dataloader))[0]) == 8  # an empty loader would end training
+        sizes.append(sum(len(batch[0]) for batch in trainer.train_dataloader))
+
+    looks = type("Looks", (Callback,), {hook: look})()
+    epochs = []
+    for callbacks in ([], [looks]):
+        torch.manual_seed(0)
+        model = Model()
+        fit(model, data(seed=1, drop_last=True), *callbacks, walker(warmup_epochs=1), max_epochs=3)
+        epochs.append(model.epochs)
+    assert epochs[0] == epochs[1]
+    assert len(epochs[1]) == 3
+    assert set(sizes) == {96}
+
+
+class Evaluates(Callback):
+    """Calls a method of a second Trainer, on the same DataModule, at the end of the second epoch."""
+
+    def __init__(self, method):
+        self.method, self.seen = method, []
+
+    def on_train_epoch_end(self, first, module):
+        if first.current_epoch == 1:
+            data = first.datamodule
+            second = trainer(max_epochs=1)
+            with torch.random.fork_rng():
+                probe = Validated()
+                probe.on_validation_batch_start = lambda *_: self.seen.append(data.trainer is second)
+                getattr(second, self.method)(probe, datamodule=data)
+            assert data.trainer is first
+
+
+def test_a_second_trainer_may_evaluate_while_a_first_one_fits():
+    evaluates, epochs = Evaluates("validate"), []
+    for callbacks in ([], [evaluates]):
+        torch.manual_seed(0)
+        model = Validated()
+        settings = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0}
+        fit(model, ValidatedData(seed=1), *callbacks, walker(), **settings)
+        epochs.append(model.epochs)
+    assert evaluates.seen
+    assert all(evaluates.seen)
+    assert epochs[0] == epochs[1]
+    assert same_cluster_share(epochs[1][3]) > 0.2
+
+
+def test_a_second_fit_within_a_fit_is_refused():
+    with pytest.raises(RuntimeError, match="Give the second fit a DataModule of its own"):
+        fit(Model(), ValidatedData(seed=1), Evaluates("fit"), walker())
 
 
 class EstimatesInSetup(Data):

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader
 from bs_lightning.plan import EpochPlan, Planning, Pool
-from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, next_batch
+from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
 
@@ -78,6 +78,8 @@ class TrainerBatchSampler(PoolBatchSampler):
             return self._uniform_plan()
 
         count_epoch(trainer)
+        if not in_epoch(trainer):
+            return self._uniform_plan()  # a hook at the start or end of an epoch looks into the loader
         state = self._data.restored_state()
         if state is not None:
             self.seed = state.seed

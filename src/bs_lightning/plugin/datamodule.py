@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from numpy.typing import NDArray
 from torch import Tensor
@@ -95,6 +96,11 @@ class BatchSamplerDataModule(LightningDataModule):
         3
     """
 
+    # Lightning sets `trainer` before our `__init__` runs.
+    _trainer: Trainer | None = None
+    _guest: Trainer | None = None
+    _seed_of_fit: int | None = None
+
     def __init__(
         self,
         batch_size: int,
@@ -138,14 +144,29 @@ class BatchSamplerDataModule(LightningDataModule):
 
     @property
     def trainer(self) -> Trainer | None:
-        """The Trainer, once ``fit`` has attached it."""
-        return self._trainer
+        """The Trainer that uses the data, once it was attached.
+
+        While a Trainer fits, a hook may evaluate with a second Trainer on the same DataModule. It is the second one
+        until that is done, and then the first one again.
+        """
+        guest = self._guest
+        return guest if guest is not None and guest.state.status is TrainerStatus.RUNNING else self._trainer
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         check_trainer(trainer)
-        self._trainer = trainer
+        fitting = self._trainer
+        if trainer not in (None, fitting) and fitting is not None and _is_fitting(fitting):
+            if _is_fitting(trainer):
+                raise RuntimeError(
+                    f"A second Trainer cannot fit on this {type(self).__name__} while a first one does: it would take "
+                    "over the plan of batches. Give the second fit a DataModule of its own."
+                )
+            self._guest = trainer
+            return
+        self._trainer, self._guest = trainer, None
         self._planner = None  # the callback of this Trainer registers in its `setup`
+        self._seed_of_fit = None
 
     def register_planner(self, planner: BatchPlanner) -> None:
         """Let a planner plan the batches of the current Trainer. ``BatchSamplerCallback.setup`` calls this.
@@ -466,9 +487,16 @@ class BatchSamplerDataModule(LightningDataModule):
         """The seed that was given, else the global seed of rank 0."""
         if self.seed is not None:
             return self.seed
-        seed = torch.initial_seed()
-        trainer = self.trainer
-        return seed if trainer is None or not trainer.training else trainer.strategy.broadcast(seed)
+        seed, trainer = torch.initial_seed(), self.trainer
+        if trainer is None or not trainer.training:
+            return seed
+        if self._seed_of_fit is None:  # later calls may come from one process alone, in a hook
+            self._seed_of_fit = int(trainer.strategy.broadcast(seed))
+        return self._seed_of_fit
+
+
+def _is_fitting(trainer: Trainer) -> bool:
+    return trainer.state.fn is TrainerFn.FITTING and trainer.state.status is TrainerStatus.RUNNING
 
 
 class _TrainedBuffer(Dataset[Any]):

@@ -67,6 +67,22 @@ def epochs_processed(trainer: Trainer) -> int:
     return processed
 
 
+def in_epoch(trainer: Trainer) -> bool:
+    """Return whether the batches of an epoch are being trained, or are to be trained next.
+
+    In ``on_train_start``, ``on_train_epoch_start``, ``on_train_epoch_end`` and ``on_train_end`` they are not, and
+    :func:`next_batch` still counts those of the epoch before.
+
+    Args:
+        trainer: The Trainer, after :func:`count_epoch`.
+
+    Returns:
+        ``True`` in an epoch.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    return bool(progress.started > progress.processed)
+
+
 def count_epoch(trainer: Trainer) -> None:
     """Count an epoch that Lightning has begun without counting it.
 
