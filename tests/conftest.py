@@ -5,6 +5,8 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
+from bs_lightning.encoding import _warn_once
+
 # The tests' tensors are tiny. Threads would only wait for each other where several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -13,6 +15,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     seed_everything(0, verbose=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_warned_of():
+    _warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

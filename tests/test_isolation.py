@@ -70,6 +70,18 @@ def test_leaves_everything_as_it_was(error):
     assert module.shared is module.queue
 
 
+@pytest.mark.parametrize("names", [("whole", "head"), ("head", "whole")])
+def test_arrays_that_begin_at_one_address(names):
+    array = np.zeros(8, dtype=np.float32)
+    tensors = {"whole": torch.from_numpy(array), "head": torch.from_numpy(array[:2])}
+    module = torch.nn.Linear(1, 1)
+    for name in names:
+        setattr(module, name, tensors[name])
+    with no_trace(module):
+        module.whole += 1
+    assert not array.any()
+
+
 def test_buffers_that_cannot_be_written_to():
     module = torch.nn.BatchNorm1d(3)
     module.register_buffer("view", torch.ones(1).expand(4))

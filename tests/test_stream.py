@@ -251,6 +251,13 @@ def test_training_serves_each_instance_once(kind, workers, warmup_epochs):
     assert made.global_step == 39
 
 
+@pytest.mark.parametrize("kind", ["Stream", "Sized"])
+def test_the_first_pool_is_logged(kind):
+    """Lightning fetches the first batch of a stream without a length before the epoch starts."""
+    made = fit(Model(), StreamData(8, 96, kind), walker(96), max_epochs=1)
+    assert {"batch_sampler/hardness", "batch_sampler/walk_seconds"} <= made.callback_metrics.keys()
+
+
 class SeesWeights(Model):
     """Notes at each encoding how many steps the weights have had."""
 

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
-from bs_lightning.encoding import _warn_once
 from bs_lightning.plugin import planner
 
 # Batches
@@ -210,6 +209,39 @@ def test_the_batch_size_is_that_of_the_loader_being_served():
 def test_warns_where_no_batch_would_be_composed():
     with pytest.warns(UserWarning, match="composes no batch: all of max_epochs=1 are within warmup_epochs=1"):
         fit(Model(), Data(), walker(warmup_epochs=1), max_epochs=1)
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 12}, {"max_steps": 6, "accumulate_grad_batches": 2}], ids=str)
+def test_warns_where_steps_end_within_the_warm_up(settings):
+    with pytest.warns(UserWarning, match=r"composes no batch: all of max_steps=\d+, with \d+ an epoch, are within"):
+        fit(Model(), Data(), walker(warmup_epochs=1), max_epochs=-1, **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="BatchSamplerCallback composes no batch")
+        fit(Model(), Data(), walker(warmup_epochs=1), max_epochs=-1, **settings | {"max_steps": 13})
+
+
+def test_values_are_logged_where_lightning_cannot_tell_the_size_of_a_batch():
+    class Batch:
+        def __init__(self, points):
+            self.points = points
+
+        def to(self, *args, **kwargs):
+            return self
+
+    class Ends(Model):
+        """Ends each epoch early. Lightning then never counts the instances of its last batch."""
+
+        def forward(self, batch):
+            return self.encoder(batch.points)
+
+        def training_step(self, batch, batch_idx):
+            return self(batch).square().mean()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 5 else None
+
+    data = Data(collate_fn=lambda items: Batch(torch.stack([point for _, point in items])))
+    assert "batch_sampler/hardness" in fit(Ends(), data, walker()).callback_metrics
 
 
 def test_seed_none_takes_the_global_seed():
@@ -553,12 +585,6 @@ class ForgetsWarnings:
             return ExactGraph(5)(embeddings)
 
 
-@pytest.fixture
-def _nothing_warned_of():
-    _warn_once.cache_clear()
-
-
-@pytest.mark.usefixtures("_nothing_warned_of")
 def test_a_collapsed_model_is_served_and_warned_of_once():
     model = Model()
 
@@ -572,7 +598,29 @@ def test_a_collapsed_model_is_served_and_warned_of_once():
     assert all(len(set(sum(batches, []))) == 96 for batches in model.epochs.values())
 
 
-@pytest.mark.usefixtures("_nothing_warned_of")
+@pytest.mark.parametrize("option", ["recycle", "from_reference"])
+def test_embeddings_that_are_all_equal_are_warned_of(option):
+    class Constant(Model):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx), "embeddings": torch.ones(len(batch[0]), 4)}
+
+    class ConstantData(Data):
+        def reference_embeddings(self):
+            return torch.ones(self.n, 4)
+
+    with pytest.warns(UserWarning, match="All embeddings are equal: the model has collapsed"):
+        fit(Constant(), ConstantData(), walker(**{option: True}), max_epochs=2)
+
+
+def test_reference_embeddings_that_are_zero_are_warned_of():
+    class HoledData(Data):
+        def reference_embeddings(self):
+            return self.train_dataset().points * (torch.arange(self.n) % 2)[:, None]
+
+    with pytest.warns(UserWarning, match="Some embeddings of a pool are all zero"):
+        fit(Model(), HoledData(), walker(from_reference=True))
+
+
 def test_zero_rows_are_served_and_warned_of_once():
     def embed(module, batch):
         return module(batch) * (batch[0] % 10 > 0)[:, None]
@@ -585,7 +633,6 @@ def test_zero_rows_are_served_and_warned_of_once():
     assert all(len(set(sum(batches, []))) == 96 for batches in model.epochs.values())
 
 
-@pytest.mark.usefixtures("_nothing_warned_of")
 def test_two_equal_instances_are_no_collapse():
     """The rehearsal before the warm-up may embed only two instances."""
 

@@ -83,7 +83,7 @@ def embed_in_batches(
 
 
 def checked_unit_rows_(embeddings: Tensor, indices: Sequence[int] | Indices) -> Tensor:
-    """Check a pool's embeddings as :func:`encode` does, and scale them to length 1 in place.
+    """Check a pool's embeddings as :func:`encode` does, and scale them to length 1 in place. May warn.
 
     Returns:
         ``embeddings``.
@@ -94,14 +94,24 @@ def checked_unit_rows_(embeddings: Tensor, indices: Sequence[int] | Indices) -> 
             f"The embedding of dataset index {int(indices[row])} is not finite. Check that instance, or whether "
             "training diverged. Lower precisions overflow sooner."
         )
-    if similar_to_nothing(embeddings).any():
-        _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
     unit_rows_(embeddings)
+    warn_of_zeros(embeddings)
+    warn_of_collapse(embeddings)
+    return embeddings
+
+
+def warn_of_zeros(unit: Tensor) -> None:
+    """Warn if an instance of a pool has an all-zero row."""
+    if similar_to_nothing(unit).any():
+        _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
+
+
+def warn_of_collapse(unit: Tensor) -> None:
+    """Warn if all of some instances, more than two, have the same row of length 1."""
     # Two equal embeddings prove nothing: the dataset may hold an instance twice. The comparison of all embeddings needs
     # memory several times over, so the first ones come first.
-    if len(embeddings) > 2 and all(torch.allclose(some, some[:1], atol=1e-6) for some in (embeddings[:99], embeddings)):
+    if len(unit) > 2 and all(torch.allclose(some, some[:1], atol=1e-6) for some in (unit[:99], unit)):
         _warn_once("All embeddings are equal: the model has collapsed. Batches composed from them are random.")
-    return embeddings
 
 
 @cache  # Python forgets which warnings it has shown wherever somebody uses `warnings.catch_warnings`

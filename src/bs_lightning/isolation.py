@@ -208,7 +208,8 @@ def _gradient(leaf: Tensor) -> Callable[[], None]:
 
 def _bytes(tensors: list[Tensor]) -> Callable[[], None]:
     """Return a function that restores the memory of tensors, bit for bit. Memory that they share is copied once."""
-    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values()
+    every = sorted((tensor.untyped_storage() for tensor in tensors), key=lambda storage: storage.nbytes())
+    storages = {storage.data_ptr(): storage for storage in every}.values()  # of one address, the largest
     sizes = [storage.nbytes() for storage in storages]
     alike: dict[Any, list[Tensor]] = {}
     for memory in map(_integers, storages):

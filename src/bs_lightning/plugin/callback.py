@@ -195,7 +195,8 @@ class BatchSamplerCallback(Callback):
     def should_plan(self, trainer: Trainer) -> bool:
         """Return whether the current epoch's batches are composed: after warm-up, and not with ``overfit_batches``.
 
-        Every process calls it. It must return the same value in all of them.
+        Every process calls it, and several times an epoch. It must return the same value in all of these calls: decide
+        by the Trainer's state.
 
         Args:
             trainer: The Trainer, at the start of an epoch or when it resumes in the middle of an epoch.
@@ -390,11 +391,16 @@ class BatchSamplerCallback(Callback):
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
         decides = type(self).should_plan is BatchSamplerCallback.should_plan
         self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
-        if decides and last <= self.warmup_epochs and not trainer.fast_dev_run:
-            self._must_rehearse = False
+        n_steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # of an epoch
+        too_short = None
+        if last <= self.warmup_epochs:
+            too_short = f"max_epochs={trainer.max_epochs} are"
+        elif pl_module.automatic_optimization and 0 < trainer.max_steps <= self.warmup_epochs * n_steps:
+            too_short = f"max_steps={trainer.max_steps}, with {n_steps} an epoch, are"
+        if decides and too_short and not trainer.fast_dev_run:
+            self._must_rehearse &= trainer.max_steps != -1  # a few steps may be meant as a trial
             rank_zero_warn(
-                f"BatchSamplerCallback composes no batch: all of max_epochs={trainer.max_epochs} are within "
-                f"warmup_epochs={self.warmup_epochs}."
+                f"BatchSamplerCallback composes no batch: all of {too_short} within warmup_epochs={self.warmup_epochs}."
             )
         self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
 
@@ -433,8 +439,9 @@ class BatchSamplerCallback(Callback):
         if spent:
             log |= {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
             log["batch_sampler/time_share"] = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
-        pl_module.log_dict(log, sync_dist=True)
-        self._planner.source.end_epoch()
+        # Without a batch size, Lightning would look for one in the epoch's last batch, which may be of any kind.
+        pl_module.log_dict(log, sync_dist=True, batch_size=1)
+        self._planner.end_epoch()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
@@ -461,8 +468,6 @@ class BatchSamplerCallback(Callback):
         return self._planner.source.foreseen and isinstance(cut, Pools)
 
     def _start_epoch(self, trainer: Trainer) -> None:
-        assert self._planner is not None
-        self._planner.start_epoch()
         self._must_describe = not trainer.overfit_batches and not self.should_plan(trainer)
         self._epoch_start = time.perf_counter()
 

@@ -180,10 +180,11 @@ class TrainerPlanner:
         n_instances = min(2, self.layout.n_full) * self.layout.global_batch_size
         return permutation(self.layout.n_instances, seed=0, epoch=epoch)[:n_instances].astype(np.int64)
 
-    def start_epoch(self) -> None:
-        """Forget what was noted of the last epoch."""
+    def end_epoch(self) -> None:
+        """Forget what was noted of the epoch, and free resources that need not outlive it."""
         self._described = {}
         self.seconds = {}
+        self.source.end_epoch()
 
     def description(self) -> dict[str, float]:
         """Return what this epoch's batches are like so far: values to log, by name, each a mean over batches."""

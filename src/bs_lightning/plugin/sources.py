@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning._checks import check_length
-from bs_lightning._embeddings import unit_rows_
+from bs_lightning._embeddings import similar_to_nothing, unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
-from bs_lightning.encoding import checked_unit_rows_, embed_in_batches
+from bs_lightning.encoding import checked_unit_rows_, embed_in_batches, warn_of_collapse, warn_of_zeros
 from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
@@ -270,7 +270,9 @@ class RecycledEmbeddings:
                 return torch.empty(0)  # a different process composes
             asked = own_share(self._trainer, indices) if self._per_rank else indices
             # The zeros of a bank that is still empty are on the CPU.
-            return self._bank.read(torch.from_numpy(asked)).to(self._trainer.strategy.root_device)
+            embeddings = self._bank.read(torch.from_numpy(asked)).to(self._trainer.strategy.root_device)
+        warn_of_collapse(embeddings[~similar_to_nothing(embeddings)])  # training has not computed the others yet
+        return embeddings
 
     def expect(self, indices: Indices) -> None:
         pass
@@ -350,7 +352,10 @@ class ReferenceEmbeddings:
             indices = own_share(self._trainer, indices)
         elif not self._trainer.is_global_zero:
             return torch.empty(0)  # a different process composes
-        return unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+        embeddings = unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+        warn_of_zeros(embeddings)
+        warn_of_collapse(embeddings)
+        return embeddings
 
     def expect(self, indices: Indices) -> None:
         pass
