@@ -41,8 +41,6 @@ class AdaptivePools:
         ((slice(0, 3, None), 3), True)
     """
 
-    foreseen = False  # the next pool depends on the loss
-
     def __init__(self, target_loss: float) -> None:
         if not 0 < check_number("target_loss", target_loss) < math.inf:
             raise ValueError(f"target_loss must be above 0 and finite, got {target_loss}. Try 0.05.")

@@ -7,7 +7,7 @@ ahead of it where that changes nothing.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,11 +59,6 @@ class PoolPlanner(Protocol):
 class Cut(Protocol):
     """Decides which batches of an epoch are planned together."""
 
-    @property
-    def foreseen(self) -> bool:
-        """Whether a call of :meth:`next_pool` changes nothing, so that the pool after the next one is known, too."""
-        ...
-
     def check(self, layout: BatchLayout) -> None:
         """Refuse a layout that cannot be cut.
 
@@ -108,7 +103,6 @@ class Pools:
     """
 
     size: int
-    foreseen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer("pool_size", self.size)
@@ -168,7 +162,6 @@ class WholeData:
     """
 
     every: int
-    foreseen: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if check_integer("refresh_every", self.every) < 1:
@@ -206,7 +199,8 @@ class Planning:
             :class:`~bs_lightning.adaptive.AdaptivePools`.
         replacement: Whether different batches may share instances.
         expect: Gets the dataset indices of the pool after the one that is about to be served, int64 ``[P]``, so that
-            they can be read ahead. ``None`` reads nothing ahead.
+            they can be read ahead. It asks ``cut`` for that pool early, so ``cut.next_pool`` must have no side effect.
+            ``None`` reads nothing ahead.
         ahead: Whether a pool may be planned while earlier pools are being trained, so that loading never stops at a
             pool's end. Say so if training on other pools does not change what ``plan_pool`` returns for a pool.
 
@@ -401,7 +395,7 @@ class EpochPlan:
                 pool = self._plan_pool(self.planning, batch, full_stop)
                 self._pools.append(pool)
             end = min(pool.stop, full_stop)
-            if end < full_stop and self.planning is not None and self.planning.expect and self.planning.cut.foreseen:
+            if end < full_stop and self.planning is not None and self.planning.expect is not None:
                 self.planning.expect(self._indices(self.planning.cut.next_pool(end, full_stop, self.layout)[0]))
             yield pool.batches[batch - pool.start : end - pool.start]
             batch = end

@@ -272,7 +272,8 @@ class BatchSamplerCallback(Callback):
         if not self.should_plan(self._planner.trainer):
             return None
         cut = self.cut(layout)
-        expect, ahead = self._planner.source.expect, self._plans_ahead(cut)
+        # An adaptive pool is known only when it is due.
+        expect, ahead = None if self._adaptive else self._planner.source.expect, self._plans_ahead(cut)
         return Planning(self._plan_pool, cut, self.composer.replacement, expect, ahead)
 
     def cut(self, layout: BatchLayout) -> Cut:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead enco
 Embed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
 
 
-class EmbeddingSource(Protocol):
-    """Gives a pool's embeddings to the process or processes that compose it.
+class EmbeddingSource:
+    """Gives a pool's embeddings to the process or processes that compose it. Most methods do nothing by default.
 
     Attributes:
         in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
@@ -48,7 +48,7 @@ class EmbeddingSource(Protocol):
             data: The DataModule.
             layout: The epoch's sizes.
         """
-        ...
+        raise NotImplementedError
 
     def read(self, indices: Indices) -> Tensor:
         """Return a pool's embeddings. Every process calls it with the whole pool.
@@ -60,7 +60,7 @@ class EmbeddingSource(Protocol):
             Floats of shape ``[P, d]`` or ``[P, 2, d]``, in the processes that compose. If each process composes its own
             share of the pool, only the rows of that share.
         """
-        ...
+        raise NotImplementedError
 
     def expect(self, indices: Indices) -> None:
         """Let worker processes begin to read the next pool. Every process calls it with the whole pool.
@@ -68,7 +68,6 @@ class EmbeddingSource(Protocol):
         Args:
             indices: Dataset indices, int64 ``[P]``.
         """
-        ...
 
     def keep(self, outputs: Any) -> None:
         """Receive the output of a training step.
@@ -76,11 +75,9 @@ class EmbeddingSource(Protocol):
         Args:
             outputs: What ``training_step`` returned.
         """
-        ...
 
     def end_epoch(self) -> None:
         """Free resources that need not outlive an epoch."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint must hold.
@@ -88,7 +85,7 @@ class EmbeddingSource(Protocol):
         Returns:
             Tensors and plain Python values.
         """
-        ...
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state from a checkpoint.
@@ -96,14 +93,12 @@ class EmbeddingSource(Protocol):
         Args:
             state_dict: What :meth:`state_dict` returned.
         """
-        ...
 
     def close(self) -> None:
         """End worker processes."""
-        ...
 
 
-class EncodedEmbeddings:
+class EncodedEmbeddings(EmbeddingSource):
     """Embeds each pool with the current weights: one forward pass, divided among the processes.
 
     Args:
@@ -167,18 +162,9 @@ class EncodedEmbeddings:
             share = own_share(self._trainer, indices)
             self._ahead = share, self._loading(share)
 
-    def keep(self, outputs: Any) -> None:
-        pass
-
     def end_epoch(self) -> None:
         if not self._trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
             self.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
     def close(self) -> None:
         self._ahead = None
@@ -240,7 +226,7 @@ class EncodedEmbeddings:
         return checked_unit_rows_(embeddings, indices)  # waits for the GPU, which `no_trace` need not do
 
 
-class RecycledEmbeddings:
+class RecycledEmbeddings(EmbeddingSource):
     """Keeps each instance's last embedding, as ``training_step`` returned it, and encodes nothing.
 
     Args:
@@ -274,9 +260,6 @@ class RecycledEmbeddings:
         warn_of_collapse(embeddings[~similar_to_nothing(embeddings)])  # training has not computed the others yet
         return embeddings
 
-    def expect(self, indices: Indices) -> None:
-        pass
-
     def keep(self, outputs: Any) -> None:
         if not outputs:
             return  # `training_step` skipped the batch
@@ -299,9 +282,6 @@ class RecycledEmbeddings:
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
 
-    def end_epoch(self) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Any]:
         return {} if self._bank is None else self._bank.state_dict()
 
@@ -309,9 +289,6 @@ class RecycledEmbeddings:
         if self._per_rank or self._trainer.is_global_zero:
             self._restored = state_dict
             self._restore()
-
-    def close(self) -> None:
-        pass
 
     def _restore(self) -> None:
         """Fill the bank from a checkpoint, as soon as both exist."""
@@ -323,7 +300,7 @@ class RecycledEmbeddings:
             self._restored = None
 
 
-class ReferenceEmbeddings:
+class ReferenceEmbeddings(EmbeddingSource):
     """Reads the DataModule's ``reference_embeddings()``, which stay the same, and encodes nothing.
 
     Args:
@@ -356,24 +333,6 @@ class ReferenceEmbeddings:
         warn_of_zeros(embeddings)
         warn_of_collapse(embeddings)
         return embeddings
-
-    def expect(self, indices: Indices) -> None:
-        pass
-
-    def keep(self, outputs: Any) -> None:
-        pass
-
-    def end_epoch(self) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def default_batch_size(training: int, device: torch.device, n_workers: int) -> int:
