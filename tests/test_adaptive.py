@@ -219,3 +219,17 @@ def test_without_a_rule_batches_become_harder_only_where_nothing_is_left_to_lear
 def test_a_target_is_for_auto():
     with pytest.raises(ValueError, match=r"target_loss=0\.1 is for"):
         BatchSamplerCallback(32, target_loss=0.1)
+
+
+def test_a_pool_is_cut_when_it_is_due_and_only_then(monkeypatch):
+    """Other pools are read ahead. An adaptive one depends on the loss until then."""
+    starts = []
+    cut = AdaptivePools.next_pool
+
+    def noted(self, start, *others):
+        starts.append(start)
+        return cut(self, start, *others)
+
+    monkeypatch.setattr(AdaptivePools, "next_pool", noted)
+    fit(Settles(lambda step: 0.001), Data(8, 400), walker("auto", target_loss=0.1), max_epochs=1)
+    assert len(starts) == len(set(starts)) > 1
