@@ -138,4 +138,4 @@ def test_lightning_ends_a_loaders_workers_by_its_iterator():
     combined = CombinedLoader(loader)
     iter(combined)
     combined.reset()
-    assert loader._iterator is None, "Lightning ends workers in a different way: change batch_sampler.TrainerLoader."
+    assert loader._iterator is None, "Lightning ends workers in a different way: change loader.LightningLoader."

@@ -209,12 +209,10 @@ class MoreSimilar:
             limit = self.limit(unit)[:, None] + TIE
             if unit.ndim == 2:
                 return unit @ unit.T > limit
-            first, second = unit.unbind(1)
-            marked = first @ second.T > limit
             if self._every_side:
-                for left, right in ((second, first), (first, first), (second, second)):
-                    marked |= left @ right.T > limit
-            return marked
+                sides = unit.flatten(0, 1)
+                return (sides @ sides.T).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).amax(dim=(1, 3)) > limit
+            return unit[:, 0] @ unit[:, 1].T > limit
 
     def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         n_numbers = neighbors.shape[1] * int(np.prod(self.embeddings.shape[1:]))  # of one node's neighbours

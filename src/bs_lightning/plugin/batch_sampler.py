@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader
 from bs_lightning.plan import EpochPlan, Planning, Pool
+from bs_lightning.plugin.loader import LightningLoader
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
@@ -107,9 +108,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._data.trainer
         if self._plan is None or trainer is None or not trainer.training:
             return None
-        # The batch with which `on_train_batch_start` ends an epoch, by returning -1, is never counted as completed.
-        epoch_ended = epochs_processed(trainer) != self._n_epochs_processed
-        return None if epoch_ended else batch_in_training(trainer)
+        return batch_in_training(trainer, self._n_epochs_processed)
 
     def _uniform_plan(self) -> EpochPlan:
         """A throwaway uniform plan for anyone who iterates the loader outside the training loop."""
@@ -142,34 +141,5 @@ class TrainerBatchSampler(PoolBatchSampler):
         return None
 
 
-class TrainerLoader(PoolLoader):
-    """The loader that a DataModule gives to a Trainer.
-
-    Under Lightning the state is part of the DataModule's: a module that reads ``trainer.estimated_stepping_batches`` in
-    ``configure_optimizers`` gets its loader before Lightning restores loaders. The two methods for the state only tell
-    Lightning that resuming in the middle of an epoch is taken care of.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return no state.
-
-        Returns:
-            An empty dictionary.
-        """
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore nothing.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-        """
-
-    @property
-    def _iterator(self) -> None:
-        """Lightning sets this attribute to ``None`` when a fit ends, to end the workers."""
-        return None
-
-    @_iterator.setter
-    def _iterator(self, _: None) -> None:
-        self.close()
+class TrainerLoader(LightningLoader, PoolLoader):
+    """The loader of a map-style dataset that a DataModule gives to a Trainer."""

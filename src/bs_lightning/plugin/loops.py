@@ -22,17 +22,20 @@ def next_batch(trainer: Trainer) -> int:
     return ready
 
 
-def batch_in_training(trainer: Trainer) -> int | None:
+def batch_in_training(trainer: Trainer, n_epochs_processed: int) -> int | None:
     """Return the number of the batch being trained in its epoch.
 
     Args:
         trainer: The Trainer.
+        n_epochs_processed: What :func:`epochs_processed` returned at the epoch's start.
 
     Returns:
-        The number of the batch in its epoch, from 0; ``None`` between two batches.
+        The number of the batch in its epoch, from 0; ``None`` between two batches, and after the epoch.
     """
     ready, completed = next_batch(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.completed
-    return None if ready == completed else ready - 1
+    # The batch with which `on_train_batch_start` ends an epoch, by returning -1, is never counted as completed.
+    epoch_ended = epochs_processed(trainer) != n_epochs_processed
+    return None if epoch_ended or ready == completed else ready - 1
 
 
 def position(trainer: Trainer) -> tuple[int, int]:

@@ -170,8 +170,9 @@ class TrainerPlanner:
         known = bool(len(embeddings) and embeddings.any())
         if self._per_rank:  # all processes must log the same values, or they would wait for each other
             known = all(gather(self.trainer, known))
-        if known:
-            log |= self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
+        with failing_together(self.trainer):
+            if known:
+                log |= self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
         self._note(log if self._per_rank else self.trainer.strategy.broadcast(log), 2)
         self.source.end_epoch()
 

@@ -7,6 +7,7 @@ from torch.utils.data import IterableDataset
 
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Planning
+from bs_lightning.plugin.loader import LightningLoader
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, position
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
@@ -38,7 +39,7 @@ class StreamedData(Protocol):
         ...
 
 
-class TrainerStreamLoader(StreamLoader):
+class TrainerStreamLoader(LightningLoader, StreamLoader):
     """The loader of a stream that a DataModule gives to a Trainer.
 
     Args:
@@ -76,21 +77,6 @@ class TrainerStreamLoader(StreamLoader):
         _, served = position(trainer)
         pool = self._pass.pool_of(served) or self._pass.pool_of(served - 1)
         return StreamState(state.seed, state.global_batch_size, self._pass.epoch, 0 if pool is None else served, pool)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return no state: it is part of the DataModule's, as for :class:`TrainerLoader`.
-
-        Returns:
-            An empty dictionary.
-        """
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore nothing.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-        """
 
     def _begin(self) -> Pass:
         """Begin the pass of the epoch being trained, or a throwaway uniform pass for anyone else who iterates."""
@@ -131,14 +117,4 @@ class TrainerStreamLoader(StreamLoader):
         trainer = self._data.trainer
         if self._pass is None or trainer is None or not trainer.training:
             return None
-        epoch_ended = epochs_processed(trainer) != self._n_epochs_processed
-        return None if epoch_ended else batch_in_training(trainer)
-
-    @property
-    def _iterator(self) -> None:
-        """Lightning sets this attribute to ``None`` when a fit ends, to end the workers."""
-        return None
-
-    @_iterator.setter
-    def _iterator(self, _: None) -> None:
-        self.close()
+        return batch_in_training(trainer, self._n_epochs_processed)
