@@ -75,7 +75,7 @@ class FailsInStep(Model):
 @pytest.mark.parametrize("settings", [{}, {"persistent_workers": True}], ids=str)
 @pytest.mark.parametrize("fails_in", [None, "composer", "step"])
 def test_workers_live_on_to_the_end_of_the_fit_and_no_longer(settings, fails_in):
-    """If this fails with a new Lightning, see `LightningLoader._iterator`. Workers left alive cost ten seconds later."""
+    """If this fails with a new Lightning, see `LightningLoader._iterator`. Workers left alive cost ten seconds."""
     data = Data(8, 100, num_workers=2, **settings)
     make_model = FailsInStep if fails_in == "step" else Model
     for _ in range(2):
