@@ -211,7 +211,8 @@ class MoreSimilar:
                 return unit @ unit.T > limit
             if self._every_side:
                 sides = unit.flatten(0, 1)
-                return (sides @ sides.T).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).amax(dim=(1, 3)) > limit
+                highest = (sides @ sides.T).view(len(unit), 2, len(unit), 2).amax(dim=(1, 3))
+                return highest > limit
             return unit[:, 0] @ unit[:, 1].T > limit
 
     def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
