@@ -5,8 +5,6 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
-from bs_lightning.encoding import _warn_once
-
 # The tests' tensors are tiny. Threads would only wait for each other where several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -19,6 +17,8 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _nothing_warned_of():
+    from bs_lightning.encoding import _warn_once  # not earlier: pytest's handlers must be there, as a user's would be
+
     _warn_once.cache_clear()
 
 
