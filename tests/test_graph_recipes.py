@@ -326,6 +326,8 @@ def test_labels_are_the_graphs_y():
 def test_bad_graphs_are_refused():
     with pytest.raises(TypeError, match=r"dataset must hold torch_geometric.data.Data, but dataset\[0\] is 3"):
         GraphDataModule([3], 2)
+    with pytest.raises(ValueError, match="dataset must hold at least one graph"):
+        GraphDataModule([], 2)
     with pytest.raises(ValueError, match=r"Graph 1 has no nodes, edges or features\. Set its num_nodes\."):
         Graphs([Data(num_nodes=1), Data()])[1]
     with pytest.raises(ValueError, match=r"x of graph 0 must have shape \[n_nodes, n_features\], got shape \[4\]"):

@@ -81,6 +81,7 @@ class UniformComposer(GraphComposer):
     """
 
     def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
+        """Build the graph, and compose a pool's batches as :func:`uniform_batches` does."""
         self.neighbors = self.graph(embeddings, seed=seed)
         return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)
 

@@ -161,10 +161,12 @@ class SameGroup:
         self.groups = check_groups(groups)
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
+        """Mark the pairs of a batch that are of one group, bool ``[B, B]``; see :class:`Rule`."""
         own = torch.from_numpy(self.groups[batch]).to(device)
         return own[:, None] == own
 
     def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Mark the edges within a group, bool ``[n, K]`` in both directions; see :class:`Rule`."""
         same = self.groups[nodes][:, None] == self.groups[neighbors]
         return same, same
 
@@ -204,6 +206,7 @@ class MoreSimilar:
         self._every_side = isinstance(self.limit, AbovePositive) and self.limit.every_side
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
+        """Mark the pairs of a batch that are more similar than the limit, bool ``[B, B]``; see :class:`Rule`."""
         unit = self._unit(batch).to(device or "cpu")
         with torch.autocast(unit.device.type, enabled=False):  # bfloat16 would round most differences away
             limit = self.limit(unit)[:, None] + TIE
@@ -216,6 +219,7 @@ class MoreSimilar:
             return unit[:, 0] @ unit[:, 1].T > limit
 
     def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Mark the edges whose ends are more similar than the limit, bool ``[n, K]`` each; see :class:`Rule`."""
         n_numbers = neighbors.shape[1] * int(np.prod(self.embeddings.shape[1:]))  # of one node's neighbours
         forward, backward = np.zeros(neighbors.shape, dtype=np.bool_), np.zeros(neighbors.shape, dtype=np.bool_)
         for start in range(0, len(nodes), n := max(1, _CHUNK_ENTRIES // n_numbers)):

@@ -50,6 +50,11 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
     """
 
     def embed(self, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed the first two columns as the loss does, floats ``[b, d]`` each.
+
+        Args:
+            inputs: A batch as the Trainer collates it.
+        """
         features, _ = self.collect_features(inputs)
         sides = [self.model(column)["sentence_embedding"] for column in features[:2]]
         return sides[0] if len(sides) == 1 else (sides[0], sides[1])

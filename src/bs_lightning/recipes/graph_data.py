@@ -35,7 +35,8 @@ class GraphDataModule(BatchSamplerDataModule):
         **kwargs: As for :class:`~bs_lightning.BatchSamplerDataModule`, such as ``drop_last`` and ``num_workers``.
 
     Raises:
-        TypeError: If ``dataset`` holds no graphs.
+        TypeError: If ``dataset`` holds anything but graphs.
+        ValueError: If it is empty.
 
     Example:
         >>> import torch
@@ -49,6 +50,8 @@ class GraphDataModule(BatchSamplerDataModule):
     def __init__(self, dataset: GraphDataset | list[Data], batch_size: int, **kwargs: Any) -> None:
         super().__init__(batch_size, collate_fn=collate, **kwargs)
         self.dataset = dataset
+        if not len(dataset):
+            raise ValueError("dataset must hold at least one graph, got none.")
         if not isinstance(dataset[0], Data):
             raise TypeError(f"dataset must hold torch_geometric.data.Data, but dataset[0] is {dataset[0]!r}.")
 

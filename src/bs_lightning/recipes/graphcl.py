@@ -81,11 +81,13 @@ class GraphCL(LightningModule):
         return projections
 
     def training_step(self, views: tuple[Batch, Batch], batch_idx: int) -> Tensor:
+        """Compare each graph with the augmented views."""
         loss: Tensor = self.loss(*(self.embed(view) for view in views))
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=views[0].num_graphs, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
@@ -127,7 +129,16 @@ class GraphCLLoss(nn.Module):
         self.gather = gather
 
     def forward(self, first: Tensor, second: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Compute the loss of two sides ``[B, d]``; pairs ``[B, B]`` that are ``masked`` are not negatives."""
+        """Compute the loss of a batch.
+
+        Args:
+            first: Floats ``[B, d]``: the anchors.
+            second: Floats ``[B, d]``: the other views.
+            masked: bool ``[B, B]``: the pairs that are not negatives.
+
+        Returns:
+            A differentiable scalar.
+        """
         rows = anchor_rows(first, second, self.temperature, masked, "second", self.gather)
         losses = rows.log_sum(rows.logits) - rows.positive
         return losses.masked_fill(~rows.is_negative.any(dim=1), 0).sum() * rows.share
@@ -186,14 +197,14 @@ class GraphCLDataModule(GraphDataModule):
 
 
 def drop_nodes(graph: Data, share: float = 0.1) -> Data:
-    """Remove a share of the nodes, at random, and their edges. At least one node is left."""
+    """Remove a share of the nodes, from 0 to 1, at random, and their edges. At least one node is left."""
     n_nodes = graph.num_nodes
     n_kept = n_nodes - min(int(share * n_nodes), n_nodes - 1)
     return graph.subgraph(torch.randperm(n_nodes)[:n_kept].sort().values)
 
 
 def perturb_edges(graph: Data, share: float = 0.1) -> Data:
-    """Remove a share of the edges, at random, and add as many between nodes chosen at random.
+    """Remove a share of the edges, from 0 to 1, at random, and add as many between nodes chosen at random.
 
     The two directions of an undirected edge are two edges, as in the public code. The public code only removes edges.
     The paper also adds.
@@ -206,7 +217,7 @@ def perturb_edges(graph: Data, share: float = 0.1) -> Data:
 
 
 def mask_attributes(graph: Data, share: float = 0.1) -> Data:
-    """Replace the features of a share of the nodes, chosen at random, by noise of mean 0.5 and deviation 0.5."""
+    """Replace the features of a share of the nodes, from 0 to 1, by noise of mean 0.5 and deviation 0.5."""
     x = graph.x.clone()
     masked = torch.randperm(len(x))[: int(share * len(x))]
     x[masked] = torch.randn_like(x[masked]) * 0.5 + 0.5
@@ -214,10 +225,11 @@ def mask_attributes(graph: Data, share: float = 0.1) -> Data:
 
 
 def sample_subgraph(graph: Data, share: float = 0.8) -> Data:
-    """Keep a connected share of the nodes: from a random node, add random neighbours until there are enough.
+    """Keep a connected share of the nodes, from 0 to 1.
 
-    Where the node's component is smaller than that, the component is kept. The public code walks over a fifth of the
-    nodes. One version keeps the edges among the other four fifths, and another those among the fifth.
+    From a random node, random neighbours are added until there are enough. Where the node's component is smaller than
+    that, the component is kept. The public code walks over a fifth of the nodes. One version keeps the edges among the
+    other four fifths, and another those among the fifth.
     """
     neighbors: list[list[int]] = [[] for _ in range(graph.num_nodes)]
     for source, target in graph.edge_index.T.tolist():

@@ -77,6 +77,7 @@ class MVGRL(LightningModule):
         return representations
 
     def training_step(self, graphs: Batch, batch_idx: int) -> Tensor:
+        """Compare the nodes of each view with the graphs of the other."""
         (first_nodes, first), (second_nodes, second) = self.views(graphs)
         loss = local_global_loss(self.node_head(first_nodes), self.graph_head(second), graphs.batch)
         loss = loss + local_global_loss(self.node_head(second_nodes), self.graph_head(first), graphs.batch)
@@ -84,6 +85,7 @@ class MVGRL(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
