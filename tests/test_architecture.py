@@ -86,7 +86,7 @@ def attribute(owner, path, change):
         ("fit_loop.epoch_loop.batch_progress.current.completed", "loops.batch_in_training"),
         ("fit_loop.epoch_loop.batch_progress.current.processed", "loops.position"),
         ("fit_loop.epoch_loop.batch_progress.is_last_batch", "loops.position"),
-        ("fit_loop.restarting", "loops.position"),
+        ("fit_loop.restarting", "loops.restarting"),
         ("fit_loop.epoch_progress.current.processed", "loops.epochs_processed"),
         ("fit_loop.epoch_progress.current.ready", "loops.count_epoch"),
         ("fit_loop.epoch_progress.current.started", "loops.in_epoch"),

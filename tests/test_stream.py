@@ -225,6 +225,28 @@ def test_refuses_a_damaged_state():
         list(other)
 
 
+@pytest.mark.parametrize(
+    ("planned", "error", "words"),
+    [
+        (np.arange(8).reshape(2, 4), TypeError, r"must return a PlannedPool\(batches\), got ndarray"),
+        (PlannedPool(np.arange(8).reshape(2, 4), np.array([[0, 8]])), ValueError, r"positions in \[0, 8\)"),
+    ],
+    ids=["array", "pairs"],
+)
+def test_what_a_planner_returns_is_checked(planned, error, words):
+    with pytest.raises(error, match=words):
+        list(StreamLoader(Stream(8), 4, pool_size=8, plan_pool=lambda indices, *, seed, epoch: planned))
+
+
+def test_pairs_of_other_integers_are_saved_and_restored():
+    def plan(indices, *, seed, epoch):
+        return PlannedPool(np.arange(len(indices)).reshape(-1, 4), np.array([[0, 1]], dtype=np.int32))
+
+    loader = StreamLoader(Stream(16), 4, pool_size=8, plan_pool=plan)
+    next(iter(loader))
+    StreamLoader(Stream(16), 4, pool_size=8, plan_pool=plan).load_state_dict(loader.state_dict())
+
+
 # With Lightning
 
 

@@ -74,6 +74,21 @@ class BatchLayout:
         """Number of batches in an epoch, with the smaller batch at its end."""
         return self.n_full + (self.n_last > 0)
 
+    def check_rank(self, rank: int) -> int:
+        """Return the number of a process as an int.
+
+        Args:
+            rank: What should be an integer in ``[0, world_size)``.
+
+        Raises:
+            TypeError: If it is not an integer.
+            ValueError: If it is out of range.
+        """
+        number = check_integer("rank", rank)
+        if not 0 <= number < self.world_size:
+            raise ValueError(f"rank must lie in [0, world_size={self.world_size}), got {rank}.")
+        return number
+
     def slice(self, batch: Order, rank: int) -> Order:
         """Return the contiguous part of a global batch that one process serves.
 

@@ -64,7 +64,7 @@ class BatchFetcher:
             An iterator over the collated batches.
         """
         self._batches.current = batches
-        return _Iteration(iter(self._loader))
+        return BatchIterator(iter(self._loader))
 
     def close(self) -> None:
         """End the workers.
@@ -95,7 +95,7 @@ class _Batches:
         return _Batches, ()  # `current` may be a generator, which cannot be copied
 
 
-class _Iteration(Iterator[Any]):
+class BatchIterator(Iterator[Any]):
     """An iterator over another's values, of which a copy in a different process is at its end.
 
     Lightning, and the callback that reads ahead, hold the iterator while workers start. Under ``spawn`` and
@@ -179,7 +179,7 @@ class PoolLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        return _Iteration(self._iterate())
+        return BatchIterator(self._iterate())
 
     def _iterate(self) -> Generator[Any]:
         # All this runs at the first `next`, not at `iter`: Lightning calls `iter` before it knows the epoch.
@@ -193,7 +193,8 @@ class PoolLoader:
             for batches in pools:
                 if load is None:
                     settings = {name: getattr(self, name) for name in SETTINGS}
-                    load = BatchFetcher(self.dataset, **settings | {"generator": self._generator()})
+                    generator = workers_generator(self.generator, sampler.worker_seed())
+                    load = BatchFetcher(self.dataset, **settings | {"generator": generator})
                 for batch in load(batches):
                     plan.served += 1
                     yield batch
@@ -217,19 +218,26 @@ class PoolLoader:
             self._load.close()
             self._load = None
 
-    def _generator(self) -> torch.Generator:
-        """The source of the workers' seeds."""
-        if self.generator is None:
-            seed = self.batch_sampler.worker_seed()
-        else:
-            seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
-        return torch.Generator().manual_seed(seed)
-
 
 def _in_one(pools: Iterator[Iterable[list[int]]]) -> Iterator[Iterable[list[int]]]:
     """Yield the batches of all pools as those of one. The first pool is planned before any worker starts."""
     for first in pools:
         yield itertools.chain(first, itertools.chain.from_iterable(pools))
+
+
+def workers_generator(given: torch.Generator | None, seed: int) -> torch.Generator:
+    """Return the source of the workers' seeds: from one draw of the given generator, or else from ``seed``.
+
+    Args:
+        given: The user's generator, if there is one.
+        seed: A seed.
+
+    Returns:
+        A new generator.
+    """
+    if given is not None:
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=given))
+    return torch.Generator().manual_seed(seed)
 
 
 def end_workers(loader: DataLoader[Any]) -> None:

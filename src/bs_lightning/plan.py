@@ -7,10 +7,10 @@ ahead of it where that changes nothing.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from bs_lightning._checks import check_integer, check_integer_array
 from bs_lightning._types import Batches, Indices, Order, Pairs
@@ -411,16 +411,37 @@ class EpochPlan:
         """Plan the pool that begins at batch ``start``."""
         size = self.layout.global_batch_size
         planned_together, end = planning.cut.next_pool(start, stop, self.layout)
-        indices = self._indices(planned_together)
-        planned = planning.plan_pool(indices, seed=pool_seed(self.seed, self.epoch, start), epoch=self.epoch)
-        if not isinstance(planned, PlannedPool):
-            raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
-        positions: Order = check_batches(planned.batches, len(indices), size, replacement=planning.replacement)
+        indices, seed = self._indices(planned_together), pool_seed(self.seed, self.epoch, start)
+        returned = planning.plan_pool(indices, seed=seed, epoch=self.epoch)
+        planned = check_planned(returned, len(indices), size, replacement=planning.replacement)
+        positions: Order = planned.batches
         if self.groups is not None:
-            positions = separate(positions, self.groups[indices], pool_seed(self.seed, self.epoch, start))
+            positions = separate(positions, self.groups[indices], seed)
         positions = positions[: end - start]
-        pairs = _meeting(_check_pairs(planned.pairs, len(indices)), positions, len(indices), planning.replacement)
+        pairs = _meeting(planned.pairs, positions, len(indices), planning.replacement)
         return Pool(self.epoch, start, indices[positions], indices[pairs], planning.replacement)
+
+
+def check_planned(planned: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> PlannedPool:
+    """Refuse what is no plan of a pool.
+
+    Args:
+        planned: What a planner returned.
+        pool_size: Instances in the pool, a multiple of ``batch_size``.
+        batch_size: Instances in a batch.
+        replacement: Whether different batches may share instances.
+
+    Returns:
+        The plan, with batches and pairs as int64.
+
+    Raises:
+        TypeError: If it is no :class:`PlannedPool`, or does not hold integers.
+        ValueError: If a shape is different, or a position is wrong.
+    """
+    if not isinstance(planned, PlannedPool):
+        raise TypeError(f"plan_pool must return a PlannedPool(batches), got {type(planned).__name__}.")
+    batches = check_batches(planned.batches, pool_size, batch_size, replacement=replacement)
+    return PlannedPool(batches, _check_pairs(planned.pairs, pool_size))
 
 
 def check_batches(batches: object, pool_size: int, batch_size: int, *, replacement: bool = False) -> Batches:
@@ -473,28 +494,25 @@ def check_batches(batches: object, pool_size: int, batch_size: int, *, replaceme
     return array.astype(np.int64, copy=False)
 
 
-def _check_pairs(pairs: ArrayLike, pool_size: int) -> NDArray[np.integer[Any]]:
-    """Return a planner's pairs as an array. Reject an array that does not hold pairs of positions in the pool."""
+def _check_pairs(pairs: ArrayLike, pool_size: int) -> Pairs:
+    """Return a planner's pairs as int64. Reject an array that does not hold pairs of positions in the pool."""
     array = check_integer_array("pairs", pairs)
     if array.ndim != 2 or array.shape[1] != 2 or (array.size and (array.min() < 0 or array.max() >= pool_size)):
         raise ValueError(
             f"plan_pool must return pairs of shape [m, 2] with positions in [0, {pool_size}), got {array.tolist()}."
         )
-    return array
+    return array.astype(np.int64, copy=False)
 
 
-def _meeting(
-    pairs: NDArray[np.integer[Any]], batches: Order, pool_size: int, replacement: bool
-) -> NDArray[np.integer[Any]]:
+def _meeting(pairs: Pairs, batches: Order, pool_size: int, replacement: bool) -> Pairs:
     """Return the pairs whose two instances meet in a batch. Only these are served, and saved."""
-    kept: NDArray[np.integer[Any]]
     if not len(pairs):
         return pairs
     if not replacement:
         batch_of = np.full(pool_size, -1)
         batch_of[batches] = np.arange(len(batches))[:, None]
         first, second = batch_of[pairs].T
-        kept = pairs[(first == second) & (first >= 0)]
+        kept: Pairs = pairs[(first == second) & (first >= 0)]
         return kept
     found = np.zeros(len(pairs), dtype=np.bool_)
     for start in range(0, len(batches), _BATCHES_AT_ONCE):

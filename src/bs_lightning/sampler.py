@@ -68,9 +68,7 @@ class PoolBatchSampler(BatchSampler):
             if not isinstance(planning, Planning):
                 raise TypeError(f"planning must be Planning(plan_pool, Pools(size)) or None, got {planning!r}.")
             planning.cut.check(self.layout)
-        self.rank = check_integer("rank", rank)
-        if not 0 <= self.rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
+        self.rank = self.layout.check_rank(rank)
         self.rules = tuple(rules)
         self.groups = None if groups is None else check_groups(groups)
         self.groups_digest = 0

@@ -150,7 +150,7 @@ class SamplerState:
                 "not after an epoch's last batch)."
             )
         pool = self.pool
-        there = pool is not None and pool.epoch == epoch and pool.start <= start <= pool.start + len(pool.batches)
+        there = pool is not None and pool.epoch == epoch and pool.start <= start <= pool.stop
         if self.in_pool and not there:
             got = None if pool is None else f"a pool that begins at batch {pool.start} of epoch {pool.epoch}"
             raise _damaged("pool", got, f"the pool that serves batch {start} of epoch {epoch}")

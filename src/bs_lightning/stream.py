@@ -17,10 +17,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bs_lightning._checks import check_integer, check_seed
 from bs_lightning.layout import BatchLayout
-from bs_lightning.loader import SETTINGS, BatchFetcher, _Iteration, check_dataloader_kwargs, end_workers
+from bs_lightning.loader import (
+    SETTINGS,
+    BatchFetcher,
+    BatchIterator,
+    check_dataloader_kwargs,
+    end_workers,
+    workers_generator,
+)
 from bs_lightning.mask import pair_mask
 from bs_lightning.permutation import permutation
-from bs_lightning.plan import PlannedPool, PoolPlanner, Pools, check_batches, pool_seed
+from bs_lightning.plan import PlannedPool, PoolPlanner, Pools, check_planned, pool_seed
 from bs_lightning.stream_state import Reading, StreamPool, StreamState
 
 _WORKERS = 2**40  # in place of a pool's first batch, for the seed of workers
@@ -94,9 +101,7 @@ class StreamLoader:
             raise TypeError(f"stream must be a torch.utils.data.IterableDataset, got {type(stream).__name__}.")
         size = check_integer("batch_size", batch_size)
         self.layout = BatchLayout(size * world_size, size, world_size)  # of one global batch: the rest is not known
-        self.rank = check_integer("rank", rank)
-        if not 0 <= self.rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}.")
+        self.rank = self.layout.check_rank(rank)
         if not drop_last and world_size > 1:
             raise ValueError(
                 "drop_last=False serves the last instances of a stream as a smaller batch, whose size would differ "
@@ -124,7 +129,7 @@ class StreamLoader:
         return self._n_instances // self.batch_size if self.drop_last else -(-self._n_instances // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        return _Iteration(self._iterate())
+        return BatchIterator(self._iterate())
 
     @property
     def buffer(self) -> "Buffer":
@@ -164,7 +169,7 @@ class StreamLoader:
         row = number - pool.start
         if row == len(pool.batches):  # the smaller batch at the end
             return torch.zeros(pool.n_last, pool.n_last, dtype=torch.bool, device=device)
-        return pair_mask(pool.pairs, self.layout.slice(pool.batches[row], self.rank)).to(device).fill_diagonal_(False)
+        return pair_mask(pool.pairs, self.layout.slice(pool.batches[row], self.rank)).to(device)
 
     def state(self) -> StreamState:
         """Return the position within the pass."""
@@ -315,8 +320,8 @@ class StreamLoader:
                 return
             order = permutation(len(taken), pool_seed(self.seed, run.epoch, start), 0)[:]
             run.buffer.instances = [taken[position] for position in order[: n_batches * self.batch_size + n_last]]
-            planned = self._plan(n_batches, start, run) if restored is None else restored[2:4]
-            yield StreamPool(run.epoch, start, *planned, n_last, tuple(readings))
+            kept = restored or self._plan(n_batches, start, run)
+            yield StreamPool(run.epoch, start, kept.batches, kept.pairs, n_last, tuple(readings))
             read += len(taken)
             start += n_batches + (n_last > 0)
             restored = None
@@ -365,12 +370,12 @@ class StreamLoader:
             uniform = np.arange(n_positions).reshape(ranks, n_batches, size).transpose(1, 0, 2)
             return PlannedPool(uniform.reshape(n_batches, ranks * size))
         seed = pool_seed(self.seed, run.epoch, start)
-        planned = run.plan_pool(np.arange(n_positions), seed=seed, epoch=run.epoch)
-        batches = check_batches(planned.batches, n_positions, size * ranks)
-        owner = batches.reshape(n_batches, ranks, size) // (n_batches * size)
+        returned = run.plan_pool(np.arange(n_positions), seed=seed, epoch=run.epoch)
+        planned = check_planned(returned, n_positions, size * ranks)
+        owner = planned.batches.reshape(n_batches, ranks, size) // (n_batches * size)
         if (owner != np.arange(ranks)[:, None]).any():
             raise ValueError("plan_pool must give each process only instances that the process has read.")
-        return PlannedPool(batches, np.asarray(planned.pairs))
+        return planned
 
     def _check_length(self, number: int, run: "Pass") -> None:
         """Say so if a pass ended too early."""
@@ -405,13 +410,10 @@ class StreamLoader:
 
     def _reading_settings(self, epoch: int) -> dict[str, Any]:
         """Return the arguments of the ``DataLoader`` that reads."""
-        if self.generator is None:
-            seed = pool_seed(self.seed, epoch, _WORKERS + self.rank)
-        else:
-            seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         ours = ("collate_fn", "pin_memory", "pin_memory_device", "persistent_workers", "generator")
         settings = {name: getattr(self, name) for name in SETTINGS if name not in ours}
-        return settings | {"generator": torch.Generator().manual_seed(seed)}
+        seed = pool_seed(self.seed, epoch, _WORKERS + self.rank)
+        return settings | {"generator": workers_generator(self.generator, seed)}
 
 
 @dataclass

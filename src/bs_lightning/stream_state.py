@@ -41,6 +41,11 @@ class StreamPool(NamedTuple):
     readings: tuple[Reading, ...]
     """What each process read, in the order of the ranks."""
 
+    @property
+    def stop(self) -> int:
+        """The number of the batch before which the pool ends."""
+        return self.start + len(self.batches) + (self.n_last > 0)
+
     def holds(self, number: int) -> bool:
         """Return whether a batch belongs to this pool.
 
@@ -50,7 +55,7 @@ class StreamPool(NamedTuple):
         Returns:
             ``True`` if the pool holds that batch.
         """
-        return self.start <= number < self.start + len(self.batches) + (self.n_last > 0)
+        return self.start <= number < self.stop
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,6 @@ class StreamState:
             _value(saved, "n_last", int, where="pool."),
             tuple(Reading(*each) for each in _value(saved, "readings", list, where="pool.")),
         )
-        end = pool.start + len(pool.batches) + (pool.n_last > 0)
-        if not pool.start <= counts["served"] <= end or pool.epoch != counts["epoch"]:
-            raise _damaged("served", counts["served"], f"a batch of the saved pool, {pool.start} to {end}")
+        if not pool.start <= counts["served"] <= pool.stop or pool.epoch != counts["epoch"]:
+            raise _damaged("served", counts["served"], f"a batch of the saved pool, {pool.start} to {pool.stop}")
         return cls(**counts, pool=pool)

@@ -261,10 +261,11 @@ def _similarity_and_pairs(batches: Tensor, labels: Tensor | None) -> tuple[Tenso
     batch = torch.arange(n_batches, device=sums.device).repeat_interleave(size)
     pairs: Tensor | int = n_batches * size * (size - 1)
     if labels is not None:
-        keys = torch.stack([batch, labels.flatten()], dim=1)
-        groups, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+        values, label = labels.flatten().unique(return_inverse=True)
+        keys = batch * len(values) + label  # one number for each batch and label, as rows are slow to sort
+        groups, group, counts = keys.unique(return_inverse=True, return_counts=True)
         sums = sums.new_zeros(len(groups), *sums.shape[1:]).index_add_(0, group, sums)
-        batch = groups[:, 0]
+        batch = groups // len(values)
         pairs = pairs - (counts * (counts - 1)).sum()
     totals = sums.new_zeros(n_batches, *sums.shape[1:]).index_add_(0, batch, sums)
     # A group's pairs with the rest of its batch. To subtract the pairs within groups from all pairs would lose the

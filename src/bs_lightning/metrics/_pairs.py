@@ -100,7 +100,7 @@ class InBatchAccuracy(Metric):
 
     def compute(self) -> Tensor:
         """Return the share of anchors so far whose positive won."""
-        return _share(self.won, self.anchors)
+        return self.won / self.anchors
 
 
 def negatives_above_positive(embeddings: Tensor | NDArray[Any]) -> Tensor:
@@ -180,13 +180,13 @@ class NegativesAbovePositive(Metric):
 
     def compute(self) -> Tensor:
         """Return the share of negatives so far that are above their positive."""
-        return _share(self.above, self.negatives)
+        return self.above / self.negatives
 
 
 def accuracy_and_negatives_above(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor]:
     """Compute :func:`in_batch_accuracy` and :func:`negatives_above_positive` from the same similarities."""
     counts = _count(embeddings)
-    return _share(counts.won, counts.anchors), _share(counts.above, counts.negatives)
+    return counts.won / counts.anchors, counts.above / counts.negatives
 
 
 class _Counts(NamedTuple):
@@ -230,7 +230,3 @@ def _similarities(batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for part in batches.split(max(1, BLOCK_ENTRIES // batches.shape[1] ** 2)):
             similarity = part[:, :, 0] @ part[:, :, 1].mT
             yield similarity, similarity.diagonal(dim1=1, dim2=2).unsqueeze(2)
-
-
-def _share(count: Tensor, of: Tensor | int) -> Tensor:
-    return count / of

@@ -52,9 +52,21 @@ def position(trainer: Trainer) -> tuple[int, int]:
     """
     progress = trainer.fit_loop.epoch_progress.current
     batches = trainer.fit_loop.epoch_loop.batch_progress
-    if trainer.fit_loop.restarting and batches.is_last_batch:
+    if restarting(trainer) and batches.is_last_batch:
         return progress.ready, 0
     return progress.processed, batches.current.processed
+
+
+def restarting(trainer: Trainer) -> bool:
+    """Return whether the Trainer goes on from a checkpoint, and has not trained a batch since.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        ``True`` if so.
+    """
+    return bool(trainer.fit_loop.restarting)
 
 
 def epochs_processed(trainer: Trainer) -> int:

@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Planning
 from bs_lightning.plugin.loader import LightningLoader
-from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, position
+from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, position, restarting
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
 
@@ -98,7 +98,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         state = self._data.restored_stream_state()
         if state is not None:
             self.seed = state.seed
-        if trainer.fit_loop.restarting and processed:
+        if restarting(trainer) and processed:
             start = processed
             if self._pass is not None and self._pass.epoch == epoch:
                 restored = self._pass.restored  # Lightning asks for an iterator of this epoch a second time
