@@ -1,4 +1,4 @@
-"""Result files: CSV, one row per measurement. Both benchmark packages read and write them here."""
+"""Result files: CSV, one row per measurement. All benchmarks read and write them here."""
 
 import csv
 from pathlib import Path

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bs_lightning._checks import check_integer
-from bs_lightning._types import Embeddings
+from bs_lightning._types import Embeddings, Indices
 
 # Similarities that `similarity_blocks` holds at a time. On a CPU, 4 MB stay in the cache: in pools of 4,096, graphs
 # take two thirds of the time. On a GPU, 256 MB at a time take half the time of 64 MB.
@@ -53,6 +53,21 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
     if row is not None:
         raise ValueError(f"embeddings must be finite, but row {row} is not. Check that instance and the model.")
     return embeddings
+
+
+def as_float_tensor(embeddings: Embeddings, indices: Indices) -> Tensor:
+    """Return some rows of embeddings that may lie in a file.
+
+    Args:
+        embeddings: Floats of shape ``[N, d]`` or ``[N, 2, d]``.
+        indices: The rows to read, int64 ``[n]``.
+
+    Returns:
+        A copy, float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the device of the tensor; of an array, on the CPU.
+    """
+    if isinstance(embeddings, Tensor):
+        return embeddings[torch.from_numpy(indices).to(embeddings.device)].detach().float()
+    return torch.from_numpy(np.asarray(embeddings[indices], dtype=np.float32))
 
 
 def as_sides(value: Any, what: str) -> Tensor:

@@ -13,7 +13,7 @@ the graph from all parts. With one part, the result is the graph itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,11 +50,11 @@ _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 class SharedGraph(Protocol):
     """A graph whose work several processes may share, if ``can_share`` says so."""
 
-    def part(self, embeddings: Any, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances.
 
         Args:
-            embeddings: All embeddings, ``[P, d]`` or ``[P, 2, d]``, the same in every process.
+            embeddings: All embeddings, finite floats ``[P, d]`` or ``[P, 2, d]``, the same in every process.
             part: The part's number, from 0.
             n_parts: Number of parts.
             seed: Seed of the graph.
@@ -149,14 +149,13 @@ class NNDescentGraph:
         """
         return _whole(self, embeddings, seed)
 
-    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says.
 
         Returns:
             int32 ``[part of P, K]`` in pools that suit a matrix product. In larger ones, the number of its instance
             comes first in each row: ``[part of P, 1 + K]``. At most four parts have rows then.
         """
-        embeddings = as_embeddings(embeddings)
         if _suits_product(embeddings, n_parts):
             return ExactGraph(self.n_neighbors).part(embeddings, part, n_parts, seed=seed)
         n_found = self._n_found(embeddings)
@@ -252,9 +251,9 @@ class ExactGraph:
         return _whole(self, embeddings, seed)
 
     @torch.no_grad()
-    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says."""
-        unit = unit_rows(as_embeddings(embeddings))
+        unit = unit_rows(embeddings)
         rows = _rows_of_part(len(unit), part, n_parts)
         isolated = similar_to_nothing(unit)
         some_isolated = bool(isolated.any())
@@ -341,9 +340,8 @@ class RandomCandidateGraph:
         return _whole(self, embeddings, seed)
 
     @torch.no_grad()
-    def part(self, embeddings: Embeddings, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
+    def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says, in the circle's order."""
-        embeddings = as_embeddings(embeddings)
         size = len(embeddings)
         if self.n_candidates >= size - 1:
             return ExactGraph(self.n_neighbors).part(embeddings, part, n_parts, seed=seed)

@@ -259,6 +259,13 @@ def isolated_rng() -> Iterator[None]:
 
 
 @contextmanager
+def isolated() -> Iterator[None]:
+    """Restore random states and numbers of threads: composers and graphs of others may change both."""
+    with isolated_rng(), isolated_threads():
+        yield
+
+
+@contextmanager
 def isolated_threads() -> Iterator[None]:
     """Restore the numbers of threads and the choice of numba's threading layer on exit, after errors too.
 

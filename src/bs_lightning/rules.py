@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer_array, check_number
-from bs_lightning._embeddings import TIE, first_not_finite, unit_rows_
+from bs_lightning._embeddings import TIE, as_float_tensor, first_not_finite, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
 _CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
@@ -272,21 +272,6 @@ def either_way(rules: Iterable[Rule], indices: Indices, neighbors: Neighbors) ->
         forward, backward = rule.along(indices, indices[neighbors])
         marked |= forward | backward
     return marked
-
-
-def as_float_tensor(embeddings: Embeddings, indices: Indices) -> Tensor:
-    """Return some rows of embeddings that may lie in a file.
-
-    Args:
-        embeddings: Floats of shape ``[N, d]`` or ``[N, 2, d]``.
-        indices: The rows to read, int64 ``[n]``.
-
-    Returns:
-        A copy, float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the device of the tensor; of an array, on the CPU.
-    """
-    if isinstance(embeddings, Tensor):
-        return embeddings[torch.from_numpy(indices).to(embeddings.device)].detach().float()
-    return torch.from_numpy(np.asarray(embeddings[indices], dtype=np.float32))
 
 
 def check_groups(groups: ArrayLike) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from bs_lightning._types import Batches, Indices
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer
 from bs_lightning.encoding import encode
-from bs_lightning.isolation import isolated_rng, isolated_threads, no_trace
+from bs_lightning.isolation import isolated, no_trace
 from bs_lightning.loader import SETTINGS, BatchFetcher, PoolLoader, check_map_style
 from bs_lightning.plan import PlannedPool, Planning, Pools, check_batches
 from bs_lightning.sampler import PoolBatchSampler
@@ -151,7 +151,7 @@ class ComposedBatchesTrainer(Trainer):
         Returns:
             Positions in the pool, int64 ``[P // batch_size, batch_size]``.
         """
-        with isolated_rng(), isolated_threads():
+        with isolated():
             batches = self.composer(embeddings, batch_size, seed=seed, epoch=epoch)
         return check_batches(batches, len(indices), batch_size, replacement=self.composer.replacement)
 

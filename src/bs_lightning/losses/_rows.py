@@ -48,7 +48,10 @@ class AnchorRows:
 
     def mean_loss(self, log_negatives: Tensor) -> Tensor:
         """Return the mean over anchors of ``-log(exp(positive) / (exp(positive) + exp(log_negatives)))``."""
-        losses = torch.nn.functional.softplus(log_negatives - self.positive)
+        return self.mean(torch.nn.functional.softplus(log_negatives - self.positive))
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the mean of the anchors' losses ``[R]``. An anchor without negatives counts as 0."""
         return losses.masked_fill(~self.is_negative.any(dim=1), 0).sum() * self.share
 
 

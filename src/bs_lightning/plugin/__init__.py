@@ -1,4 +1,4 @@
 """The part of the library that knows Lightning: the callback, the DataModule, and the parts between them.
 
-Nothing outside this folder imports Lightning.
+Outside this folder, only ``presets`` and ``recipes`` use Lightning.
 """

@@ -2,41 +2,18 @@
 
 from typing import Any, Protocol
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader
-from bs_lightning.plan import EpochPlan, Planning, Pool
-from bs_lightning.plugin.loader import LightningLoader
+from bs_lightning.plan import EpochPlan, Pool
+from bs_lightning.plugin.loader import LightningLoader, TrainingData
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
 
 
-class TrainedData(Protocol):
+class TrainedData(TrainingData, Protocol):
     """What the batch sampler asks of the DataModule."""
-
-    @property
-    def trainer(self) -> Trainer | None:
-        """The Trainer, or ``None`` outside a fit."""
-        ...
-
-    @property
-    def train_sampler(self) -> object | None:
-        """What serves the batches that the Trainer trains on, or ``None``."""
-        ...
-
-    def planning(self, layout: BatchLayout) -> Planning | None:
-        """Return how the batches of the epoch are composed.
-
-        Args:
-            layout: The epoch's sizes.
-
-        Returns:
-            The planning; ``None`` for uniform batches.
-        """
-        ...
 
     def restored_state(self) -> SamplerState | None:
         """Return the sampler's state of the checkpoint from which this fit resumed.
@@ -60,7 +37,7 @@ class TrainerBatchSampler(PoolBatchSampler):
     def __init__(self, data: TrainedData, n_instances: int, batch_size: int, **kwargs: Any) -> None:
         super().__init__(n_instances, batch_size, **kwargs)
         self._data = data
-        self._n_epochs_processed = 0
+        self._n_epochs_processed: int | None = None  # before the first plan
 
     def plan(self) -> EpochPlan:
         """Plan the rest of the epoch being trained.
@@ -105,10 +82,7 @@ class TrainerBatchSampler(PoolBatchSampler):
 
     def _trained_batch_number(self) -> int | None:
         """The number in its epoch of the batch being trained."""
-        trainer = self._data.trainer
-        if self._plan is None or trainer is None or not trainer.training:
-            return None
-        return batch_in_training(trainer, self._n_epochs_processed)
+        return batch_in_training(self._data.trainer, self._n_epochs_processed)
 
     def _uniform_plan(self) -> EpochPlan:
         """A throwaway uniform plan for anyone who iterates the loader outside the training loop."""

@@ -13,6 +13,7 @@ from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer, asked_for
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Cut, PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.planner import TrainerPlanner
@@ -24,17 +25,21 @@ from bs_lightning.plugin.sources import (
     RecycledEmbeddings,
     ReferenceEmbeddings,
 )
+from bs_lightning.plugin.stream_loader import TrainerStreamLoader
 from bs_lightning.rules import AbovePositive
+
+# The loss that adaptive pools hold. Where likely false negatives are left out, batches may be harder.
+_TARGET_LOSS, _TARGET_LOSS_WITH_RULE = 0.05, 0.3
 
 
 class BatchSamplerCallback(Callback):
     """Composes hard batches for in-batch contrastive learning, with the model's current weights.
 
-    Add it to the Trainer, and give ``fit`` a :class:`~bs_lightning.BatchSamplerDataModule`. Nothing else changes. The
-    first epoch has uniform batches. Later, each epoch's random permutation is cut into pools. When a pool's first batch
-    is about to be trained, the pool is embedded with the current weights, and the composer arranges it into batches: by
-    default, a random walk with restart on a neighbour graph. Every instance is still seen once an epoch, except for the
-    remainder of less than one batch that ``drop_last`` drops.
+    Add it to the Trainer, and give ``fit`` a :class:`~bs_lightning.BatchSamplerDataModule`. The first epoch has uniform
+    batches. Later, each epoch's random permutation is cut into pools. When a pool's first batch is about to be trained,
+    the pool is embedded with the current weights, and the composer arranges it into batches: by default, a random walk
+    with restart on a neighbour graph. Every instance is still seen once an epoch, except for the remainder of less than
+    one batch that ``drop_last`` drops.
 
     A pool batch is loaded from ``pool_dataset()`` and passed through ``on_before_batch_transfer`` and
     ``transfer_batch_to_device``. It is embedded by ``embed``, else ``pl_module.embed(batch)``, else
@@ -207,7 +212,9 @@ class BatchSamplerCallback(Callback):
         return trainer.current_epoch >= self.warmup_epochs and not trainer.overfit_batches
 
     def resolve_pool_size(self, trainer: Trainer, layout: BatchLayout) -> int:
-        """Return the current epoch's pool size in instances. With ``pool_size="auto"`` nobody asks for it.
+        """Return the current epoch's pool size in instances.
+
+        With ``pool_size="auto"`` nobody asks for it in training. Afterwards it is the last pool's size.
 
         Args:
             trainer: The Trainer, in its setup or at the start of an epoch.
@@ -256,7 +263,7 @@ class BatchSamplerCallback(Callback):
             )
         if self._adaptive is not None and self.target_loss is None:
             has_rule = self.own_rule is not None or bool(data.false_negative_rules)
-            self._adaptive.target_loss = 0.3 if has_rule else 0.05
+            self._adaptive.target_loss = _TARGET_LOSS_WITH_RULE if has_rule else _TARGET_LOSS
         self.cut(layout).check(layout)
 
     def planning(self, layout: BatchLayout) -> Planning | None:
@@ -347,7 +354,7 @@ class BatchSamplerCallback(Callback):
         else:
             source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
         if self.pool_size == "auto":
-            self._adaptive = AdaptivePools(0.05 if self.target_loss is None else self.target_loss)
+            self._adaptive = AdaptivePools(_TARGET_LOSS if self.target_loss is None else self.target_loss)
         self._planner = TrainerPlanner(
             trainer,
             source,
@@ -366,6 +373,13 @@ class BatchSamplerCallback(Callback):
                 f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
                 "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
             )
+        self._check_processes(trainer, sampler)
+        self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
+        self._warn_if_all_is_warm_up(trainer, pl_module.automatic_optimization)
+        self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
+
+    def _check_processes(self, trainer: Trainer, sampler: TrainerBatchSampler | TrainerStreamLoader) -> None:
+        """Refuse processes that would plan differently."""
         # They decide at which step pools are planned ahead, and all processes must plan a pool at the same step.
         names = ("num_workers", "prefetch_factor") if self._plans_ahead(self.cut(sampler.layout)) else ()
         settings_of_workers = {name: trainer.datamodule.dataloader_kwargs.get(name) for name in names}
@@ -389,21 +403,23 @@ class BatchSamplerCallback(Callback):
             composer=_name(self.composer),
             replacement=self.composer.replacement,
         )
+
+    def _warn_if_all_is_warm_up(self, trainer: Trainer, steps_are_batches: bool) -> None:
+        """Warn if training ends before the first composed epoch. There is nothing to rehearse for then."""
+        if type(self).should_plan is not BatchSamplerCallback.should_plan or trainer.fast_dev_run:
+            return
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        decides = type(self).should_plan is BatchSamplerCallback.should_plan
-        self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
         n_steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # of an epoch
-        too_short = None
         if last <= self.warmup_epochs:
-            too_short = f"max_epochs={trainer.max_epochs} are"
-        elif pl_module.automatic_optimization and 0 < trainer.max_steps <= self.warmup_epochs * n_steps:
-            too_short = f"max_steps={trainer.max_steps}, with {n_steps} an epoch, are"
-        if decides and too_short and not trainer.fast_dev_run:
-            self._must_rehearse &= trainer.max_steps != -1  # a few steps may be meant as a trial
-            rank_zero_warn(
-                f"BatchSamplerCallback composes no batch: all of {too_short} within warmup_epochs={self.warmup_epochs}."
-            )
-        self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
+            what = f"max_epochs={trainer.max_epochs} are"
+        elif steps_are_batches and 0 < trainer.max_steps <= self.warmup_epochs * n_steps:
+            what = f"max_steps={trainer.max_steps}, with {n_steps} an epoch, are"
+        else:
+            return
+        self._must_rehearse &= trainer.max_steps != -1  # a few steps may be meant as a trial
+        rank_zero_warn(
+            f"BatchSamplerCallback composes no batch: all of {what} within warmup_epochs={self.warmup_epochs}."
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_epoch(trainer)

@@ -1,7 +1,37 @@
-"""What Lightning asks of a training loader beside its batches."""
+"""What the loaders of a Trainer share: what they ask of the DataModule, and what Lightning asks of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+from lightning.pytorch import Trainer
+
+from bs_lightning.layout import BatchLayout
+from bs_lightning.plan import Planning
+
+
+class TrainingData(Protocol):
+    """What loaders and samplers ask of the DataModule."""
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer, or ``None`` outside a fit."""
+        ...
+
+    @property
+    def train_sampler(self) -> object | None:
+        """What serves the batches that the Trainer trains on, or ``None``."""
+        ...
+
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """Return how the batches of the epoch are composed.
+
+        Args:
+            layout: The epoch's sizes.
+
+        Returns:
+            The planning; ``None`` for uniform batches.
+        """
+        ...
 
 
 class LightningLoader:

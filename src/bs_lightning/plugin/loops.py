@@ -22,16 +22,18 @@ def next_batch(trainer: Trainer) -> int:
     return ready
 
 
-def batch_in_training(trainer: Trainer, n_epochs_processed: int) -> int | None:
+def batch_in_training(trainer: Trainer | None, n_epochs_processed: int | None) -> int | None:
     """Return the number of the batch being trained in its epoch.
 
     Args:
-        trainer: The Trainer.
-        n_epochs_processed: What :func:`epochs_processed` returned at the epoch's start.
+        trainer: The Trainer, if there is one.
+        n_epochs_processed: What :func:`epochs_processed` returned at the epoch's start; ``None`` before an epoch.
 
     Returns:
-        The number of the batch in its epoch, from 0; ``None`` between two batches, and after the epoch.
+        The number of the batch in its epoch, from 0; ``None`` between two batches, and where none is trained.
     """
+    if trainer is None or not trainer.training:
+        return None
     ready, completed = next_batch(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.completed
     # The batch with which `on_train_batch_start` ends an epoch, by returning -1, is never counted as completed.
     epoch_ended = epochs_processed(trainer) != n_epochs_processed

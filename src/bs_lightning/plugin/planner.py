@@ -3,7 +3,8 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
 from bs_lightning.graphs import SharedGraph, can_share
-from bs_lightning.isolation import isolated_rng, isolated_threads
+from bs_lightning.isolation import isolated
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
@@ -83,7 +84,6 @@ class TrainerPlanner:
         self._own_rule = own_rule
         self._rules: Sequence[Rule] = ()
         self._whole_graph: Neighbors | None = None
-        self._n_cores: int | None = None
         self.layout: BatchLayout
         self._batch_size = 0
         self._n_composing = 1
@@ -125,7 +125,7 @@ class TrainerPlanner:
         trainer = self.trainer
         embeddings = self.source.read(self._two_batches(epoch))
         pool_size = self._largest_pool(cut) // self._n_composing
-        shares_graph = self._shared_graph() is not None
+        shares_graph = self._shared_graph is not None
         with failing_together(trainer):
             composes = self._per_rank or trainer.is_global_zero
             if composes or shares_graph:
@@ -244,7 +244,7 @@ class TrainerPlanner:
             if self.trainer.is_global_zero:
                 neighbors = None
                 if parts is not None:
-                    with isolated_rng(), isolated_threads():
+                    with isolated():
                         neighbors = self._composer.graph.join(parts, embeddings, seed=seed)
                 graph_seconds = time.perf_counter() - start
                 composed = self._plan_share(embeddings, indices, seed, epoch, neighbors)
@@ -255,7 +255,7 @@ class TrainerPlanner:
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose this process's share, and join the batches of all processes side by side into global batches."""
         trainer = self.trainer
-        with self._own_cores(), failing_together(trainer):
+        with shared_cores(self._n_cores), failing_together(trainer):
             share = own_share(trainer, indices)
             composed = self._plan_share(embeddings, share, seed + trainer.global_rank, epoch)
         pools = gather(trainer, composed.pool)
@@ -270,21 +270,21 @@ class TrainerPlanner:
         Returns:
             All parts, in every process; ``None`` if the processes share no graph.
         """
-        trainer, graph = self.trainer, self._shared_graph()
+        trainer, graph = self.trainer, self._shared_graph
         if graph is None:
             return None
-        with self._own_cores(), failing_together(trainer), isolated_rng(), isolated_threads():
+        with shared_cores(self._n_cores), failing_together(trainer), isolated():
             part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
         return gather(trainer, part)
 
-    def _own_cores(self) -> AbstractContextManager[None]:
-        """Keep pynndescent to this process's share of its cores, while others work, too. Each process must call it."""
-        if self._n_cores is None:
-            self._n_cores = cores_of_one_process(self.trainer)
-        return shared_cores(self._n_cores)
+    @cached_property
+    def _n_cores(self) -> int:
+        """This process's share of its cores, for pynndescent. All processes must ask for it at the same place."""
+        return cores_of_one_process(self.trainer)
 
+    @cached_property
     def _shared_graph(self) -> SharedGraph | None:
-        """Return the graph that all processes build together, or ``None`` if there is none. Each process calls it.
+        """The graph that all processes build together, or ``None``. All processes must ask for it at the same place.
 
         All processes must hold the pool's embeddings, and have the same graph.
         """
@@ -329,7 +329,7 @@ class TrainerPlanner:
         offered = self._offered(indices, own) | {"neighbors": neighbors}
         more = {name: value for name, value in offered.items() if name in self._asked}
         start = time.perf_counter()
-        with isolated_rng(), isolated_threads():
+        with isolated():
             returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
@@ -364,7 +364,7 @@ class TrainerPlanner:
             return None
         if self._whole_graph is None:
             seed = pool_seed(self.trainer.datamodule.train_sampler.seed, 0, 0)
-            with isolated_rng(), isolated_threads():
+            with isolated():
                 self._whole_graph = composer.graph(self.source.read(np.arange(layout.n_instances)), seed=seed)
         return restricted(self._whole_graph, indices)
 

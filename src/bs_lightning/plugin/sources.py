@@ -1,4 +1,4 @@
-"""Sources: where the embeddings of a pool come from, encoded by the model or recycled from training."""
+"""Sources: a pool's embeddings, encoded by the model, recycled from training, or read from a fixed reference."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning._checks import check_length
-from bs_lightning._embeddings import similar_to_nothing, unit_rows_
+from bs_lightning._embeddings import as_float_tensor, similar_to_nothing, unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
 from bs_lightning.encoding import checked_unit_rows_, embed_in_batches, warn_of_collapse, warn_of_zeros
@@ -22,7 +22,6 @@ from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import check_equal, failing_together, own_share
 from bs_lightning.plugin.progress import progress
-from bs_lightning.rules import as_float_tensor
 
 _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
 

@@ -2,33 +2,17 @@
 
 from typing import Any, Protocol
 
-from lightning.pytorch import Trainer
 from torch.utils.data import IterableDataset
 
 from bs_lightning.layout import BatchLayout
-from bs_lightning.plan import Planning
-from bs_lightning.plugin.loader import LightningLoader
+from bs_lightning.plugin.loader import LightningLoader, TrainingData
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, position, restarting
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
 
 
-class StreamedData(Protocol):
+class StreamedData(TrainingData, Protocol):
     """What the loader asks of the DataModule."""
-
-    @property
-    def trainer(self) -> Trainer | None:
-        """The Trainer, or ``None`` outside a fit."""
-        ...
-
-    @property
-    def train_sampler(self) -> object | None:
-        """What serves the batches that the Trainer trains on, or ``None``."""
-        ...
-
-    def planning(self, layout: BatchLayout) -> Planning | None:
-        """Return how the batches of the epoch are composed; ``None`` for uniform batches."""
-        ...
 
     def pool_size(self, layout: BatchLayout) -> int | None:
         """Return the pool size in instances, also where batches are uniform; ``None`` without a callback."""
@@ -54,7 +38,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
     def __init__(self, data: StreamedData, stream: IterableDataset[Any], batch_size: int, **kwargs: Any) -> None:
         super().__init__(stream, batch_size, **kwargs)
         self._data = data
-        self._n_epochs_processed = 0
+        self._n_epochs_processed: int | None = None  # before the first pass
 
     @property
     def has_planned(self) -> bool:
@@ -114,7 +98,4 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
 
     def _trained_batch_number(self) -> int | None:
         """The number in its epoch of the batch being trained."""
-        trainer = self._data.trainer
-        if self._pass is None or trainer is None or not trainer.training:
-            return None
-        return batch_in_training(trainer, self._n_epochs_processed)
+        return batch_in_training(self._data.trainer, self._n_epochs_processed)

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.losses import info_nce
-from bs_lightning.recipes.steps import n_steps
+from bs_lightning.recipes.steps import with_decay
 from bs_lightning.recipes.texts import (
     Pooling,
     TextEncoder,
@@ -132,10 +131,7 @@ class CLIP(LightningModule):
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0},
         ]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay)
-        steps = n_steps(self.trainer)
-        # `CosineAnnealingLR` would keep the length of the run that a resumed run comes from.
-        decay = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        return with_decay(optimizer, self.trainer, lambda done: (1 + math.cos(math.pi * done)) / 2)
 
 
 class ImageEncoder(nn.Module):

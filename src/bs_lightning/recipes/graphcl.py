@@ -140,8 +140,7 @@ class GraphCLLoss(nn.Module):
             A differentiable scalar.
         """
         rows = anchor_rows(first, second, self.temperature, masked, "second", self.gather)
-        losses = rows.log_sum(rows.logits) - rows.positive
-        return losses.masked_fill(~rows.is_negative.any(dim=1), 0).sum() * rows.share
+        return rows.mean(rows.log_sum(rows.logits) - rows.positive)
 
 
 class GraphCLDataModule(GraphDataModule):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bs_lightning.losses import InfoNCELoss
+from bs_lightning.recipes.steps import with_decay
 from bs_lightning.recipes.texts import (
     EvaluatedModule,
     Pooling,
@@ -91,7 +92,7 @@ class SimCSE(EvaluatedModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW without weight decay, and its linear decay to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0)
-        return self.with_linear_decay(optimizer)
+        return with_decay(optimizer, self.trainer, lambda done: 1 - done)
 
 
 class SentenceData(TextDataModule):

@@ -1,8 +1,12 @@
-"""The length of a training, for schedules that follow its progress."""
+"""The length of a training, and learning rates that follow its progress."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from lightning import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def n_steps(trainer: Trainer) -> float:
@@ -16,3 +20,20 @@ def n_steps(trainer: Trainer) -> float:
     """
     steps = trainer.estimated_stepping_batches  # -1 where it is not known
     return steps if steps > 0 else math.inf
+
+
+def with_decay(optimizer: Optimizer, trainer: Trainer, decay: Callable[[float], float]) -> dict[str, Any]:
+    """Return what ``configure_optimizers`` returns for a learning rate that decays over the training.
+
+    Args:
+        optimizer: The optimizer.
+        trainer: The Trainer, in a fit.
+        decay: The part of the training that is done, from 0 to 1 -> the part of the learning rate that is left.
+
+    Returns:
+        The optimizer and its schedule.
+    """
+    steps = n_steps(trainer)
+    # torch's own schedules would keep the length of the run that a resumed run comes from.
+    schedule = LambdaLR(optimizer, lambda step: decay(min(step / steps, 1)))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -12,11 +12,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
-from bs_lightning.recipes.steps import n_steps
 
 Pooling = Literal["cls", "mean"]
 """How token vectors become the vector of a text; see :class:`TextEncoder`."""
@@ -590,10 +588,3 @@ class EvaluatedModule(LightningModule):
         scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
         self.embedded.clear()
         self.log_dict(scores, sync_dist=True)
-
-    def with_linear_decay(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return what ``configure_optimizers`` returns: the optimizer, and its rate's linear decay to zero."""
-        steps = n_steps(self.trainer)
-        # `LinearLR` would keep the length of the run that a resumed run comes from.
-        decay = LambdaLR(optimizer, lambda step: max(1 - step / steps, 0))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
