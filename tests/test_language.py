@@ -24,17 +24,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from bs_lightning.recipes.clip import CLIP, ImageTextData
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
 from bs_lightning.recipes.simcse import SentenceData, SimCSE
-from bs_lightning.recipes.texts import (
-    TextEncoder,
-    Tokenize,
-    pair_groups,
-    read_evaluation,
-    read_pairs,
-    read_sentences,
-    retrieval,
-    spearman,
-    text_groups,
-)
+from bs_lightning.recipes.text_encoder import TextEncoder, Tokenize
+from bs_lightning.recipes.text_evaluation import retrieval, spearman
+from bs_lightning.recipes.text_files import pair_groups, read_evaluation, read_pairs, read_sentences, text_groups
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 recipes = pytest.mark.parametrize("recipe", RECIPES)

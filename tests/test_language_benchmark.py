@@ -9,7 +9,8 @@ from benchmarks.recipes import language
 from benchmarks.recipes.runs import run_missing
 from benchmarks.training.text import STS
 from bs_lightning.baselines import B3Composer
-from bs_lightning.recipes.texts import read_evaluation, spearman
+from bs_lightning.recipes.text_evaluation import spearman
+from bs_lightning.recipes.text_files import read_evaluation
 
 SMALL = {"batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "width": 8, "n_layers": 1}
 SETTINGS = {"simcse": {"one_in": 2, **SMALL}, "dual_encoder": SMALL}

@@ -24,7 +24,7 @@ from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, encode_d
 from bs_lightning.baselines import B3Composer, UniformComposer, knn_batches
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
 from bs_lightning.recipes.simcse import SentenceData, SimCSE
-from bs_lightning.recipes.texts import read_evaluation, read_pairs, read_sentences
+from bs_lightning.recipes.text_files import read_evaluation, read_pairs, read_sentences
 from bs_lightning.rules import AbovePositive
 
 from ..csv_files import Row

@@ -18,22 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.losses import info_nce
 from bs_lightning.recipes.steps import with_decay
-from bs_lightning.recipes.texts import (
+from bs_lightning.recipes.text_encoder import (
     Pooling,
     TextEncoder,
     Tokenize,
     Tokens,
-    check_columns,
-    evaluation_loader,
-    is_table,
     load_model,
     load_tokenizer,
     model_width,
-    pair_groups,
-    read_pairs,
-    require,
-    retrieval,
 )
+from bs_lightning.recipes.text_evaluation import evaluation_loader, retrieval
+from bs_lightning.recipes.text_files import check_columns, is_table, pair_groups, read_pairs, require
 
 Batch = tuple[Tensor, Tokens]
 """Images, float32 ``[b, 3, height, width]``, and the tokens of their texts."""
@@ -47,7 +42,7 @@ class CLIP(LightningModule):
             ``[b, 3, height, width]``, into embeddings ``[b, width]``, such as a ResNet with a last layer of that width.
         text_model: A Hugging Face model of texts, or its name or folder.
         width: Numbers in an embedding.
-        pooling: ``"cls"`` or ``"mean"`` for texts; see :class:`~bs_lightning.recipes.texts.TextEncoder`.
+        pooling: ``"cls"`` or ``"mean"`` for texts; see :class:`~bs_lightning.recipes.text_encoder.TextEncoder`.
         learning_rate: AdamW's, at the start. It falls to zero as a cosine does. CLIP from scratch has 5e-4.
         weight_decay: AdamW's. Biases, factors of norms, and the scale of the logits have none.
 

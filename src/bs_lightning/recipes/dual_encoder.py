@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.steps import with_decay
-from bs_lightning.recipes.texts import (
-    EvaluatedModule,
-    Pooling,
-    TextDataModule,
-    TextEncoder,
-    Tokens,
-    pair_groups,
-    read_pairs,
-)
+from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
+from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
+from bs_lightning.recipes.text_files import pair_groups, read_pairs
 
 
 class DualEncoder(EvaluatedModule):
@@ -30,7 +24,7 @@ class DualEncoder(EvaluatedModule):
     Args:
         model: A Hugging Face model of texts, or its name or folder.
         document_model: The same for documents. ``None`` embeds both sides with ``model``.
-        pooling: ``"cls"`` or ``"mean"``; see :class:`~bs_lightning.recipes.texts.TextEncoder`.
+        pooling: ``"cls"`` or ``"mean"``; see :class:`~bs_lightning.recipes.text_encoder.TextEncoder`.
         temperature: What cosine similarities are divided by.
         learning_rate: AdamW's, at the start. It falls linearly to zero.
 
@@ -100,7 +94,7 @@ class PairData(TextDataModule):
         columns: The two columns of a ``datasets.Dataset``.
         header: Whether the first line of the file holds names of columns.
         evaluate_on: Paths of tab-separated files with a header: pairs to retrieve, or scored pairs such as STS; see
-            :func:`~bs_lightning.recipes.texts.read_evaluation`.
+            :func:`~bs_lightning.recipes.text_files.read_evaluation`.
         max_length: Tokens that are kept of each text.
         **kwargs: As for :class:`~bs_lightning.BatchSamplerDataModule`.
 

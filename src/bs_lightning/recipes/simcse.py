@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.steps import with_decay
-from bs_lightning.recipes.texts import (
-    EvaluatedModule,
-    Pooling,
-    TextDataModule,
-    TextEncoder,
-    Tokens,
-    read_sentences,
-    text_groups,
-)
+from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
+from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
+from bs_lightning.recipes.text_files import read_sentences, text_groups
 
 
 class SimCSE(EvaluatedModule):
@@ -32,7 +26,7 @@ class SimCSE(EvaluatedModule):
 
     Args:
         model: A Hugging Face model of texts, or its name or folder. It needs dropout.
-        pooling: ``"cls"`` or ``"mean"``; see :class:`~bs_lightning.recipes.texts.TextEncoder`.
+        pooling: ``"cls"`` or ``"mean"``; see :class:`~bs_lightning.recipes.text_encoder.TextEncoder`.
         temperature: What cosine similarities are divided by.
         learning_rate: AdamW's, at the start. It falls linearly to zero.
 
@@ -105,7 +99,7 @@ class SentenceData(TextDataModule):
         batch_size: Sentences per batch and process.
         column: The column of a ``datasets.Dataset``.
         evaluate_on: Paths of tab-separated files, such as STS; see
-            :func:`~bs_lightning.recipes.texts.read_evaluation`.
+            :func:`~bs_lightning.recipes.text_files.read_evaluation`.
         max_length: Tokens that are kept of each sentence.
         **kwargs: As for :class:`~bs_lightning.BatchSamplerDataModule`.
 

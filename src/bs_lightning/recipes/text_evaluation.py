@@ -1,0 +1,187 @@
+"""The evaluation of recipes for texts, on pairs: by people's scores, or by retrieval."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from bs_lightning import BatchSamplerDataModule
+from bs_lightning.recipes.text_encoder import Tokenize, Tokens, load_tokenizer
+from bs_lightning.recipes.text_files import EvaluationPairs, pair_groups, read_evaluation, require
+
+
+class TextDataModule(BatchSamplerDataModule):
+    """Tokenizes texts or pairs of texts, and serves files of pairs for validation.
+
+    Subclasses say what is trained on. Every process validates on all pairs: a process with a part of them could not
+    tell the rank of a document.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or its name or folder.
+        batch_size: Instances per batch and process.
+        evaluate_on: Paths of tab-separated files: scored pairs, or pairs to retrieve; see :func:`read_evaluation`.
+        max_length: Tokens that are kept of each text.
+        **kwargs: As for :class:`~bs_lightning.BatchSamplerDataModule`.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the tokenizer has no pad token.
+    """
+
+    def __init__(
+        self, tokenizer: Any, batch_size: int, *, evaluate_on: Sequence[str] = (), max_length: int, **kwargs: Any
+    ) -> None:
+        tokenize = Tokenize(load_tokenizer(tokenizer), max_length)
+        super().__init__(batch_size, collate_fn=tokenize, **kwargs)
+        self.evaluate_on = evaluate_on
+        self.evaluation: list[EvaluationPairs] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files of ``evaluate_on``.
+
+        Raises:
+            ValueError: If a file is not as :func:`read_evaluation` expects, or two files have one name.
+        """
+        names = [Path(path).stem for path in self.evaluate_on]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluate_on must hold files of different names, under which to log, got {names}.")
+        self.evaluation = [read_evaluation(path) for path in self.evaluate_on]
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return a loader for each file of ``evaluate_on``, in order."""
+        return [evaluation_loader(self, each.pairs) for each in self.evaluation]
+
+
+def evaluation_loader(data: BatchSamplerDataModule, pairs: Any) -> DataLoader[Any]:
+    """Return a loader that gives every process all pairs, in order.
+
+    Args:
+        data: The DataModule, whose ``collate_fn`` and ``num_workers`` are used.
+        pairs: A map-style dataset.
+    """
+    # Lightning would share the pairs out, and repeat some, if it did not find a distributed sampler here.
+    sampler: DistributedSampler[Any] = DistributedSampler(pairs, num_replicas=1, rank=0, shuffle=False)
+    return DataLoader(
+        pairs,
+        4 * data.batch_size,
+        sampler=sampler,
+        collate_fn=data.dataloader_kwargs["collate_fn"],
+        num_workers=data.dataloader_kwargs.get("num_workers", 0),
+    )
+
+
+Embedded = dict[int, list[tuple[Tensor, Tensor]]]
+"""The number of a file in ``evaluate_on`` -> both sides of its pairs, batch by batch."""
+
+
+def evaluate(evaluation: Sequence[EvaluationPairs], embedded: Embedded) -> dict[str, float]:
+    """Return the scores of a model on all files.
+
+    Args:
+        evaluation: The files.
+        embedded: The embeddings of their pairs. A file may have fewer than its pairs, such as in Lightning's sanity
+            check.
+
+    Returns:
+        For each file of scored pairs ``NAME/spearman``, and the mean over these files as ``val/spearman``. For each
+        other file ``NAME/r1`` and ``NAME/mrr``, of the second text found by the first, and their means as ``val/r1``
+        and ``val/mrr``.
+    """
+    logged: dict[str, float] = {}
+    for number, batches in embedded.items():
+        file = evaluation[number]
+        first, second = (torch.cat(side) for side in zip(*batches, strict=True))
+        if file.scores is None:
+            found = retrieval(first, second, pair_groups(file.pairs)[: len(first)])
+        else:
+            found = {"spearman": spearman(first, second, file.scores[: len(first)])}
+        logged |= {f"{file.name}/{name}": value for name, value in found.items()}
+    for name in ("spearman", "r1", "mrr"):
+        values = [value for key, value in logged.items() if key.endswith(f"/{name}")]
+        if values:
+            logged[f"val/{name}"] = sum(values) / len(values)
+    return logged
+
+
+def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
+    """Return the rank correlation between cosine similarities and people's scores.
+
+    Args:
+        first: Floats ``[n, d]``.
+        second: Floats ``[n, d]``.
+        scores: How similar people find the two texts, ``n`` numbers.
+
+    Returns:
+        Spearman's correlation in [-1, 1]; NaN if all similarities, or all scores, are equal.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.recipes.text_evaluation import spearman
+        >>> round(spearman(torch.eye(2), torch.tensor([[1.0, 0], [1, 0]]), [5, 1]), 3)
+        1.0
+    """
+    similarity = torch.nn.functional.cosine_similarity(first.float(), second.float())
+    return float(require("scipy.stats").spearmanr(similarity.detach().cpu().numpy(), scores).statistic)
+
+
+def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor) -> dict[str, float]:
+    """Return how well queries find their documents among all documents, by cosine similarity.
+
+    A document of the query's group is right, and the best of them counts. A wrong document that is equally similar
+    is ranked before it. So a model that has collapsed finds nothing.
+
+    Args:
+        queries: Floats ``[n, d]``.
+        documents: Floats ``[n, d]``; row ``i`` is the document of query ``i``.
+        groups: The group of each pair, ``n`` integers; see :func:`pair_groups`.
+
+    Returns:
+        ``"r1"``, the share of queries whose first document is right, and ``"mrr"``, the mean of 1 / rank of the first
+        right document.
+
+    Example:
+        >>> import torch
+        >>> from bs_lightning.recipes.text_evaluation import retrieval
+        >>> retrieval(torch.eye(2), torch.tensor([[1.0, 0], [1, 0.5]]), [0, 1])
+        {'r1': 1.0, 'mrr': 1.0}
+    """
+    queries, documents = (torch.nn.functional.normalize(side.float(), dim=1) for side in (queries, documents))
+    group = torch.as_tensor(groups, device=queries.device)
+    ranks = []
+    for rows, of_rows in zip(queries.split(1024), group.split(1024), strict=True):
+        similarity = rows @ documents.T
+        is_right = of_rows[:, None] == group
+        best = similarity.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(1 + (~is_right & ~(similarity < best)).sum(dim=1))  # NaN is a loss too
+    rank = torch.cat(ranks).double()
+    return {"r1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
+
+
+class EvaluatedModule(LightningModule):
+    """Embeds the pairs of its DataModule's evaluation files in validation, and logs the scores of :func:`evaluate`.
+
+    Subclasses define ``embed_pairs(batch)``, which returns the embeddings of both sides.
+    """
+
+    def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both sides of pairs, floats ``[b, d]`` each."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the embeddings of the last validation."""
+        self.embedded: Embedded = defaultdict(list)
+
+    def validation_step(self, batch: tuple[Tokens, Tokens], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed both sides of pairs."""
+        self.embedded[dataloader_idx].append(self.embed_pairs(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        scores = evaluate(self.trainer.datamodule.evaluation, self.embedded)
+        self.embedded.clear()
+        self.log_dict(scores, sync_dist=True)
