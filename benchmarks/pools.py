@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning import ExactGraph, NNDescentGraph, _walk_kernel, rwr_batches
-from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
+from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
 from tests import reference
 
 from .markdown import print_row
@@ -58,11 +58,7 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float]:
 
 def describe(z: Tensor, y: Tensor, batches: NDArray[np.int64]) -> tuple[float, float]:
     """Return the hardness and the false-negative rate of batches ``[n, B]``."""
-    hardness, false_negative_rate = InBatchHardness(), InBatchFalseNegativeRate()
-    for batch in batches:
-        hardness.update(z[batch], y[batch])
-        false_negative_rate.update(y[batch])
-    return hardness.compute().item(), false_negative_rate.compute().item()
+    return in_batch_hardness(z[batches], y[batches]).item(), in_batch_false_negative_rate(y[batches]).item()
 
 
 def row(

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bs_lightning.recipes.probes import knn_accuracy, linear_probe
+from bs_lightning.recipes.resnet import Residual
+
 from . import augment
-from .evaluate import knn_accuracy, linear_probe
-from .model import Residual, convolution, perceptron
+from .model import convolution, perceptron
 from .task import Encode, Task
 
 MEAN = torch.tensor([0.491, 0.482, 0.447])[:, None, None]
@@ -73,7 +75,7 @@ class CIFAR10SimCLR(Task):
     def evaluate(self, encode: Encode) -> dict[str, float]:
         features, test_features = (encode(standardize(pixels / 255)) for pixels in (self.images, self.test_images))
         data = (features, self.labels, test_features, self.test_labels)
-        return {"linear_probe": linear_probe(*data), "knn": knn_accuracy(*data)}
+        return {"linear_probe": linear_probe(*data), "knn": knn_accuracy(*data, k=20)}
 
 
 class CIFAR10ResNet18(CIFAR10SimCLR):

@@ -1,13 +1,7 @@
 """Measures of frozen features ``[n, d]``; similarity is cosine similarity."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
-from scipy import stats
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 
@@ -35,31 +29,6 @@ def recall_at_1(features: Tensor, labels: Tensor, distractors: Tensor | None = N
     if distractors is not None:
         found &= best > (unit @ F.normalize(distractors, dim=1).T).amax(dim=1)
     return found.float().mean().item()
-
-
-def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Return the test accuracy of logistic regression."""
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, tol=1e-3))
-    return float(classifier.fit(features, labels).score(test_features, test_labels))
-
-
-def knn_accuracy(
-    features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.1
-) -> float:
-    """Return the test accuracy of a vote of the ``k`` nearest, weighted by ``exp(similarity / temperature)``."""
-    gallery = F.normalize(features, dim=1)
-    one_hot = F.one_hot(labels).float()
-    guesses = []
-    for chunk in F.normalize(test_features, dim=1).split(1024):
-        similarity, nearest = (chunk @ gallery.T).topk(k, dim=1)
-        votes = ((similarity / temperature).exp()[:, :, None] * one_hot[nearest]).sum(dim=1)
-        guesses.append(votes.argmax(dim=1))
-    return (torch.cat(guesses) == test_labels).float().mean().item()
-
-
-def spearman(first: Tensor, second: Tensor, scores: ArrayLike) -> float:
-    """Return the rank correlation of people's scores with the similarity of ``first[i]`` to ``second[i]``."""
-    return float(stats.spearmanr(F.cosine_similarity(first, second).numpy(), np.asarray(scores)).statistic)
 
 
 def mean_reciprocal_rank(queries: Tensor, candidates: Tensor, positives: Tensor, *, rows_at_a_time: int = 512) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
@@ -84,23 +83,6 @@ def convolution(
 ) -> nn.Sequential:
     """Return a 3 x 3 convolution with norm and ReLU."""
     return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), norm(n_out), nn.ReLU())
-
-
-class Residual(nn.Module):
-    """Two convolutions and a shortcut around them."""
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(
-            convolution(n_in, n_out, stride), nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or n_in != n_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of both branches after ReLU."""
-        return F.relu(self.inner(x) + self.shortcut(x))
 
 
 def perceptron(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:

@@ -15,7 +15,9 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
-from .evaluate import recall_at_1, spearman
+from bs_lightning.recipes.text_evaluation import spearman
+
+from .evaluate import recall_at_1
 from .task import Encode, Task
 
 VOCABULARY = 2**15

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -108,7 +109,7 @@ def evaluate(evaluation: Sequence[EvaluationPairs], embedded: Embedded) -> dict[
     return logged
 
 
-def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
+def spearman(first: Tensor, second: Tensor, scores: ArrayLike) -> float:
     """Return the rank correlation between cosine similarities and people's scores.
 
     Args:
