@@ -333,6 +333,7 @@ def test_lightning_cli(tmp_path):
     assert callback.composer.graph.n_neighbors == 7
     assert callback.composer.restart_probability(1) == 0.1
     assert cli.datamodule.dataloader_kwargs["num_workers"] == 1
+    assert cli.datamodule.dataloader_kwargs["persistent_workers"] is True
     assert [len(batches) for batches in cli.model.epochs.values()] == [12, 12]
     assert_each_index_at_most_once(cli.model)
 

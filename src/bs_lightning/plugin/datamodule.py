@@ -78,9 +78,9 @@ class BatchSamplerDataModule(LightningDataModule):
             in uniform epochs too.
         pool_collate_fn: The ``collate_fn`` for batches of :meth:`pool_dataset`, where items of one view cannot be
             collated as the training items are. ``None`` takes ``collate_fn``.
+        persistent_workers: Whether workers are kept until the fit ends; ``None`` keeps them if there are any.
         **dataloader_kwargs: For training and pool loader alike, those of :class:`torch.utils.data.DataLoader` that do
-            not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory``, ``persistent_workers`` and so on.
-            ``persistent_workers`` is ``True`` by default where there are workers.
+            not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory`` and so on.
 
     Raises:
         TypeError: If a subclass overrides ``train_dataloader``, or ``seed`` is no integer.
@@ -110,12 +110,16 @@ class BatchSamplerDataModule(LightningDataModule):
         reference_rule: AbovePositive | AboveSimilarity | None = None,
         separate_groups: bool = False,
         pool_collate_fn: Callable[[list[Any]], Any] | None = None,
+        persistent_workers: bool | None = None,
         **dataloader_kwargs: Any,
     ) -> None:
         super().__init__()
+        # Not one of `dataloader_kwargs`: LightningCLI would give those torch's defaults.
+        if persistent_workers is None and dataloader_kwargs.get("num_workers"):
+            persistent_workers = True
+        if persistent_workers is not None:
+            dataloader_kwargs["persistent_workers"] = persistent_workers
         check_dataloader_kwargs(dataloader_kwargs)
-        if dataloader_kwargs.get("num_workers"):
-            dataloader_kwargs.setdefault("persistent_workers", True)
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.seed = None if seed is None else check_seed(seed)
