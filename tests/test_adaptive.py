@@ -1,5 +1,6 @@
 """Pools that follow the training loss: the rule by itself, and in training."""
 
+import logging
 import math
 import re
 
@@ -233,3 +234,14 @@ def test_a_pool_is_cut_when_it_is_due_and_only_then(monkeypatch):
     monkeypatch.setattr(AdaptivePools, "next_pool", noted)
     fit(Settles(lambda step: 0.001), Data(8, 400), walker("auto", target_loss=0.1), max_epochs=1)
     assert len(starts) == len(set(starts)) > 1
+
+
+def test_the_log_says_when_composing_begins_and_that_it_never_did(caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    fit(Settles(lambda step: 0.001), Data(8, 400), auto(), max_epochs=3)
+    (line,) = [record.message for record in caplog.records if "pool_size=" in record.message]
+    assert re.search(r"goes on with pools of \d+ batches, as the loss is 0.001 and target_loss 0.1", line)
+    caplog.clear()
+    fit(Settles(lambda step: 3.0), Data(8, 400), auto(), max_epochs=3)
+    (line,) = [record.message for record in caplog.records if "pool_size=" in record.message]
+    assert "ended with uniform batches, as the loss was 3 and target_loss 0.1" in line

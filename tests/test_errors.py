@@ -326,3 +326,26 @@ def test_labels_that_are_no_class_numbers(labels):
 
     with pytest.raises(ValueError, match=r"train_labels\(\) must be integers of shape \[N\], got .*or None"):
         fit(Model(), Odd(), walker())
+
+
+def test_what_takes_the_place_of_something_else_is_named():
+    class Names(Data):
+        def train_groups(self):
+            return ["a", "b"] * 50
+
+    class Labels(Data):
+        def train_labels(self):
+            return ["a", "b"] * 50
+
+    class NoSuper(BatchSamplerDataModule):
+        def __init__(self):
+            self.points = Points(100)
+
+    with pytest.raises(TypeError, match=r"composer must be a composer, got the graph .* Give RWRComposer\(graph\)"):
+        BatchSamplerCallback(composer=ExactGraph())
+    with pytest.raises(TypeError, match=r"groups must hold integers, got dtype <U1\. Convert it, e\.g\. numpy\.unique"):
+        fit(Model(), Names(), walker())
+    with pytest.raises(ValueError, match=r"class numbers, such as numpy\.unique"):
+        fit(Model(), Labels(), walker())
+    with pytest.raises(TypeError, match=r"NoSuper.__init__ must call super\(\).__init__\(batch_size=...\)"):
+        fit(Model(), NoSuper(), walker())

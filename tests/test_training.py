@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
+from bs_lightning.baselines import uniform_batches
 from bs_lightning.plugin import planner
 
 # Batches
@@ -218,6 +219,21 @@ def test_warns_where_steps_end_within_the_warm_up(settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="BatchSamplerCallback composes no batch")
         fit(Model(), Data(), walker(warmup_epochs=1), max_epochs=-1, **settings | {"max_steps": 13})
+
+
+@pytest.mark.parametrize(
+    ("pool_size", "n"), [(8, 100), (0.05, 100), ("all", 15)], ids=["instances", "share", "small dataset"]
+)
+def test_warns_where_a_pool_holds_one_batch(pool_size, n):
+    with pytest.warns(UserWarning, match=rf"one batch of 8 of the dataset's {n} instances, so composing changes noth"):
+        fit(Model(), Data(8, n), walker(pool_size), max_epochs=1)
+
+
+def test_uniform_batches_of_the_same_model_are_described_beside_composed_ones():
+    logged = fit(Model(), Data(8, 400), walker(160), max_epochs=2).callback_metrics
+    assert logged["batch_sampler/hardness"] > logged["batch_sampler/uniform_hardness"] + 0.1
+    logged = fit(Model(), Data(8, 400), walker(160, composer=uniform_batches), max_epochs=2).callback_metrics
+    assert logged["batch_sampler/hardness"] == pytest.approx(float(logged["batch_sampler/uniform_hardness"]), abs=0.05)
 
 
 def test_values_are_logged_where_lightning_cannot_tell_the_size_of_a_batch():

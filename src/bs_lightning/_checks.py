@@ -102,7 +102,8 @@ def check_integer_array(name: str, value: ArrayLike) -> NDArray[np.integer[Any]]
     if array.size == 0 and array.dtype == np.float64:  # NumPy's dtype for an empty list
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}. Convert it, e.g. astype('int32').")
+        how = "astype('int32')" if array.dtype.kind in "bf" else "numpy.unique(names, return_inverse=True)[1]"
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}. Convert it, e.g. {how}.")
     return array
 
 

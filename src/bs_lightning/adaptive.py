@@ -55,6 +55,11 @@ class AdaptivePools:
         """Whether pools are large enough to compose; if not, batches are uniform."""
         return self.n_batches >= 2
 
+    @property
+    def loss(self) -> float:
+        """The running mean of the loss; NaN before the first batch. To read it waits for a GPU."""
+        return float(self._loss)
+
     def observe(self, loss: Tensor) -> None:
         """Note the loss of a batch. A loss that is not finite counts for nothing.
 
@@ -88,7 +93,7 @@ class AdaptivePools:
         """
         # A pool that the epoch's end made much smaller says nothing of the pools of this size.
         if self._n_observed and (not self.composes or self._n_served > self.n_batches / 2):
-            loss = float(self._loss)
+            loss = self.loss
             if math.isfinite(loss):
                 factor = min(max((self.target_loss / max(loss, 1e-12)) ** 2, 1 / _MOST), _MOST)
                 self.n_batches = min(max(self.n_batches * factor, 1.0), float(stop))

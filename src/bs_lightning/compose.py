@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning._types import Batches, Embeddings, Indices, Neighbors
-from bs_lightning.graphs import NNDescentGraph, RandomCandidateGraph
+from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
 
@@ -150,9 +150,11 @@ def as_composer(composer: Composer | ComposeFunction) -> Composer:
         A composer.
 
     Raises:
-        TypeError: If ``composer`` is not callable, or is a class instead of an object.
+        TypeError: If ``composer`` is not callable, is a class instead of an object, or is a graph.
     """
     check_instance_callable("composer", composer, "RWRComposer()")
+    if isinstance(composer, (ExactGraph, NNDescentGraph, RandomCandidateGraph)):
+        raise TypeError(f"composer must be a composer, got the graph {composer!r}. Give RWRComposer(graph).")
     return composer if isinstance(composer, Composer) else FunctionComposer(composer)
 
 

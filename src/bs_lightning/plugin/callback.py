@@ -162,6 +162,7 @@ class BatchSamplerCallback(Callback):
         self.warmup_epochs = warmup_epochs
         self.target_loss = target_loss
         self._adaptive: AdaptivePools | None = None
+        self._auto_composes = False  # what the log said last
         if target_loss is not None:
             AdaptivePools(target_loss)  # raises before training
             if pool_size != "auto":
@@ -321,9 +322,29 @@ class BatchSamplerCallback(Callback):
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         assert self._planner is not None
-        if self._adaptive is not None and not self._adaptive.composes:
-            return self._planner.plan_uniform(indices)
+        if self._adaptive is not None:
+            self._say_what_auto_does(self._adaptive)
+            if not self._adaptive.composes:
+                return self._planner.plan_uniform(indices)
         return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
+
+    def _say_what_auto_does(self, pools: AdaptivePools) -> None:
+        """Write a line to the log where ``pool_size="auto"`` begins or ends to compose."""
+        if pools.composes != self._auto_composes:
+            what = f"pools of {round(pools.n_batches)} batches" if pools.composes else "uniform batches"
+            rank_zero_info(
+                f'BatchSamplerCallback: pool_size="auto" goes on with {what}, as the loss is {pools.loss:.2g} and '
+                f"target_loss {pools.target_loss:.2g}."
+            )
+        self._auto_composes = pools.composes
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pools = self._adaptive
+        if pools is not None and not pools.composes:
+            rank_zero_info(
+                f'BatchSamplerCallback: pool_size="auto" ended with uniform batches, as the loss was {pools.loss:.2g} '
+                f"and target_loss {pools.target_loss:.2g}."
+            )
 
     # Lightning's hooks
 
@@ -354,6 +375,7 @@ class BatchSamplerCallback(Callback):
         else:
             source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
         if self.pool_size == "auto":
+            self._auto_composes = False
             self._adaptive = AdaptivePools(_TARGET_LOSS if self.target_loss is None else self.target_loss)
         self._planner = TrainerPlanner(
             trainer,
@@ -376,6 +398,7 @@ class BatchSamplerCallback(Callback):
         self._check_processes(trainer, sampler)
         self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
         self._warn_if_all_is_warm_up(trainer, pl_module.automatic_optimization)
+        self._warn_of_single_batches(trainer, sampler.layout)
         self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
 
     def _check_processes(self, trainer: Trainer, sampler: TrainerBatchSampler | TrainerStreamLoader) -> None:
@@ -420,6 +443,17 @@ class BatchSamplerCallback(Callback):
         rank_zero_warn(
             f"BatchSamplerCallback composes no batch: all of {what} within warmup_epochs={self.warmup_epochs}."
         )
+
+    def _warn_of_single_batches(self, trainer: Trainer, layout: BatchLayout) -> None:
+        """Warn if pools hold one batch each, or the data hold no more."""
+        cut = self.cut(layout)
+        if isinstance(cut, Pools) and not trainer.datamodule.streams and not trainer.fast_dev_run:
+            planned, _ = cut.next_pool(0, layout.n_full, layout)
+            if planned.stop == 1:
+                rank_zero_warn(
+                    f"A pool holds one batch of {layout.global_batch_size} of the dataset's {layout.n_instances} "
+                    "instances, so composing changes nothing. Raise pool_size or lower batch_size."
+                )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_epoch(trainer)

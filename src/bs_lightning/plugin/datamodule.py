@@ -270,6 +270,8 @@ class BatchSamplerDataModule(LightningDataModule):
                 ``dataloader_iter``.
             ValueError: If ``batch_size`` is below 2 or the dataset is smaller than a global batch.
         """
+        if not hasattr(self, "dataloader_kwargs"):
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__(batch_size=...).")
         for name in ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings"):
             if not callable(getattr(self, name)):
                 raise TypeError(
@@ -388,7 +390,8 @@ class BatchSamplerDataModule(LightningDataModule):
                 )
             raise RuntimeError(
                 "likely_false_negatives() needs a rule: override train_groups() or reference_embeddings(), or give "
-                "BatchSamplerCallback(mask_nearest=...), such as 5, or BatchSamplerCallback(own_rule=AbovePositive())."
+                "BatchSamplerCallback(mask_nearest=...), such as 5, or BatchSamplerCallback(own_rule=AbovePositive()). "
+                "For uniform batches under the callback's mask, keep it, with composer=UniformComposer()."
             )
         return mask
 

@@ -336,7 +336,14 @@ class TrainerPlanner:
         pairs = NO_PAIRS
         if composer.neighbors is not None:
             pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
-        return _Composed(PlannedPool(batches, pairs), self._describe(embeddings, indices, batches), seconds)
+        # A pool comes in random order, so its first batches are uniform ones.
+        uniform = self._describe(embeddings, indices, np.arange(len(indices)).reshape(batches.shape)[:2])
+        log = self._describe(embeddings, indices, batches) | {
+            f"batch_sampler/uniform_{name}": uniform[f"batch_sampler/{name}"]
+            for name in ("hardness", "accuracy")
+            if f"batch_sampler/{name}" in uniform
+        }
+        return _Composed(PlannedPool(batches, pairs), log, seconds)
 
     def _offered(self, indices: Indices, own: _MarkEdges | None) -> dict[str, Any]:
         """Return what composers may ask for beside embeddings and a graph."""
@@ -416,6 +423,7 @@ def _as_labels(labels: Any) -> Tensor:
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise ValueError(
             f"train_labels() must be integers of shape [N], got {array.dtype} of shape {list(array.shape)}. Override "
-            "it to return class numbers, or None: labels are optional."
+            "it to return class numbers, such as numpy.unique(names, return_inverse=True)[1], or None: labels are "
+            "optional."
         )
     return torch.from_numpy(array.astype(np.int64))

@@ -365,8 +365,10 @@ def _advice(batch: Any, is_training_data: bool, how: str) -> str:
 
 def _gathered(trainer: Trainer, embeddings: Tensor) -> Tensor:
     """Return the embeddings of all processes, in order. They are on the device of training, as NCCL needs them."""
-    own = embeddings.to(trainer.strategy.root_device)
-    return trainer.strategy.all_gather(own).flatten(0, 1)
+    own = embeddings.to(trainer.strategy.root_device).contiguous()
+    everyone = [torch.empty_like(own) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(everyone, own)
+    return torch.cat(everyone)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
