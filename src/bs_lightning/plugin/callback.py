@@ -280,9 +280,8 @@ class BatchSamplerCallback(Callback):
         if not self.should_plan(self._planner.trainer):
             return None
         cut = self.cut(layout)
-        # An adaptive pool is known only when it is due.
-        expect, ahead = None if self._adaptive else self._planner.source.expect, self._plans_ahead(cut)
-        return Planning(self._plan_pool, cut, self.composer.replacement, expect, ahead)
+        expect = self._planner.source.expect if self._adaptive is None else None  # an adaptive pool is not known ahead
+        return Planning(self._plan_pool, cut, self.composer.replacement, expect, self._plans_ahead(cut))
 
     def cut(self, layout: BatchLayout) -> Cut:
         """Return which instances are planned together.
@@ -331,20 +330,8 @@ class BatchSamplerCallback(Callback):
     def _say_what_auto_does(self, pools: AdaptivePools) -> None:
         """Write a line to the log where ``pool_size="auto"`` begins or ends to compose."""
         if pools.composes != self._auto_composes:
-            what = f"pools of {round(pools.n_batches)} batches" if pools.composes else "uniform batches"
-            rank_zero_info(
-                f'BatchSamplerCallback: pool_size="auto" goes on with {what}, as the loss is {pools.loss:.2g} and '
-                f"target_loss {pools.target_loss:.2g}."
-            )
+            _say_of_auto(pools, "goes on", "is")
         self._auto_composes = pools.composes
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pools = self._adaptive
-        if pools is not None and not pools.composes:
-            rank_zero_info(
-                f'BatchSamplerCallback: pool_size="auto" ended with uniform batches, as the loss was {pools.loss:.2g} '
-                f"and target_loss {pools.target_loss:.2g}."
-            )
 
     # Lightning's hooks
 
@@ -446,14 +433,15 @@ class BatchSamplerCallback(Callback):
 
     def _warn_of_single_batches(self, trainer: Trainer, layout: BatchLayout) -> None:
         """Warn if pools hold one batch each, or the data hold no more."""
+        assert self._planner is not None
         cut = self.cut(layout)
-        if isinstance(cut, Pools) and not trainer.datamodule.streams and not trainer.fast_dev_run:
-            planned, _ = cut.next_pool(0, layout.n_full, layout)
-            if planned.stop == 1:
-                rank_zero_warn(
-                    f"A pool holds one batch of {layout.global_batch_size} of the dataset's {layout.n_instances} "
-                    "instances, so composing changes nothing. Raise pool_size or lower batch_size."
-                )
+        if not isinstance(cut, Pools) or trainer.datamodule.streams or trainer.fast_dev_run:
+            return
+        if self._planner.largest_pool(cut) == layout.global_batch_size:
+            rank_zero_warn(
+                f"A pool holds one batch of {layout.global_batch_size} of the dataset's {layout.n_instances} "
+                "instances, so composing changes nothing. Raise pool_size or lower batch_size."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_epoch(trainer)
@@ -494,6 +482,10 @@ class BatchSamplerCallback(Callback):
         pl_module.log_dict(log, sync_dist=True, batch_size=1)
         self._planner.end_epoch()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._adaptive is not None and not self._adaptive.composes:
+            _say_of_auto(self._adaptive, "ended", "was")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         if isinstance(trainer.datamodule, BatchSamplerDataModule):
@@ -525,6 +517,15 @@ class BatchSamplerCallback(Callback):
     def _close(self) -> None:
         if self._planner is not None:
             self._planner.source.close()
+
+
+def _say_of_auto(pools: AdaptivePools, goes_on: str, is_: str) -> None:
+    """Write a line to the log: with which batches ``pool_size="auto"`` goes on or ended, and why."""
+    what = f"pools of {round(pools.n_batches)} batches" if pools.composes else "uniform batches"
+    rank_zero_info(
+        f'BatchSamplerCallback: pool_size="auto" {goes_on} with {what}, as the loss {is_} {pools.loss:.2g} and '
+        f"target_loss {pools.target_loss:.2g}."
+    )
 
 
 def _check_pool_size(pool_size: Any) -> None:

@@ -124,7 +124,7 @@ class TrainerPlanner:
         """
         trainer = self.trainer
         embeddings = self.source.read(self._two_batches(epoch))
-        pool_size = self._largest_pool(cut) // self._n_composing
+        pool_size = self.largest_pool(cut) // self._n_composing
         shares_graph = self._shared_graph is not None
         with failing_together(trainer):
             composes = self._per_rank or trainer.is_global_zero
@@ -147,8 +147,12 @@ class TrainerPlanner:
                 own_rule = self._own_rule if embeddings.any() else None
                 self._compose(random, np.arange(size), 0, epoch, composer=composer, own_rule=own_rule)
 
-    def _largest_pool(self, cut: Cut) -> int:
-        """Return the most instances that a pool may have."""
+    def largest_pool(self, cut: Cut) -> int:
+        """Return the most instances that a pool may have.
+
+        Args:
+            cut: What is planned together.
+        """
         layout = self.layout
         if isinstance(cut, Pools):
             # The layout of a stream holds one batch, as its length is not known.
@@ -166,7 +170,7 @@ class TrainerPlanner:
         embeddings = self.source.read(indices)
         if self._per_rank:
             indices = own_share(self.trainer, indices)
-        log = {"batch_sampler/pool_size": float(self.layout.global_batch_size)}
+        log = {"pool_size": float(self.layout.global_batch_size)}
         known = bool(len(embeddings) and embeddings.any())
         if self._per_rank:  # all processes must log the same values, or they would wait for each other
             known = all(gather(self.trainer, known))
@@ -189,7 +193,8 @@ class TrainerPlanner:
 
     def description(self) -> dict[str, float]:
         """Return what this epoch's batches are like so far: values to log, by name, each a mean over batches."""
-        return {name: total / n_batches for name, (total, n_batches) in self._described.items()}
+        described = self._described.items()
+        return {f"batch_sampler/{name}": total / n_batches for name, (total, n_batches) in described}
 
     def _note(self, values: dict[str, float], n_batches: int) -> None:
         """Note what some batches are like."""
@@ -217,7 +222,7 @@ class TrainerPlanner:
         compose = self._compose_per_rank if self._per_rank else self._compose_once
         with nullcontext() if len(indices) <= _QUICKLY_COMPOSED else progress(self.trainer, "Composing", total=1):
             pool, log, seconds = compose(embeddings, indices, seed, epoch)
-        self._note(log | {"batch_sampler/pool_size": float(len(indices))}, len(pool.batches))
+        self._note(log | {"pool_size": float(len(indices))}, len(pool.batches))
         for step, spent in {"encode": encode_seconds, **seconds}.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + spent
         return pool
@@ -232,7 +237,7 @@ class TrainerPlanner:
             The pool's global batches.
         """
         size = self.layout.global_batch_size
-        self._note({"batch_sampler/pool_size": float(size)}, len(indices) // size)
+        self._note({"pool_size": float(size)}, len(indices) // size)
         return PlannedPool(np.arange(len(indices)).reshape(-1, size))
 
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
@@ -338,11 +343,8 @@ class TrainerPlanner:
             pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
         # A pool comes in random order, so its first batches are uniform ones.
         uniform = self._describe(embeddings, indices, np.arange(len(indices)).reshape(batches.shape)[:2])
-        log = self._describe(embeddings, indices, batches) | {
-            f"batch_sampler/uniform_{name}": uniform[f"batch_sampler/{name}"]
-            for name in ("hardness", "accuracy")
-            if f"batch_sampler/{name}" in uniform
-        }
+        compared = {f"uniform_{name}": uniform[name] for name in ("hardness", "accuracy") if name in uniform}
+        log = self._describe(embeddings, indices, batches) | compared
         return _Composed(PlannedPool(batches, pairs), log, seconds)
 
     def _offered(self, indices: Indices, own: _MarkEdges | None) -> dict[str, Any]:
@@ -395,13 +397,13 @@ class TrainerPlanner:
         positions = torch.from_numpy(batches)
         labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
         in_batches = embeddings[positions.to(embeddings.device)]
-        log = {"batch_sampler/hardness": float(in_batch_hardness(in_batches, labels))}
+        log = {"hardness": float(in_batch_hardness(in_batches, labels))}
         if embeddings.ndim == 3:
             accuracy, above = accuracy_and_negatives_above(in_batches)
-            log["batch_sampler/accuracy"] = float(accuracy)
-            log["batch_sampler/negatives_above_positive"] = float(above)
+            log["accuracy"] = float(accuracy)
+            log["negatives_above_positive"] = float(above)
         if labels is not None:
-            log["batch_sampler/false_negative_rate"] = float(in_batch_false_negative_rate(labels))
+            log["false_negative_rate"] = float(in_batch_false_negative_rate(labels))
         return log
 
 
