@@ -253,7 +253,7 @@ def test_views_are_those_of_the_public_code():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_diffusions_of_large_graphs_are_right_on_any_number_of_threads(threads, monkeypatch):
+def test_diffusions_of_large_graphs_are_right_on_any_number_of_threads(threads):
     before = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     one_way = [torch.randint(150, (2, 400), generator=generator) for _ in range(32)]

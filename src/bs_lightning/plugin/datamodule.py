@@ -115,10 +115,9 @@ class BatchSamplerDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         # Not one of `dataloader_kwargs`: LightningCLI would give those torch's defaults.
-        if persistent_workers is None and dataloader_kwargs.get("num_workers"):
-            persistent_workers = True
-        if persistent_workers is not None:
-            dataloader_kwargs["persistent_workers"] = persistent_workers
+        if persistent_workers is None:
+            persistent_workers = bool(dataloader_kwargs.get("num_workers"))
+        dataloader_kwargs["persistent_workers"] = persistent_workers
         check_dataloader_kwargs(dataloader_kwargs)
         self.batch_size = batch_size
         self.drop_last = drop_last

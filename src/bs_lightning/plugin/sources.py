@@ -256,8 +256,8 @@ class RecycledEmbeddings(EmbeddingSource):
             asked = own_share(self._trainer, indices) if self._per_rank else indices
             # The zeros of a bank that is still empty are on the CPU.
             embeddings = self._bank.read(torch.from_numpy(asked)).to(self._trainer.strategy.root_device)
-        warn_of_collapse(embeddings[~similar_to_nothing(embeddings)])  # training has not computed the others yet
-        return embeddings
+            warn_of_collapse(embeddings[~similar_to_nothing(embeddings)])  # training has not computed the others yet
+            return embeddings
 
     def keep(self, outputs: Any) -> None:
         if not outputs:
