@@ -37,6 +37,7 @@ class Arm:
             whole dataset, refreshed every 100 steps.
         uniform_part: Share of training that starts with uniform batches; they last for at least one epoch.
         loss: A key of ``LOSSES``; ``None`` is the task's InfoNCE.
+        encode_every: Epochs for which the dataset's embeddings and their graph are kept; ``None`` embeds each pool.
         recycle: Whether batches are composed from the embeddings that training computed.
         masked: Pairs that the loss leaves out: ``None``; ``"nearest"``, mutual nearest neighbours in the pool;
             ``"own"``, pairs that the model in training calls more alike than the positive pair; ``"reference"``, pairs
@@ -51,6 +52,7 @@ class Arm:
     pool: int | Literal["all", "auto"] | None = 10
     uniform_part: float = 0.0
     loss: str | None = None
+    encode_every: int | None = None
     recycle: bool = False
     masked: str | None = None
     own_edges: bool = False
@@ -78,6 +80,7 @@ class Arm:
             self.composer,
             warmup_epochs,
             target_loss=self.target_loss if self.pool == "auto" else None,
+            encode_every=self.encode_every,
             recycle=self.recycle,
             mask_nearest=5 if self.masked == "nearest" else None,
             own_rule=AbovePositive(every_side=every_side) if self.masked == "own" or self.own_edges else None,
@@ -113,10 +116,12 @@ ARMS = {
     "oracle-uniform": uniform(masked="labels"),
     # Composed from the embeddings that training computes; "paper" has the settings of the paper's public code
     "recycle": Arm(recycle=True),
+    "pool10-kept": Arm(encode_every=4),
     "paper": Arm(public_code().composer, pool=None, recycle=True),
     # Pools of the whole dataset: walks as by default, walks that stay close, and nearest neighbours
     "all": Arm(pool="all"),
     "all-near": Arm(near(), pool="all"),
+    "all-near-kept": Arm(near(), pool="all", encode_every=4),
     "all-knn": Arm(knn_batches, pool="all"),
     "auto": Arm(near(), pool="auto"),
     "auto0.3": Arm(near(), pool="auto", target_loss=0.3),
@@ -128,6 +133,7 @@ ARMS = {
     "reference-auto": Arm(near(), pool="auto", masked="reference"),
     "own-uniform": Arm(UniformComposer(ExactGraph(15)), masked="own"),
     "own-all": Arm(near(), pool="all", masked="own"),
+    "own-all-kept": Arm(near(), pool="all", masked="own", encode_every=4),
     "own-edges-all": Arm(near(), pool="all", own_edges=True),
     "own-auto": Arm(near(), pool="auto", masked="own"),
     "groups-uniform": uniform(masked="groups"),

@@ -1,4 +1,4 @@
-"""Bank: the last embedding of each instance, as training computed it."""
+"""Bank: the last embedding of each instance, kept so that pools need not be encoded."""
 
 from collections.abc import Sized
 from typing import Any
@@ -56,6 +56,14 @@ class EmbeddingBank:
         self._waiting.append((indices.clone(), rows.detach().clone()))  # callers may go on to write to their tensors
         if sum(waiting.numel() for _, waiting in self._waiting) >= _WRITTEN_TOGETHER:
             self._write_waiting()
+
+    def fill(self, embeddings: Tensor) -> None:
+        """Keep the embeddings of all instances, in place of all earlier embeddings.
+
+        Args:
+            embeddings: Finite floats of shape ``[N, d]``, or ``[N, 2, d]`` for two sides, rows of length 1.
+        """
+        self._rows, self._waiting = embeddings.half(), []
 
     def read(self, indices: Tensor) -> Tensor:
         """Return the last embeddings of some instances.

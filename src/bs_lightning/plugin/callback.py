@@ -22,6 +22,7 @@ from bs_lightning.plugin.sources import (
     Embed,
     EmbeddingSource,
     EncodedEmbeddings,
+    KeptEmbeddings,
     RecycledEmbeddings,
     ReferenceEmbeddings,
 )
@@ -82,6 +83,9 @@ class BatchSamplerCallback(Callback):
             without a rule, batches become harder only when next to nothing is left to learn from easy ones.
         refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this number
             of steps (the paper's t). Needs a composer with ``replacement=True``.
+        encode_every: Embed the whole dataset once in this number of epochs, at the start of an epoch, and compose from
+            the kept embeddings in between. With ``pool_size="all"`` and :class:`~bs_lightning.RWRComposer` the graph is
+            kept, too. ``None`` embeds each pool just before its first batch is trained.
         recycle: Compose from the embeddings that training computes, instead of encoding.
         mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
             nearest neighbours in the pool. ``datamodule.likely_false_negatives()`` then gives the loss a mask. Use it
@@ -137,6 +141,7 @@ class BatchSamplerCallback(Callback):
         *,
         target_loss: float | None = None,
         refresh_every: int | None = None,
+        encode_every: int | None = None,
         recycle: bool = False,
         mask_nearest: int | None = None,
         own_rule: AbovePositive | None = None,
@@ -152,11 +157,18 @@ class BatchSamplerCallback(Callback):
             raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
         if encode_batch_size is not None and check_integer("encode_batch_size", encode_batch_size) < 1:
             raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
+        if encode_every is not None and check_integer("encode_every", encode_every) < 1:
+            raise ValueError(f"encode_every must be at least 1 epoch, got {encode_every}.")
         if recycle and from_reference:
             raise ValueError("recycle=True and from_reference=True name two sources of embeddings. Give one of them.")
-        if (recycle or from_reference) and (embed is not None or encode_batch_size is not None):
+        if (recycle or from_reference) and (embed, encode_batch_size, encode_every) != (None, None, None):
             source = "recycle" if recycle else "from_reference"
-            raise ValueError(f"{source}=True encodes nothing: leave out embed and encode_batch_size.")
+            raise ValueError(f"{source}=True encodes nothing: leave out embed, encode_batch_size and encode_every.")
+        if encode_every is not None and refresh_every is not None:
+            raise ValueError(
+                f"encode_every={encode_every} keeps embeddings for epochs, refresh_every={refresh_every} renews them "
+                "every few steps. Give one of them."
+            )
         self.pool_size = pool_size
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.warmup_epochs = warmup_epochs
@@ -168,6 +180,7 @@ class BatchSamplerCallback(Callback):
             if pool_size != "auto":
                 raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
         self.refresh_every = refresh_every
+        self.encode_every = encode_every
         self.recycle = recycle
         self.mask_nearest = mask_nearest
         self.own_rule = own_rule
@@ -308,8 +321,10 @@ class BatchSamplerCallback(Callback):
         elif self.refresh_every is not None or self.composer.replacement:
             name = "replacement=True" if self.refresh_every is None else f"refresh_every={self.refresh_every}"
             refused = f"{name} serves instances more than once, but a stream's instances come once. Leave it out"
-        elif self.recycle or self.from_reference:
+        elif self.recycle or self.from_reference or self.encode_every is not None:
             name = "recycle=True" if self.recycle else "from_reference=True"
+            if self.encode_every is not None:
+                name = f"encode_every={self.encode_every}"
             refused = f"{name} finds embeddings by the index of an instance, and a stream has none. Leave it out"
         elif layout.world_size > 1 and not self.per_rank:
             refused = "each process reads its own part of the stream, so that it can only compose batches from its part"
@@ -359,6 +374,9 @@ class BatchSamplerCallback(Callback):
             source = RecycledEmbeddings(trainer, self.per_rank)
         elif self.from_reference:
             source = ReferenceEmbeddings(trainer, self.per_rank)
+        elif self.encode_every is not None:
+            encoder = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, per_rank=False)
+            source = KeptEmbeddings(trainer, encoder, self.encode_every, self.per_rank)
         else:
             source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
         if self.pool_size == "auto":
@@ -406,6 +424,7 @@ class BatchSamplerCallback(Callback):
             from_reference=self.from_reference,
             groups=sampler.groups_digest,
             refresh_every=self.refresh_every,
+            encode_every=self.encode_every,
             recycle=self.recycle,
             mask_nearest=self.mask_nearest,
             per_rank=self.per_rank,

@@ -31,7 +31,7 @@ from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, 
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import cores_of_one_process, failing_together, gather, own_share
 from bs_lightning.plugin.progress import progress
-from bs_lightning.plugin.sources import EmbeddingSource, RecycledEmbeddings, ReferenceEmbeddings
+from bs_lightning.plugin.sources import EmbeddingSource, RecycledEmbeddings
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
 _MOST_REHEARSED = 4096  # instances; in larger pools NNDescentGraph compiles, which a rehearsal must not wait for
@@ -84,6 +84,7 @@ class TrainerPlanner:
         self._own_rule = own_rule
         self._rules: Sequence[Rule] = ()
         self._whole_graph: Neighbors | None = None
+        self._graph_version: int | None = None  # of the embeddings that the whole graph was built from
         self.layout: BatchLayout
         self._batch_size = 0
         self._n_composing = 1
@@ -104,7 +105,8 @@ class TrainerPlanner:
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
         self._rules = data.false_negative_rules
-        self._whole_graph = None
+        if self.trainer.reload_dataloaders_every_n_epochs:
+            self._graph_version = None  # the data may be different
         labels = data.train_labels()
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
@@ -123,7 +125,7 @@ class TrainerPlanner:
             epoch: The first epoch that may be composed.
         """
         trainer = self.trainer
-        embeddings = self.source.read(self._two_batches(epoch))
+        embeddings = self.source.sample(self._two_batches(epoch))
         pool_size = self.largest_pool(cut) // self._n_composing
         shares_graph = self._shared_graph is not None
         with failing_together(trainer):
@@ -167,7 +169,7 @@ class TrainerPlanner:
             epoch: The epoch that begins.
         """
         indices = self._two_batches(epoch)
-        embeddings = self.source.read(indices)
+        embeddings = self.source.sample(indices)
         if self._per_rank:
             indices = own_share(self.trainer, indices)
         log = {"pool_size": float(self.layout.global_batch_size)}
@@ -243,17 +245,14 @@ class TrainerPlanner:
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""
         start = time.perf_counter()
-        parts = self._parts_of_graph(embeddings, seed)
+        keeps = self._keeps_graph(indices)
+        neighbors = self._kept_neighbors(indices) if keeps else self._shared_neighbors(embeddings, seed)
+        graph_seconds = time.perf_counter() - start
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
-                neighbors = None
-                if parts is not None:
-                    with isolated():
-                        neighbors = self._composer.graph.join(parts, embeddings, seed=seed)
-                graph_seconds = time.perf_counter() - start
                 composed = self._plan_share(embeddings, indices, seed, epoch, neighbors)
-                if parts is not None:
+                if neighbors is not None:
                     composed.seconds["graph"] = composed.seconds.get("graph", 0.0) + graph_seconds
         return self.trainer.strategy.broadcast(composed)  # type: ignore[no-any-return]
 
@@ -269,18 +268,49 @@ class TrainerPlanner:
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
 
-    def _parts_of_graph(self, embeddings: Tensor, seed: int) -> list[Neighbors] | None:
-        """Build the parts of a pool's graph, one in each process.
+    def _shared_neighbors(self, embeddings: Tensor, seed: int) -> Neighbors | None:
+        """Build a graph with all processes. Every process calls it.
 
         Returns:
-            All parts, in every process; ``None`` if the processes share no graph.
+            The graph in rank 0; ``None`` in the others, and if the processes share no graph.
         """
         trainer, graph = self.trainer, self._shared_graph
         if graph is None:
             return None
         with shared_cores(self._n_cores), failing_together(trainer), isolated():
             part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
-        return gather(trainer, part)
+        parts = gather(trainer, part)
+        with failing_together(trainer), isolated():
+            return graph.join(parts, embeddings, seed=seed) if trainer.is_global_zero else None
+
+    def _keeps_graph(self, indices: Indices) -> bool:
+        """Return whether a pool is the whole dataset, and its graph stays while the embeddings stay the same."""
+        is_whole = len(indices) == self.layout.n_full * self.layout.global_batch_size
+        takes_graph = isinstance(self._composer, RWRComposer) and "neighbors" in self._asked
+        return self.source.version is not None and takes_graph and is_whole and not self._per_rank
+
+    def _kept_neighbors(self, indices: Indices) -> Neighbors | None:
+        """Return a pool's part of the graph of the whole dataset. Every process calls it.
+
+        The graph is built once for each version of the embeddings. Its seed does not depend on the pool, so a resumed
+        run builds the same graph.
+
+        Returns:
+            The pool's graph in rank 0, ``None`` in the others.
+        """
+        trainer, version = self.trainer, self.source.version
+        # All processes decide alike, as all build: one of them may have attached the data again.
+        if not trainer.strategy.reduce_boolean_decision(self._graph_version == version):
+            assert version is not None
+            self._whole_graph = None  # two graphs of a whole dataset may not fit into memory
+            embeddings = self.source.read(np.arange(self.layout.n_instances))
+            seed = pool_seed(trainer.datamodule.train_sampler.seed, version, 0)
+            self._whole_graph = self._shared_neighbors(embeddings, seed)
+            with failing_together(trainer), isolated():
+                if trainer.is_global_zero and self._whole_graph is None:
+                    self._whole_graph = cast(RWRComposer, self._composer).graph(embeddings, seed=seed)
+            self._graph_version = version
+        return None if self._whole_graph is None else restricted(self._whole_graph, indices)
 
     @cached_property
     def _n_cores(self) -> int:
@@ -312,8 +342,6 @@ class TrainerPlanner:
                 "or in a second fit. Its batches are random until training has computed embeddings."
             )
         own_rule = self._own_rule if known else None  # a bank without rows does not know how many sides
-        if neighbors is None:
-            neighbors = self._fixed_neighbors(indices)
         return self._compose(
             embeddings, indices, seed, epoch, composer=self._composer, own_rule=own_rule, neighbors=neighbors
         )
@@ -359,23 +387,6 @@ class TrainerPlanner:
             "labels": None if self._labels is None else self._labels[torch.from_numpy(indices)],
             "likely_false_negatives": mark if self._rules or own is not None else None,
         }
-
-    def _fixed_neighbors(self, indices: Indices) -> Neighbors | None:
-        """Return a pool's part of the graph of the whole dataset, if embeddings stay the same and a pool is that large.
-
-        The graph is built once. Its seed is the data's, so that a resumed run builds the same graph.
-        """
-        composer, layout = self._composer, self.layout
-        whole = layout.n_full * layout.global_batch_size
-        if not (isinstance(self.source, ReferenceEmbeddings) and isinstance(composer, RWRComposer)):
-            return None
-        if self._per_rank or len(indices) < whole:
-            return None
-        if self._whole_graph is None:
-            seed = pool_seed(self.trainer.datamodule.train_sampler.seed, 0, 0)
-            with isolated():
-                self._whole_graph = composer.graph(self.source.read(np.arange(layout.n_instances)), seed=seed)
-        return restricted(self._whole_graph, indices)
 
     def _likely_false_negatives(self, neighbors: Neighbors, embeddings: Tensor, own: _MarkEdges | None) -> Pairs:
         """Return the pairs of a pool's graph that the callback's own rules mark."""

@@ -1,4 +1,4 @@
-"""Sources: a pool's embeddings, encoded by the model, recycled from training, or read from a fixed reference."""
+"""Sources: a pool's embeddings, encoded by the model, kept, recycled from training, or read from a reference."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,10 +35,13 @@ class EmbeddingSource:
         in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
             composes.
         foreseen: Whether :meth:`read` returns the same for a pool while other pools of the epoch are trained.
+        version: A number that changes with the embeddings of the dataset, as of the last :meth:`read`. ``None`` if they
+            change all the time.
     """
 
     in_all_processes: ClassVar[bool]
     foreseen: ClassVar[bool]
+    version: int | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that embedding needs.
@@ -60,6 +63,14 @@ class EmbeddingSource:
             share of the pool, only the rows of that share.
         """
         raise NotImplementedError
+
+    def sample(self, indices: Indices) -> Tensor:
+        """Return the embeddings of a few instances, as :meth:`read` does, without work for others.
+
+        Args:
+            indices: Dataset indices, int64 ``[P]``.
+        """
+        return self.read(indices)
 
     def expect(self, indices: Indices) -> None:
         """Let worker processes begin to read the next pool. Every process calls it with the whole pool.
@@ -225,7 +236,105 @@ class EncodedEmbeddings(EmbeddingSource):
         return checked_unit_rows_(embeddings, indices)  # waits for the GPU, which `no_trace` need not do
 
 
-class RecycledEmbeddings(EmbeddingSource):
+class BankedEmbeddings(EmbeddingSource):
+    """Keeps an embedding of each instance, and saves them in checkpoints.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        per_rank: Whether each process composes its own share.
+    """
+
+    def __init__(self, trainer: Trainer, per_rank: bool) -> None:
+        self._trainer = trainer
+        self._per_rank = per_rank
+        self._bank: EmbeddingBank | None = None
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def _has_bank(self) -> bool:
+        """Whether this process keeps embeddings."""
+        return self.in_all_processes or self._per_rank or self._trainer.is_global_zero
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        if self._has_bank and (self._bank is None or self._bank.n_instances != layout.n_instances):
+            self._bank = EmbeddingBank(layout.n_instances)
+        self._restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._bank is None else self._bank.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._has_bank:
+            self._restored = state_dict
+            self._restore()
+
+    def _restore(self) -> None:
+        """Fill the bank from a checkpoint, as soon as both exist."""
+        if self._bank is not None and self._restored:
+            # On the device of training, where the run that was left had scaled them.
+            rows = self._restored["rows"]
+            rows = None if rows is None else rows.to(self._trainer.strategy.root_device)
+            self._bank.load_state_dict(self._restored | {"rows": rows})
+            self._restored = None
+
+
+class KeptEmbeddings(BankedEmbeddings):
+    """Embeds the whole dataset at the start of an epoch, and keeps the embeddings for some epochs.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        encoder: Embeds the dataset. It must return all rows in every process.
+        n_epochs: Epochs for which embeddings are kept.
+        per_rank: Whether each process composes its own share.
+    """
+
+    in_all_processes: ClassVar[bool] = True
+    foreseen: ClassVar[bool] = True
+
+    def __init__(self, trainer: Trainer, encoder: EncodedEmbeddings, n_epochs: int, per_rank: bool) -> None:
+        super().__init__(trainer, per_rank)
+        self._encoder = encoder
+        self._n_epochs = n_epochs
+
+    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
+        if self._bank is not None and self._trainer.reload_dataloaders_every_n_epochs:
+            self.version = None  # the data may be different
+        self._encoder.attach(data, layout)
+        super().attach(data, layout)
+
+    def read(self, indices: Indices) -> Tensor:
+        assert self._bank is not None
+        epoch, strategy = self._trainer.current_epoch, self._trainer.strategy
+        # All processes decide alike, as all embed: one of them may have attached the data again.
+        if not strategy.reduce_boolean_decision(self.version is not None and epoch < self.version + self._n_epochs):
+            self._bank.fill(self._encode(self._bank.n_instances))
+            self.version = epoch
+        return self._bank.read(torch.from_numpy(own_share(self._trainer, indices) if self._per_rank else indices))
+
+    def sample(self, indices: Indices) -> Tensor:
+        embeddings = self._encoder.read(indices)
+        return embeddings.chunk(self._trainer.world_size)[self._trainer.global_rank] if self._per_rank else embeddings
+
+    def end_epoch(self) -> None:
+        self._encoder.end_epoch()
+
+    def close(self) -> None:
+        self._encoder.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"version": self.version}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.version = state_dict.get("version")
+        super().load_state_dict(state_dict)
+
+    def _encode(self, n_instances: int) -> Tensor:
+        """Embed the whole dataset. Processes embed equal parts, so the first instances may come twice."""
+        n_each = -(-n_instances // self._trainer.world_size)
+        return self._encoder.read(np.resize(np.arange(n_instances), n_each * self._trainer.world_size))[:n_instances]
+
+
+class RecycledEmbeddings(BankedEmbeddings):
     """Keeps each instance's last embedding, as ``training_step`` returned it, and encodes nothing.
 
     Args:
@@ -237,17 +346,8 @@ class RecycledEmbeddings(EmbeddingSource):
     foreseen: ClassVar[bool] = True
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
-        self._trainer = trainer
-        self._per_rank = per_rank
-        self._bank: EmbeddingBank | None = None
-        self._restored: dict[str, Any] | None = None
+        super().__init__(trainer, per_rank)
         self._shape: torch.Size | None = None
-
-    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        composes = self._per_rank or self._trainer.is_global_zero
-        if composes and (self._bank is None or self._bank.n_instances != layout.n_instances):
-            self._bank = EmbeddingBank(layout.n_instances)
-        self._restore()
 
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
@@ -281,23 +381,6 @@ class RecycledEmbeddings(EmbeddingSource):
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._bank is None else self._bank.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._per_rank or self._trainer.is_global_zero:
-            self._restored = state_dict
-            self._restore()
-
-    def _restore(self) -> None:
-        """Fill the bank from a checkpoint, as soon as both exist."""
-        if self._bank is not None and self._restored:
-            # On the device of training, where the run that was left had scaled them.
-            rows = self._restored["rows"]
-            rows = None if rows is None else rows.to(self._trainer.strategy.root_device)
-            self._bank.load_state_dict(self._restored | {"rows": rows})
-            self._restored = None
-
 
 class ReferenceEmbeddings(EmbeddingSource):
     """Reads the DataModule's ``reference_embeddings()``, which stay the same, and encodes nothing.
@@ -309,6 +392,7 @@ class ReferenceEmbeddings(EmbeddingSource):
 
     in_all_processes: ClassVar[bool] = False
     foreseen: ClassVar[bool] = True
+    version = 0
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
         self._trainer = trainer
@@ -324,14 +408,15 @@ class ReferenceEmbeddings(EmbeddingSource):
         self._embeddings = data.checked_reference
 
     def read(self, indices: Indices) -> Tensor:
-        if self._per_rank:
-            indices = own_share(self._trainer, indices)
-        elif not self._trainer.is_global_zero:
-            return torch.empty(0)  # a different process composes
-        embeddings = unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
-        warn_of_zeros(embeddings)
-        warn_of_collapse(embeddings)
-        return embeddings
+        with failing_together(self._trainer):
+            if self._per_rank:
+                indices = own_share(self._trainer, indices)
+            elif not self._trainer.is_global_zero:
+                return torch.empty(0)  # a different process composes
+            embeddings = unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+            warn_of_zeros(embeddings)
+            warn_of_collapse(embeddings)
+            return embeddings
 
 
 def default_batch_size(training: int, device: torch.device, n_workers: int) -> int:
