@@ -189,8 +189,8 @@ class Run(Model):
 
 
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
-         composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None, drop_last=True,
-         sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
+         encode_every=None, composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None,
+         drop_last=True, sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
          groups=False, two_sides=False, target_loss=None, stream=None, looks_alone=False, **trainer):  # fmt: skip
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
@@ -198,7 +198,7 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     walk = Walk(NNDescentGraph(5) if composer == "descent" else ExactGraph(5), replacement=bool(refresh_every))
     if composer == "descent":
         graphs._SMALL_POOL = 1  # pynndescent builds the graphs
-    how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every}
+    how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every, "encode_every": encode_every}
     how["mask_nearest"] = mask_nearest
     how["target_loss"] = target_loss
     how["own_rule"] = AbovePositive() if two_sides else None

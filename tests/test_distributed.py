@@ -35,6 +35,16 @@ RUNS = SETTINGS | {
         "pool_size": 80,
         "loader": {"num_workers": 2, "prefetch_factor": 8},
     },
+    "kept": {"encode_every": 2, "pool_size": "all", "n": 200, "max_epochs": 3, "looks_alone": True},
+    "kept, reloaded": {
+        "encode_every": 9,
+        "pool_size": "all",
+        "n": 200,
+        "max_epochs": 3,
+        "looks_alone": True,
+        "reload_dataloaders_every_n_epochs": 2,
+    },
+    "kept, per rank": {"encode_every": 2, "per_rank": True, "pool_size": 240, "n": 1003, "max_epochs": 3},
     "encoded": {"composer": "pool order", "warmup_epochs": 1, "max_epochs": 3},
     "plain": {"composer": "none", "warmup_epochs": 1, "max_epochs": 3},
 }
@@ -184,18 +194,48 @@ def test_pools_that_are_planned_ahead_are_the_same(trained):
     assert [global_batches(ahead, epoch) for epoch in (0, 1)] == [global_batches(recycled, epoch) for epoch in (0, 1)]
 
 
+def embedded(ranks):
+    return [sum(rank["encoded"]) for rank in ranks]
+
+
+def test_kept_embeddings_and_their_graph_are_made_by_all_ranks(trained):
+    ranks = trained[1]["kept"]
+    assert_covered(ranks, epochs=3, n=200)
+    assert embedded(ranks) == [200, 200]  # half of the data, in the first and the third epoch
+    assert ranks[0]["shared"] == [True] * 3  # the script compares the kept graph with ExactGraph's
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert same_cluster_share(global_batches(ranks, 1)) > 0.25
+
+
+def test_ranks_embed_together_where_one_looks_into_the_data(trained):
+    ranks = trained[1]["kept, reloaded"]
+    assert_covered(ranks, epochs=3, n=200)
+    # Rank 0 alone has asked for the data again after each epoch. As they may be different, all ranks embed them anew.
+    assert embedded(ranks) == [300, 300]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_kept_embeddings_of_walks_of_each_rank(trained):
+    ranks = trained[1]["kept, per rank"]
+    assert_covered(ranks, epochs=3, n=1003)
+    assert embedded(ranks) == [2 * 502] * 2  # one instance comes twice, so that the parts are equal
+    assert min(same_cluster_share(rank["epochs"]["1"]) for rank in ranks) > 0.3
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+KEPT_IN_CHECKPOINTS = [
+    {"recycle": True, "refresh_every": 5, "pool_size": None},
+    {"recycle": True, "per_rank": True, "drop_last": False},
+    {"recycle": True, "loader": {"num_workers": 2, "prefetch_factor": 8}},
+    {"encode_every": 2, "warmup_epochs": 0},
+    {"encode_every": 2, "per_rank": True, "drop_last": False},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [
-        {"refresh_every": 5, "pool_size": None},
-        {"per_rank": True, "drop_last": False},
-        {"loader": {"num_workers": 2, "prefetch_factor": 8}},
-    ],
-    ids=str,
-)
-def test_recycling_killed_and_resumed(kind, tmp_path):
-    settings = {"recycle": True, "warmup_epochs": 1, "max_epochs": 3, "save_every": 3, "n": 205} | kind
+@pytest.mark.parametrize("kind", KEPT_IN_CHECKPOINTS, ids=str)
+def test_kept_embeddings_killed_and_resumed(kind, tmp_path):
+    settings = {"warmup_epochs": 1, "max_epochs": 3, "save_every": 3, "n": 205} | kind
     for kill_at in (8, 31, 40):
         run(tmp_path / "killed", kill_at=kill_at, fails=True, **settings)
     killed, whole = run_all(tmp_path, {"killed": settings, "whole": settings}).values()

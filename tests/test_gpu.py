@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU: dict[str, Any] = {"accelerator": "gpu", "devices": 1}
 CALLBACKS = {
     "fresh": lambda: walker(),
+    "kept": lambda: walker("all", encode_every=2),
     "recycled": lambda: walker(recycle=True),
     "masked": lambda: walker(mask_nearest=2),
     "own rule": lambda: walker(own_rule=AbovePositive(), embed=two_sides),
@@ -206,7 +207,7 @@ def test_serves_each_instance_once_and_the_same_twice(kind):
         assert all(sorted(sum(batches, [])) == list(range(96)) for batches in runs[0].values())
 
 
-@pytest.mark.parametrize("kind", ["fresh", "recycled"])
+@pytest.mark.parametrize("kind", ["fresh", "kept", "recycled"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_goes_on_exactly(kind, num_workers, tmp_path):
     def train(*callbacks, **kwargs):

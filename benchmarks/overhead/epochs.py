@@ -1,9 +1,10 @@
 """Whole training epochs with and without composed batches, and the training steps within them.
 
-A row is one SimCLR run in a process of its own. In each round it trains one epoch of each kind, in random order:
+A row is one SimCLR run in a process of its own. In each round it trains one epoch of each kind, in random order, or as
+many epochs of each kind as embeddings are kept for:
 
 - uniform batches, while the callback plans nothing;
-- uniform batches, after a bare loop that embeds each instance once, in batches of the callback's size;
+- uniform batches, each epoch after a bare loop that embeds each instance once, in batches of the callback's size;
 - composed batches.
 
 So kinds share model, process and memory, and differ by nothing else. The first rounds, in which code is compiled, do
@@ -13,7 +14,8 @@ not count. An epoch lasts from the end of the one before to its own end. Ratios 
 - epoch ratio: the composed epoch, by the epoch in the column "compared with" of its round. "From" and "to" are a 95%
   interval of this median.
 - extra share: the difference of these two epochs, by the uniform epoch. It may be 0.02: composing from fresh embeddings
-  may cost a forward pass and 2% of a uniform epoch, and from recycled ones 2%.
+  may cost a forward pass and 2% of a uniform epoch, and from recycled ones 2%. Embeddings that are kept are compared
+  with uniform epochs, so this share holds a quarter of a forward pass.
 - step ratio: the composed epoch without the seconds that the callback logs for encode, graph and walk, by the uniform
   epoch. It shows whether training itself is slowed, as it was when the first graph changed torch's number of threads.
 - graph share: graph and walk by all that a refresh takes; and by a uniform epoch.
@@ -44,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {  # the callback's arguments
     "default": {},
     "pynndescent": {},
     "recycled": {"composer": RWRComposer(ExactGraph(15)), "recycle": True},
+    "kept": {"pool_size": "all", "encode_every": 4},
 }
 
 
@@ -139,17 +142,20 @@ def measure(arm: str, args: argparse.Namespace) -> Row:
         graphs._SMALL_POOL = graphs._SMALL_POOL_ON_GPU = 0
     seed_everything(0, verbose=False)
     rounds = UNCOUNTED + args.rounds
-    kinds = np.random.default_rng(0).permuted(np.tile(KINDS, (rounds, 1)), axis=1).flatten().tolist()
+    n_epochs = ARMS[arm].get("encode_every", 1)  # of each kind in a round
+    turns = np.random.default_rng(0).permuted(np.tile(KINDS, (rounds, 1)), axis=1).flatten()
+    kinds = turns.repeat(n_epochs).tolist()
     clock = Clock()
     data = Data(args.instances, args.batch_size, args.load_ms / 1000, num_workers=args.workers)
     trainer = quiet_trainer(args, [InTurn(kinds, **ARMS[arm]), ForwardPass(kinds), clock], len(kinds))
     trainer.fit(SimCLR(args.network, args.channels_last), datamodule=data)
-    by_kind = {kind: np.array(clock.epochs)[np.array(kinds) == kind][UNCOUNTED:].T for kind in KINDS}
+    epochs = np.array(clock.epochs).reshape(len(turns), n_epochs, -1).mean(axis=1)
+    by_kind = {kind: epochs[turns == kind][UNCOUNTED:].T for kind in KINDS}
     seconds = {kind: of_kind[0] for kind, of_kind in by_kind.items()}
     uniform, forward_pass, composed = seconds.values()
     encode, graph, walk = by_kind["composed"][1:]
     refresh = encode + graph + walk
-    base = "uniform" if arm == "recycled" else "forward pass"
+    base = "uniform" if arm in ("recycled", "kept") else "forward pass"
     return {
         "batches": arm,
         "compared with": base,

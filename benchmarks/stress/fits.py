@@ -44,9 +44,10 @@ def draw_settings(rng: random.Random, devices: int) -> Settings:
     settings["drop_last"] = 0 < n % size < 2 * devices or rng.random() < 0.5
     settings["warmup_epochs"] = rng.choice([0, 0, 1])
     settings["recycle"] = rng.random() < 0.25
+    settings["encode_every"] = rng.choice([None, None, 1, 2]) if not settings["recycle"] else None
     settings["per_rank"] = rng.random() < 0.25
     if rng.random() < 0.25:
-        settings |= {"pool_size": None, "refresh_every": rng.randint(1, n // size + 2)}
+        settings |= {"pool_size": None, "refresh_every": rng.randint(1, n // size + 2), "encode_every": None}
     else:
         settings["pool_size"] = rng.randint(size, n + size)
     if rng.random() < 0.25:

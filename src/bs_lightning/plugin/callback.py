@@ -47,6 +47,9 @@ class BatchSamplerCallback(Callback):
     ``pl_module(batch)``, under the Trainer's precision, in eval mode and without gradients. The hook
     ``on_after_batch_transfer``, where augmentations on the GPU live, is not run. Encoding leaves no trace in training.
 
+    With ``encode_every=4`` the whole dataset is embedded at the start of an epoch, and pools are composed from these
+    embeddings for four epochs. Rows are kept in float16 (``2 N d`` bytes in each process), and checkpoints hold them.
+
     With ``recycle=True`` nothing is encoded. ``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``, one row
     for each instance of the process's batch. Pools are composed from each instance's last row, which is up to an epoch
     old. Rows are kept in float16 (``2 N d`` bytes). An instance without a row is similar to nothing, so the first epoch
