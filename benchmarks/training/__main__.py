@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     for name, words in (
         ("table", "print all measures as markdown"),
         ("overview", "print the main results as markdown"),
-        ("worth", "print what arms gain beside larger uniform batches, as markdown"),
+        ("worth", "print what arms gain beside larger uniform batches and longer trainings, as markdown"),
         ("loss", "draw what arms gain against the loss of uniform batches"),
         ("plot", "draw the main results of each task at its default settings"),
         ("why", "draw what each arm gains against how it changes uniformity"),
