@@ -111,13 +111,14 @@ class Kill:
 class Walk(RWRComposer):
     """Notes which graphs the processes built together. May kill its process in the middle of a call."""
 
-    def __init__(self, graph, **settings):
+    def __init__(self, graph, lacks_neighbors, **settings):
         super().__init__(graph, **settings)
+        self.lacks_neighbors = lacks_neighbors
         self.shared = []
 
     def __call__(self, embeddings, batch_size, *, seed, epoch, neighbors=None):
         self.shared.append(neighbors is not None)
-        if neighbors is not None:
+        if neighbors is not None and not self.lacks_neighbors:
             exact = ExactGraph(self.graph.n_neighbors)(embeddings, seed=seed)
             if isinstance(self.graph, NNDescentGraph):
                 same = [len(set(row) & set(true)) for row, true in zip(neighbors, exact, strict=True)]
@@ -195,7 +196,10 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     seed_everything(0)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it in the processes that it starts
     n += 8 * rank * (differs == "n")
-    walk = Walk(NNDescentGraph(5) if composer == "descent" else ExactGraph(5), replacement=bool(refresh_every))
+    # A kept graph may lead to the instances that the epoch drops.
+    lacks_neighbors = bool(encode_every) and n % (batch_size * trainer["devices"]) > 0
+    graph = NNDescentGraph(5) if composer == "descent" else ExactGraph(5)
+    walk = Walk(graph, lacks_neighbors, replacement=bool(refresh_every))
     if composer == "descent":
         graphs._SMALL_POOL = 1  # pynndescent builds the graphs
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every, "encode_every": encode_every}
