@@ -72,6 +72,11 @@ def as_lists(value):
     return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
+class TooFewRows(ExactGraph):
+    def __call__(self, embeddings, *, seed=0):
+        return super().__call__(embeddings, seed=seed)[1:]
+
+
 def no_graph(embeddings, batch_size, *, seed, epoch, per_rank=False):
     """Fails on one rank: on the only one that composes, or else on rank 1."""
     if per_rank and torch.distributed.get_rank() == 0:
@@ -211,6 +216,8 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         used = {"walk": walk, "descent": walk, "pool order": pool_order, "uniform": uniform_batches}[composer]
         if differs == "composer" and rank == 1:
             used = pool_order
+        if fail == "kept graph":
+            walk.graph = TooFewRows(5)
         if fail == "graph":
             used = partial(no_graph, per_rank=per_rank)
         callbacks.append(walker(pool_size, composer=used, warmup_epochs=warmup_epochs, **how))

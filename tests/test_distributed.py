@@ -252,16 +252,18 @@ def test_kept_embeddings_killed_and_resumed(kind, tmp_path):
             for case in itertools.product(("encode", "graph"), ({"sharded": True}, {"per_rank": True}))
         ),
         pytest.param("graph", {}, marks=pytest.mark.slow),
+        pytest.param("kept graph", {"encode_every": 2, "pool_size": "all"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
     stderr = run(tmp_path, fail=fail, fails=True, timeout=120, **how)
-    assert {"encode": "no embedding on rank 1", "graph": "no graph"}[fail] in stderr
+    why = {"encode": "no embedding on rank 1", "graph": "no graph", "kept graph": "The graph must return a row"}[fail]
+    assert why in stderr
     if how != {"sharded": True}:
-        rank = 0 if fail == "graph" and not how else 1
+        rank = 0 if fail == "kept graph" or (fail == "graph" and not how) else 1
         words = " ".join(stderr.split())  # some versions of Lightning break lines
-        assert f"RuntimeError: The process of rank {rank} failed to plan a pool. ValueError: no" in words
+        assert f"RuntimeError: The process of rank {rank} failed to plan a pool. ValueError: {why}" in words
 
 
 @pytest.mark.slow

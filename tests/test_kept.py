@@ -3,13 +3,20 @@
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 from parts import Data, Model, Points, SavesAtBatchStart, fit, pool_order, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RandomCandidateGraph, RWRComposer
 from bs_lightning.rules import AbovePositive
 
 POOLS = [{"pool_size": 32}, {"pool_size": "all"}, {"pool_size": 48, "per_rank": True}]
+
+
+class Returns(Model):
+    """Returns what ``recycle=True`` keeps."""
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": super().training_step(batch, batch_idx), "embeddings": self(batch).detach()}
 
 
 class Counts(Model):
@@ -119,6 +126,89 @@ def test_a_checkpoint_without_kept_embeddings_is_embedded_anew(tmp_path):
     model = Counts()
     fit(model, Data(8, 96), walker(encode_every=5), max_epochs=3, ckpt_path=tmp_path / "first.ckpt")
     assert model.embedded == {1: 96}
+
+
+@pytest.mark.parametrize("pools", [{"pool_size": 32}, {"pool_size": "all"}], ids=str)
+def test_a_graph_fits_its_embeddings_after_a_trial(pools):
+    """The finder trains for some steps, and loads the state from before them: the embeddings are from another model."""
+    kept = []
+
+    class Watches(RWRComposer):
+        def __call__(self, embeddings, batch_size, *, seed, epoch, neighbors=None):
+            if epoch == 1:
+                found = self.graph(embeddings) if neighbors is None else neighbors
+                kept.append((found, ExactGraph(5)(embeddings)))
+            return super().__call__(embeddings, batch_size, seed=seed, epoch=epoch, neighbors=neighbors)
+
+    class Tunable(Counts):
+        lr = 0.05
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    model = Tunable()
+    callback = walker(**pools, composer=Watches(ExactGraph(5)), encode_every=2, warmup_epochs=1)
+    fit(model, Data(8, 96), LearningRateFinder(num_training_steps=20, min_lr=0.1), callback, max_epochs=3)
+    assert len(kept) >= 2  # in the trial, and in training
+    assert all((found == exact).all() for found, exact in kept)
+    assert model.embedded[1] == 2 * 96
+
+
+@pytest.mark.parametrize("recycles", [False, True])
+def test_a_checkpoint_from_before_anything_was_embedded(recycles, tmp_path):
+    class Saves(Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    fit(Counts(), Data(8, 96), walker(encode_every=2), Saves(), max_epochs=1)
+    model = Returns() if recycles else Counts()
+    how = {"recycle": True} if recycles else {"encode_every": 2}
+    fit(model, Data(8, 96), walker(**how), max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
+    assert len(model.batches) == 24
+
+
+def test_a_checkpoint_of_kept_embeddings_holds_no_recycled_ones(tmp_path):
+    class Wide(Counts):
+        def embed(self, batch):
+            return super().embed(batch).repeat(1, 2)
+
+    saves = ModelCheckpoint(tmp_path, filename="first", every_n_epochs=1)
+    fit(Wide(), Data(8, 96), walker(encode_every=2), saves, max_epochs=1, enable_checkpointing=True)
+    model = Returns()
+    fit(model, Data(8, 96), walker(recycle=True), max_epochs=3, ckpt_path=tmp_path / "first.ckpt")
+    assert len(model.batches) == 24
+
+
+@pytest.mark.parametrize("pools", [{"pool_size": 32}, {"pool_size": "all"}], ids=str)
+def test_a_run_may_be_resumed_with_more_data(pools, tmp_path):
+    saves = ModelCheckpoint(tmp_path, filename="first", every_n_epochs=1)
+    fit(Counts(), Data(8, 96), walker(**pools, encode_every=9), saves, max_epochs=1, enable_checkpointing=True)
+    model = Counts()
+    fit(model, Data(8, 104), walker(**pools, encode_every=9), max_epochs=3, ckpt_path=tmp_path / "first.ckpt")
+    assert model.embedded == {1: 104}
+    assert sorted(sum(model.epochs[2], [])) == list(range(104))
+
+
+def test_data_of_a_different_length_are_embedded_anew():
+    class Grows(Counts):
+        def on_train_epoch_end(self):
+            if self.current_epoch == 0:
+                self.trainer.datamodule.n = 112
+                self.trainer.datamodule.train_dataloader()
+
+    model = Grows()
+    fit(model, Data(8, 96), walker(encode_every=9), max_epochs=2)
+    assert model.embedded == {0: 96, 1: 112}
+
+
+def test_a_graph_that_lacks_rows_is_refused():
+    class TooFewRows(ExactGraph):
+        def __call__(self, embeddings, *, seed=0):
+            return super().__call__(embeddings, seed=seed)[1:]
+
+    callback = walker("all", composer=RWRComposer(TooFewRows(5)), encode_every=2)
+    with pytest.raises(ValueError, match="a row of neighbours for each of 100 embeddings, got 99 rows"):
+        fit(Counts(), Data(8, 100), callback)
 
 
 def test_another_fit_embeds_anew():

@@ -300,11 +300,7 @@ class RWRComposer(GraphComposer):
         if neighbors is None:
             neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()
-        if len(neighbors) != len(embeddings):
-            raise ValueError(
-                f"The graph must return a row of neighbours for each of {len(embeddings)} embeddings, got "
-                f"{len(neighbors)} rows."
-            )
+        check_graph(neighbors, len(embeddings))
         self.neighbors = neighbors
         if likely_false_negatives is not None:
             neighbors = without_edges(neighbors, likely_false_negatives(neighbors))
@@ -318,6 +314,23 @@ class RWRComposer(GraphComposer):
         )
         self.seconds = {"graph": built - start, "walk": time.perf_counter() - built}
         return batches
+
+
+def check_graph(neighbors: Neighbors, n_embeddings: int) -> None:
+    """Refuse a graph that lacks rows.
+
+    Args:
+        neighbors: What a graph returned.
+        n_embeddings: Number of embeddings that the graph was built from.
+
+    Raises:
+        ValueError: If the number of rows is different.
+    """
+    if len(neighbors) != n_embeddings:
+        raise ValueError(
+            f"The graph must return a row of neighbours for each of {n_embeddings} embeddings, got "
+            f"{len(neighbors)} rows."
+        )
 
 
 def without_edges(neighbors: Neighbors, marked: NDArray[np.bool_]) -> Neighbors:

@@ -112,8 +112,8 @@ class BatchSamplerCallback(Callback):
             GPU with ``num_workers`` above 0 it is ``batch_size``, so that more workers read at the same time.
 
     Raises:
-        ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every`` or ``encode_batch_size`` is out of range, or
-            arguments exclude each other.
+        ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every``, ``encode_every`` or ``encode_batch_size`` is
+            out of range, or arguments exclude each other.
         TypeError: If ``composer`` or ``embed`` is not callable, or an argument has a wrong type.
 
     Example::
@@ -326,8 +326,7 @@ class BatchSamplerCallback(Callback):
             refused = f"{name} serves instances more than once, but a stream's instances come once. Leave it out"
         elif self.recycle or self.from_reference or self.encode_every is not None:
             name = "recycle=True" if self.recycle else "from_reference=True"
-            if self.encode_every is not None:
-                name = f"encode_every={self.encode_every}"
+            name = name if self.encode_every is None else f"encode_every={self.encode_every}"
             refused = f"{name} finds embeddings by the index of an instance, and a stream has none. Leave it out"
         elif layout.world_size > 1 and not self.per_rank:
             refused = "each process reads its own part of the stream, so that it can only compose batches from its part"
@@ -524,6 +523,7 @@ class BatchSamplerCallback(Callback):
         of_source = {name: value for name, value in state_dict.items() if name != "adaptive"}
         if self._planner is not None:
             self._planner.source.load_state_dict(of_source)
+            self._planner.forget_graph()
         if self._adaptive is not None and "adaptive" in state_dict:
             self._adaptive.load_state_dict(state_dict["adaptive"])
 
@@ -539,6 +539,7 @@ class BatchSamplerCallback(Callback):
     def _close(self) -> None:
         if self._planner is not None:
             self._planner.source.close()
+            self._planner.forget_graph()
 
 
 def _say_of_auto(pools: AdaptivePools, goes_on: str, is_: str) -> None:

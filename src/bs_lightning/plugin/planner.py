@@ -19,7 +19,7 @@ from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.adaptive import AdaptivePools
-from bs_lightning.compose import Composer, RWRComposer, asked_for, restricted
+from bs_lightning.compose import Composer, RWRComposer, asked_for, check_graph, restricted
 from bs_lightning.graphs import SharedGraph, can_share
 from bs_lightning.isolation import isolated
 from bs_lightning.layout import BatchLayout
@@ -105,12 +105,16 @@ class TrainerPlanner:
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
         self._rules = data.false_negative_rules
-        if self.trainer.reload_dataloaders_every_n_epochs:
-            self._graph_version = None  # the data may be different
+        if self.trainer.reload_dataloaders_every_n_epochs:  # the data may be different
+            self.forget_graph()
         labels = data.train_labels()
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
             check_length("train_labels()", labels, layout.n_instances)
+
+    def forget_graph(self) -> None:
+        """Build the graph of the whole dataset anew when it is needed next."""
+        self._whole_graph = self._graph_version = None
 
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
@@ -245,12 +249,17 @@ class TrainerPlanner:
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""
         start = time.perf_counter()
-        keeps = self._keeps_graph(indices)
-        neighbors = self._kept_neighbors(indices) if keeps else self._shared_neighbors(embeddings, seed)
-        graph_seconds = time.perf_counter() - start
+        keeps_graph = self._keeps_graph(indices)
+        if keeps_graph:
+            self._build_whole_graph()
+        neighbors = None if keeps_graph else self._shared_neighbors(embeddings, seed)
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
+                if keeps_graph:
+                    assert self._whole_graph is not None
+                    neighbors = restricted(self._whole_graph, indices)
+                graph_seconds = time.perf_counter() - start
                 composed = self._plan_share(embeddings, indices, seed, epoch, neighbors)
                 if neighbors is not None:
                     composed.seconds["graph"] = composed.seconds.get("graph", 0.0) + graph_seconds
@@ -289,28 +298,26 @@ class TrainerPlanner:
         takes_graph = isinstance(self._composer, RWRComposer) and "neighbors" in self._asked
         return self.source.version is not None and takes_graph and is_whole and not self._per_rank
 
-    def _kept_neighbors(self, indices: Indices) -> Neighbors | None:
-        """Return a pool's part of the graph of the whole dataset. Every process calls it.
+    def _build_whole_graph(self) -> None:
+        """Build the graph of the whole dataset in rank 0, if the embeddings have changed. Every process calls it.
 
-        The graph is built once for each version of the embeddings. Its seed does not depend on the pool, so a resumed
-        run builds the same graph.
-
-        Returns:
-            The pool's graph in rank 0, ``None`` in the others.
+        Its seed does not depend on the pool, so a resumed run builds the same graph.
         """
-        trainer, version = self.trainer, self.source.version
-        # All processes decide alike, as all build: one of them may have attached the data again.
-        if not trainer.strategy.reduce_boolean_decision(self._graph_version == version):
-            assert version is not None
-            self._whole_graph = None  # two graphs of a whole dataset may not fit into memory
-            embeddings = self.source.read(np.arange(self.layout.n_instances))
-            seed = pool_seed(trainer.datamodule.train_sampler.seed, version, 0)
-            self._whole_graph = self._shared_neighbors(embeddings, seed)
-            with failing_together(trainer), isolated():
-                if trainer.is_global_zero and self._whole_graph is None:
-                    self._whole_graph = cast(RWRComposer, self._composer).graph(embeddings, seed=seed)
-            self._graph_version = version
-        return None if self._whole_graph is None else restricted(self._whole_graph, indices)
+        trainer, version, n_instances = self.trainer, self.source.version, self.layout.n_instances
+        # All processes build if one of them must: it may have attached the data again.
+        if trainer.strategy.reduce_boolean_decision(self._graph_version == version):
+            return
+        assert version is not None
+        self._whole_graph = self._composer.neighbors = None  # two more graphs may not fit into memory
+        embeddings = self.source.read(np.arange(n_instances))
+        seed = pool_seed(trainer.datamodule.train_sampler.seed, version, 0)
+        graph = self._shared_neighbors(embeddings, seed)
+        with failing_together(trainer), isolated():
+            if trainer.is_global_zero:
+                if graph is None:
+                    graph = cast(RWRComposer, self._composer).graph(embeddings, seed=seed)
+                check_graph(graph, n_instances)
+        self._whole_graph, self._graph_version = graph, version
 
     @cached_property
     def _n_cores(self) -> int:

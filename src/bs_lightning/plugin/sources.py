@@ -35,8 +35,8 @@ class EmbeddingSource:
         in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
             composes.
         foreseen: Whether :meth:`read` returns the same for a pool while other pools of the epoch are trained.
-        version: A number that changes with the embeddings of the dataset, as of the last :meth:`read`. ``None`` if they
-            change all the time.
+        version: Tells whether the dataset's embeddings are those of an earlier :meth:`read`: as long as the number is
+            the same, so are they, until a state is loaded. ``None`` if they change all the time.
     """
 
     in_all_processes: ClassVar[bool]
@@ -65,7 +65,7 @@ class EmbeddingSource:
         raise NotImplementedError
 
     def sample(self, indices: Indices) -> Tensor:
-        """Return the embeddings of a few instances, as :meth:`read` does, without work for others.
+        """Return the embeddings of a few instances, as :meth:`read` does, without embedding any other instance.
 
         Args:
             indices: Dataset indices, int64 ``[P]``.
@@ -295,21 +295,32 @@ class KeptEmbeddings(BankedEmbeddings):
         super().__init__(trainer, per_rank)
         self._encoder = encoder
         self._n_epochs = n_epochs
+        self._last_read: int | None = (
+            None  # the epoch; `None` before this fit's first read, and after a state is loaded
+        )
+        self._data_changed = False
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        if self._bank is not None and self._trainer.reload_dataloaders_every_n_epochs:
-            self.version = None  # the data may be different
+        before = self._bank
         self._encoder.attach(data, layout)
         super().attach(data, layout)
+        is_reload = self._trainer.reload_dataloaders_every_n_epochs and self._last_read is not None
+        self._data_changed |= before is not None and (before is not self._bank or bool(is_reload))
 
     def read(self, indices: Indices) -> Tensor:
         assert self._bank is not None
-        epoch, strategy = self._trainer.current_epoch, self._trainer.strategy
-        # All processes decide alike, as all embed: one of them may have attached the data again.
-        if not strategy.reduce_boolean_decision(self.version is not None and epoch < self.version + self._n_epochs):
-            self._bank.fill(self._encode(self._bank.n_instances))
-            self.version = epoch
-        return self._bank.read(torch.from_numpy(own_share(self._trainer, indices) if self._per_rank else indices))
+        trainer, epoch, everything = self._trainer, self._trainer.current_epoch, None
+        if epoch != self._last_read:
+            is_kept = self.version is not None and epoch < self.version + self._n_epochs and not self._data_changed
+            # All processes embed if one of them must: it may have attached the data again.
+            if not trainer.strategy.reduce_boolean_decision(is_kept):
+                everything = self._encode(self._bank.n_instances)
+                self.version, self._data_changed = epoch, False
+            self._last_read = epoch
+        with failing_together(trainer):
+            if everything is not None:
+                self._bank.fill(everything)
+            return self._bank.read(torch.from_numpy(own_share(trainer, indices) if self._per_rank else indices))
 
     def sample(self, indices: Indices) -> Tensor:
         embeddings = self._encoder.read(indices)
@@ -325,8 +336,14 @@ class KeptEmbeddings(BankedEmbeddings):
         return super().state_dict() | {"version": self.version}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.version = state_dict.get("version")
-        super().load_state_dict(state_dict)
+        self.version, self._last_read = state_dict.get("version"), None
+        if self.version is not None:  # else nothing was embedded yet, or not by this source
+            super().load_state_dict(state_dict)
+
+    def _restore(self) -> None:
+        if self._bank is not None and self._restored and self._restored["n_instances"] != self._bank.n_instances:
+            self.version = self._restored = None  # the data have grown
+        super()._restore()
 
     def _encode(self, n_instances: int) -> Tensor:
         """Embed the whole dataset. Processes embed equal parts, so the first instances may come twice."""
@@ -380,6 +397,10 @@ class RecycledEmbeddings(BankedEmbeddings):
             embeddings = _gathered(trainer, embeddings.detach())
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "version" not in state_dict:  # else its rows are those of `KeptEmbeddings`
+            super().load_state_dict(state_dict)
 
 
 class ReferenceEmbeddings(EmbeddingSource):
