@@ -47,14 +47,15 @@ class BatchSamplerCallback(Callback):
     ``pl_module(batch)``, under the Trainer's precision, in eval mode and without gradients. The hook
     ``on_after_batch_transfer``, where augmentations on the GPU live, is not run. Encoding leaves no trace in training.
 
-    With ``encode_every=4`` the whole dataset is embedded at the start of an epoch, and pools are composed from these
-    embeddings for four epochs. Rows are kept in float16 (``2 N d`` bytes in each process), and checkpoints hold them.
+    With ``encode_every=4`` the whole dataset is embedded when the first pool of an epoch is planned, and pools are
+    composed from these embeddings for four epochs. Rows are kept in float16 (``2 N d`` bytes for each side, in each
+    process), and checkpoints hold them.
 
     With ``recycle=True`` nothing is encoded. ``training_step`` returns ``{"loss": ..., "embeddings": [b, d]}``, one row
     for each instance of the process's batch. Pools are composed from each instance's last row, which is up to an epoch
-    old. Rows are kept in float16 (``2 N d`` bytes). An instance without a row is similar to nothing, so the first epoch
-    is uniform even with ``warmup_epochs=0``. Checkpoints hold the rows, so a resumed run goes on exactly. Put callbacks
-    that save in ``on_train_batch_end`` behind this one.
+    old. Rows are kept in float16 (``2 N d`` bytes for each side). An instance without a row is similar to nothing, so
+    the first epoch is uniform even with ``warmup_epochs=0``. Checkpoints hold the rows, so a resumed run goes on
+    exactly. Put callbacks that save in ``on_train_batch_end`` behind this one.
 
     The module logs in ``on_train_epoch_end``:
 
@@ -86,9 +87,10 @@ class BatchSamplerCallback(Callback):
             without a rule, batches become harder only when next to nothing is left to learn from easy ones.
         refresh_every: Compose the whole dataset instead of pools, at the start of an epoch and again after this number
             of steps (the paper's t). Needs a composer with ``replacement=True``.
-        encode_every: Embed the whole dataset once in this number of epochs, at the start of an epoch, and compose from
-            the kept embeddings in between. With ``pool_size="all"`` and :class:`~bs_lightning.RWRComposer` the graph is
-            kept, too. ``None`` embeds each pool just before its first batch is trained.
+        encode_every: Embed the whole dataset once in this number of epochs, and compose from the kept embeddings in
+            between. With ``pool_size="all"`` and :class:`~bs_lightning.RWRComposer` the graph is kept, too, if one
+            process composes and whole epochs are trained. ``None`` embeds each pool just before its first batch is
+            trained.
         recycle: Compose from the embeddings that training computes, instead of encoding.
         mask_nearest: Treat two instances as a likely false negative if each is among the other's ``mask_nearest``
             nearest neighbours in the pool. ``datamodule.likely_false_negatives()`` then gives the loss a mask. Use it
@@ -118,7 +120,7 @@ class BatchSamplerCallback(Callback):
 
     Example::
 
-        from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule
+        from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, NNDescentGraph, RWRComposer
         from lightning import Trainer
 
         class Data(BatchSamplerDataModule):
@@ -129,7 +131,8 @@ class BatchSamplerCallback(Callback):
             def embed(self, batch):  # both sides, as the loss compares them
                 return self.image_tower(batch[0]), self.text_tower(batch[1])
 
-        trainer = Trainer(callbacks=[BatchSamplerCallback("all")], max_epochs=100)
+        near = RWRComposer(NNDescentGraph(n_neighbors=5), restart_probability=0.5)
+        trainer = Trainer(callbacks=[BatchSamplerCallback("all", near, encode_every=4)], max_epochs=100)
         trainer.fit(MyCLIP(), datamodule=Data(batch_size=256, num_workers=8))
 
     Source: "BatchSampler: Sampling Mini-Batches for Contrastive Learning in Vision, Language, and Graphs", KDD 2023,
