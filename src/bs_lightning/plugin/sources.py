@@ -279,7 +279,7 @@ class BankedEmbeddings(EmbeddingSource):
 
 
 class KeptEmbeddings(BankedEmbeddings):
-    """Embeds the whole dataset at the start of an epoch, and keeps the embeddings for some epochs.
+    """Embeds the whole dataset when the first pool of an epoch is read, and keeps the embeddings for some epochs.
 
     Args:
         trainer: The Trainer, in its ``setup``.
@@ -295,9 +295,7 @@ class KeptEmbeddings(BankedEmbeddings):
         super().__init__(trainer, per_rank)
         self._encoder = encoder
         self._n_epochs = n_epochs
-        self._last_read: int | None = (
-            None  # the epoch; `None` before this fit's first read, and after a state is loaded
-        )
+        self._last_read: int | None = None  # the epoch; `None` in a new fit, and after a state is loaded
         self._data_changed = False
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
@@ -342,7 +340,7 @@ class KeptEmbeddings(BankedEmbeddings):
 
     def _restore(self) -> None:
         if self._bank is not None and self._restored and self._restored["n_instances"] != self._bank.n_instances:
-            self.version = self._restored = None  # the data have grown
+            self.version = self._restored = None  # the data have a different length now
         super()._restore()
 
     def _encode(self, n_instances: int) -> Tensor:
