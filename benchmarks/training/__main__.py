@@ -41,7 +41,7 @@ def main() -> None:
     elif args.command == "plot":
         report.plot(args.results).savefig(args.out)
     elif args.command == "worth":
-        print("\n".join(report.worth(args.results)))
+        print("\n".join(report.worth(args.results, args.compare_with)))
     elif args.command == "loss":
         report.plot_loss(args.results).savefig(args.out)
     elif args.command == "why":
@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     ):
         command = commands.add_parser(name, help=words)
         command.add_argument("--results", required=True, type=Path, nargs="+")
-        if name in ("table", "overview"):
+        if name in ("table", "overview", "worth"):
             command.add_argument(
                 "--compare-with",
                 default=report.UNIFORM,
@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
                 metavar="ARM",
                 help="print the other arms' differences to this arm",
             )
-        elif name != "worth":
+        else:
             command.add_argument("--out", required=True, type=Path, help="PNG file")
     commands.add_parser("list", help="print the tasks, their settings, and the arms")
     args = parser.parse_args()

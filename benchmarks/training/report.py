@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 UNIFORM = "uniform"  # plots show differences to this arm; tables do by default
 NAMED = {"pool10", "pool20", "all-near", "own-all", "own-auto", "auto", "reference-all", "weighted", "weighted-all"}
+UNIFORM_BATCHES = {UNIFORM, "own-uniform"}  # under the plain loss, and under the model's own mask
 KEPT = {"pool10-kept", "all-near-kept", "own-all-kept"}
 COMPOSED = {"pool10": "o", "pool20": "s", "all-near": "^", "own-all": "D", "auto": "v", "own-auto": "P"}  # by loss
 MIN_SEEDS = 3  # in plots: the intervals of two seeds are too wide to show
@@ -94,29 +95,29 @@ def overview(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
         yield table(rows, main, [name for name in why if any(row.get(name) for row in rows)], other) + "\n"
 
 
-def worth(paths: Sequence[Path]) -> Iterator[str]:
+def worth(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
     """Yield markdown: for each task, what arms gain beside larger uniform batches, and beside longer trainings.
 
-    All are compared with uniform batches of the task's own settings, by seed.
+    All are compared with an arm at the task's own settings, by seed.
     """
     found = studies(paths)
     for settings, rows in found:
         task = TASKS[settings["task"]]
         size, steps = task.defaults["batch_size"], task.defaults["steps"]
         of_others = {}
-        for other, each in found:
-            if other["task"] == settings["task"] and not has_defaults(other):
-                if has_defaults(other | {"batch_size": str(size)}):
-                    of_others[f"{UNIFORM}, {int(other['batch_size']) / size:g} x"] = each
-                elif has_defaults(other | {"steps": str(steps)}):
-                    of_others[f"{UNIFORM}, {other['steps']} steps"] = each
+        for changed, each in found:
+            if changed["task"] == settings["task"] and not has_defaults(changed):
+                if has_defaults(changed | {"batch_size": str(size)}):
+                    of_others[f"{int(changed['batch_size']) / size:g} x"] = each
+                elif has_defaults(changed | {"steps": str(steps)}):
+                    of_others[f"{changed['steps']} steps"] = each
         if not has_defaults(settings) or not of_others:
             continue
-        together = [row for row in rows if row["arm"] in {UNIFORM, *NAMED, *KEPT}]
+        together = [row for row in rows if row["arm"] in {*UNIFORM_BATCHES, *NAMED, *KEPT}]
         for name, each in of_others.items():
-            together += [row | {"arm": name} for row in each if row["arm"] == UNIFORM]
+            together += [row | {"arm": f"{row['arm']}, {name}"} for row in each if row["arm"] in UNIFORM_BATCHES]
         yield heading(settings)
-        yield table(together, [f"result/{name}" for name in task.main], ["seconds/all_cpu"], UNIFORM) + "\n"
+        yield table(together, [f"result/{name}" for name in task.main], ["seconds/all_cpu"], other) + "\n"
 
 
 def heading(settings: dict[str, str]) -> str:
