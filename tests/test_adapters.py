@@ -99,6 +99,18 @@ def test_composed_batches_are_harder(tmp_path):
     assert hardness[0] > 2 * hardness[1]
 
 
+def test_the_log_says_how_hard_batches_are(tmp_path):
+    trainer = sentence_trainer(tmp_path, logging_steps=4)  # batches of a pool
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 6
+    assert all(log["batch_sampler/hardness"] > log["batch_sampler/uniform_hardness"] for log in logs)
+    assert all(0 < log["batch_sampler/accuracy"] <= 1 and 0 < log["batch_sampler/uniform_accuracy"] <= 1 for log in logs)
+    embeddings = embed_pairs(trainer.weights[0], np.arange(N))
+    first = float(in_batch_hardness(embeddings[torch.tensor(trainer.batches[:4])]))
+    assert logs[0]["batch_sampler/hardness"] == pytest.approx(first, abs=1e-4)
+
+
 def test_composing_leaves_no_trace(tmp_path):
     """With a composer that keeps the order of the pool, training is bit for bit as without the adapter."""
     same_order = sentence_trainer(tmp_path, composer=hf_parts.in_order)

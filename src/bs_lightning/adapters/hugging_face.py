@@ -17,6 +17,7 @@ from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_comp
 from bs_lightning.encoding import encode
 from bs_lightning.isolation import isolated, no_trace
 from bs_lightning.loader import SETTINGS, BatchFetcher, PoolLoader, check_map_style
+from bs_lightning.metrics._batches import describe_composed
 from bs_lightning.plan import PlannedPool, Planning, Pools, check_batches
 from bs_lightning.sampler import PoolBatchSampler
 
@@ -28,6 +29,10 @@ class ComposedBatchesTrainer(Trainer):
 
     Each pool is embedded with the weights of the moment, when its first batch is about to be trained, for any number of
     workers. Evaluation is unchanged. Checkpoints hold the position in the epoch, and resuming goes on there.
+
+    Where the Trainer logs the loss, it also logs what the batches composed since then are like, as
+    :class:`~bs_lightning.BatchSamplerCallback` does: ``batch_sampler/hardness`` beside ``uniform_hardness``; with two
+    sides also ``accuracy`` beside ``uniform_accuracy``, and ``negatives_above_positive``.
 
     Override :meth:`embed`, beside ``compute_loss``. To compose batches in a different subclass of ``Trainer``, name it
     as the second base: ``class Mine(ComposedBatchesTrainer, ThatTrainer)``.
@@ -73,6 +78,7 @@ class ComposedBatchesTrainer(Trainer):
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.gather = gather
         self._load: BatchFetcher | None = None
+        self._described: list[dict[str, float]] = []  # of each pool since the last log, in the main process
         super().__init__(*args, **kwargs)
         self.add_callback(PositionCallback())
 
@@ -138,6 +144,20 @@ class ComposedBatchesTrainer(Trainer):
             if self._load is not None:
                 self._load.close()
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log values, and beside the loss what composed batches are like.
+
+        Args:
+            logs: The values.
+            *args: As in the Trainer.
+            **kwargs: As in the Trainer.
+        """
+        if "loss" in logs and self._described:
+            means = {name: np.mean([pool[name] for pool in self._described]) for name in self._described[0]}
+            logs = logs | {f"batch_sampler/{name}": float(mean) for name, mean in means.items()}
+            self._described = []
+        super().log(logs, *args, **kwargs)
+
     def compose(self, embeddings: Tensor, indices: Indices, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Compose a pool's batches, in the main process.
 
@@ -168,7 +188,9 @@ class ComposedBatchesTrainer(Trainer):
         def compose() -> Batches | None:
             if not self.accelerator.is_main_process:
                 return None
-            return self.compose(embeddings, indices, size, seed=seed, epoch=epoch)
+            batches = self.compose(embeddings, indices, size, seed=seed, epoch=epoch)
+            self._described.append(describe_composed(embeddings, batches))
+            return batches
 
         batches: Batches = broadcast_object_list([_together(compose)])[0]
         # Without `gather`, a global batch is one composed batch for each process, side by side.

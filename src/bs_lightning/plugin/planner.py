@@ -24,8 +24,7 @@ from bs_lightning.graphs import SharedGraph, can_share
 from bs_lightning.isolation import isolated
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
-from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
-from bs_lightning.metrics._pairs import accuracy_and_negatives_above
+from bs_lightning.metrics._batches import describe, describe_composed
 from bs_lightning.permutation import permutation
 from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
@@ -182,7 +181,8 @@ class TrainerPlanner:
             known = all(gather(self.trainer, known))
         with failing_together(self.trainer):
             if known:
-                log |= self._describe(embeddings, indices, np.arange(len(indices)).reshape(-1, self._batch_size))
+                batches = np.arange(len(indices)).reshape(-1, self._batch_size)
+                log |= describe(embeddings, batches, self._labels_of(indices))
         self._note(log if self._per_rank else self.trainer.strategy.broadcast(log), 2)
         self.source.end_epoch()
 
@@ -376,10 +376,7 @@ class TrainerPlanner:
         pairs = NO_PAIRS
         if composer.neighbors is not None:
             pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
-        # A pool comes in random order, so its first batches are uniform ones.
-        uniform = self._describe(embeddings, indices, np.arange(len(indices)).reshape(batches.shape)[:2])
-        compared = {f"uniform_{name}": uniform[name] for name in ("hardness", "accuracy") if name in uniform}
-        log = self._describe(embeddings, indices, batches) | compared
+        log = describe_composed(embeddings, batches, self._labels_of(indices))
         return _Composed(PlannedPool(batches, pairs), log, seconds)
 
     def _offered(self, indices: Indices, own: _MarkEdges | None) -> dict[str, Any]:
@@ -391,9 +388,13 @@ class TrainerPlanner:
 
         return {
             "indices": indices,
-            "labels": None if self._labels is None else self._labels[torch.from_numpy(indices)],
+            "labels": self._labels_of(indices),
             "likely_false_negatives": mark if self._rules or own is not None else None,
         }
+
+    def _labels_of(self, indices: Indices) -> Tensor | None:
+        """Return the labels of a pool, if there are any."""
+        return None if self._labels is None else self._labels[torch.from_numpy(indices)]
 
     def _likely_false_negatives(self, neighbors: Neighbors, embeddings: Tensor, own: _MarkEdges | None) -> Pairs:
         """Return the pairs of a pool's graph that the callback's own rules mark."""
@@ -409,20 +410,6 @@ class TrainerPlanner:
                 marked = marked & (first != second)
                 found.append(np.stack([first[marked], second[marked]], axis=1))
         return np.unique(np.concatenate(found), axis=0)
-
-    def _describe(self, embeddings: Tensor, indices: Indices, batches: Indices) -> dict[str, float]:
-        """Return the values to log for composed batches."""
-        positions = torch.from_numpy(batches)
-        labels = None if self._labels is None else self._labels[torch.from_numpy(indices)[positions]]
-        in_batches = embeddings[positions.to(embeddings.device)]
-        log = {"hardness": float(in_batch_hardness(in_batches, labels))}
-        if embeddings.ndim == 3:
-            accuracy, above = accuracy_and_negatives_above(in_batches)
-            log["accuracy"] = float(accuracy)
-            log["negatives_above_positive"] = float(above)
-        if labels is not None:
-            log["false_negative_rate"] = float(in_batch_false_negative_rate(labels))
-        return log
 
 
 def _once_per_graph(rule: Rule) -> _MarkEdges:

@@ -1,0 +1,51 @@
+"""What the batches of a pool are like: values to log, by name."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bs_lightning._types import Batches
+from bs_lightning.metrics._negatives import in_batch_false_negative_rate, in_batch_hardness
+from bs_lightning.metrics._pairs import accuracy_and_negatives_above
+
+
+def describe(embeddings: Tensor, batches: Batches, labels: Tensor | None = None) -> dict[str, float]:
+    """Describe batches of a pool.
+
+    Args:
+        embeddings: The pool's, ``[P, d]``, or ``[P, 2, d]`` for two sides.
+        batches: Positions in the pool, int64 ``[n, B]``.
+        labels: The pool's, int64 ``[P]``; ``None`` if there are none.
+
+    Returns:
+        The hardness; with two sides, the in-batch accuracy and the share of negatives above the positive; with labels,
+        the false-negative rate.
+    """
+    positions = torch.from_numpy(batches)
+    in_batches = embeddings[positions.to(embeddings.device)]
+    labels = None if labels is None else labels[positions]
+    found = {"hardness": float(in_batch_hardness(in_batches, labels))}
+    if embeddings.ndim == 3:
+        accuracy, above = accuracy_and_negatives_above(in_batches)
+        found["accuracy"] = float(accuracy)
+        found["negatives_above_positive"] = float(above)
+    if labels is not None:
+        found["false_negative_rate"] = float(in_batch_false_negative_rate(labels))
+    return found
+
+
+def describe_composed(embeddings: Tensor, batches: Batches, labels: Tensor | None = None) -> dict[str, float]:
+    """Describe composed batches of a pool beside uniform ones.
+
+    Args:
+        embeddings: The pool's, in random order, ``[P, d]``, or ``[P, 2, d]`` for two sides.
+        batches: Positions in the pool, int64 ``[n, B]``.
+        labels: The pool's, int64 ``[P]``; ``None`` if there are none.
+
+    Returns:
+        What :func:`describe` returns, and ``"uniform_hardness"`` and ``"uniform_accuracy"`` of two uniform batches.
+    """
+    # A pool comes in random order, so its first batches are uniform ones.
+    uniform = describe(embeddings, np.arange(batches.size).reshape(batches.shape)[:2], labels)
+    compared = {f"uniform_{name}": uniform[name] for name in ("hardness", "accuracy") if name in uniform}
+    return describe(embeddings, batches, labels) | compared
