@@ -1,12 +1,14 @@
 """Parts that the tests of training share: data with known indices, a model that records them, and a Trainer."""
 
 import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
@@ -68,6 +70,20 @@ class Model(LightningModule):
         return [batch for epoch in sorted(self.epochs) for batch in self.epochs[epoch]]
 
 
+class Returns(Model):
+    """Returns what ``recycle=True`` keeps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "embeddings": self(batch).detach()}
+
+
+class TooFewRows(ExactGraph):
+    """A graph that lacks the first row."""
+
+    def __call__(self, embeddings: Any, *, seed: int = 0) -> Any:
+        return super().__call__(embeddings, seed=seed)[1:]
+
+
 class SavesAtBatchStart(Callback):
     """Saves a checkpoint before each step is trained."""
 
@@ -99,6 +115,31 @@ def fit(model: Model, data: Data, *callbacks: Any, ckpt_path: str | None = None,
     made = trainer(*callbacks, **kwargs)
     made.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return made
+
+
+def resumed_exactly(
+    train: Callable[..., Any], make: type[Model], folder: Path, steps: Sequence[int]
+) -> Iterator[tuple[str, int, Any]]:
+    """Train a run that saves before and after each step, resume it, and compare the batches.
+
+    Args:
+        train: ``train(model, *callbacks, **kwargs)`` fits a model, with arguments of the Trainer.
+        make: Makes a model.
+        folder: Where checkpoints are saved.
+        steps: The steps to resume from.
+
+    Yields:
+        ``"before"`` or ``"after"``, the step, and the resumed model.
+    """
+    whole = make()
+    saves = ModelCheckpoint(folder / "after", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    train(whole, saves, SavesAtBatchStart(folder / "before"), enable_checkpointing=True)
+    for name in ("before", "after"):
+        for step in steps:
+            resumed = make()
+            train(resumed, ckpt_path=folder / name / f"step={step}.ckpt")
+            assert resumed.batches == whole.batches[step:], f"{name} step {step}"
+            yield name, step, resumed
 
 
 def pool_order(embeddings: torch.Tensor, batch_size: int, *, seed: int, epoch: int) -> Any:

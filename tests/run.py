@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from parts import Data, Model, Points, fit, pool_order, walker
+from parts import Data, Model, Points, TooFewRows, fit, pool_order, walker
 from streams import StreamData
 
 from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, graphs
@@ -70,11 +70,6 @@ def as_lists(value):
     if isinstance(value, list | tuple):
         return [as_lists(each) for each in value]
     return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
-
-
-class TooFewRows(ExactGraph):
-    def __call__(self, embeddings, *, seed=0):
-        return super().__call__(embeddings, seed=seed)[1:]
 
 
 def no_graph(embeddings, batch_size, *, seed, epoch, per_rank=False):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, walker
+from parts import Data, Model, Returns, fit, walker
 from torch import nn
 
 from bs_lightning import (
@@ -45,14 +45,6 @@ CALLBACKS = {
 
 def two_sides(module, batch):
     return module(batch), module((None, batch[1] + 0.1))
-
-
-class Returns(Model):
-    """Returns what ``recycle=True`` keeps."""
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return {"loss": loss, "embeddings": self(batch).detach()}
 
 
 class Still(Returns):

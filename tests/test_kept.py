@@ -4,19 +4,24 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
-from parts import Data, Model, Points, SavesAtBatchStart, fit, pool_order, same_cluster_share, trainer, walker
+from parts import (
+    Data,
+    Model,
+    Points,
+    Returns,
+    TooFewRows,
+    fit,
+    pool_order,
+    resumed_exactly,
+    same_cluster_share,
+    trainer,
+    walker,
+)
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RandomCandidateGraph, RWRComposer
 from bs_lightning.rules import AbovePositive
 
 POOLS = [{"pool_size": 32}, {"pool_size": "all"}, {"pool_size": 48, "per_rank": True}]
-
-
-class Returns(Model):
-    """Returns what ``recycle=True`` keeps."""
-
-    def training_step(self, batch, batch_idx):
-        return {"loss": super().training_step(batch, batch_idx), "embeddings": self(batch).detach()}
 
 
 class Counts(Model):
@@ -97,17 +102,9 @@ def test_a_resumed_run_goes_on_exactly(pools, loader, tmp_path):
         data = Data(8, 100, seed=3, **loader)
         return fit(model, data, *callbacks, max_epochs=4, default_root_dir=tmp_path, **kwargs)
 
-    whole = Counts()
-    before, after = tmp_path / "before", tmp_path / "after"
-    saves = ModelCheckpoint(after, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    train(whole, saves, SavesAtBatchStart(before), enable_checkpointing=True)
-    for folder in (before, after):
-        for step in (5, 12, 14, 24, 30, 36, 40):
-            resumed = Counts()
-            train(resumed, ckpt_path=folder / f"step={step}.ckpt")
-            assert resumed.batches == whole.batches[step:], f"{folder.name} step {step}"
-            if folder is after and step in (14, 24, 30):
-                assert sum(resumed.embedded.values()) == 100  # in epoch 3 only
+    for saved, step, resumed in resumed_exactly(train, Counts, tmp_path, (5, 12, 14, 24, 30, 36, 40)):
+        if saved == "after" and step in (14, 24, 30):
+            assert sum(resumed.embedded.values()) == 100  # in epoch 3 only
 
 
 def test_workers_change_nothing():
@@ -202,10 +199,6 @@ def test_data_of_a_different_length_are_embedded_anew():
 
 
 def test_a_graph_that_lacks_rows_is_refused():
-    class TooFewRows(ExactGraph):
-        def __call__(self, embeddings, *, seed=0):
-            return super().__call__(embeddings, seed=seed)[1:]
-
     callback = walker("all", composer=RWRComposer(TooFewRows(5)), encode_every=2)
     with pytest.raises(ValueError, match="a row of neighbours for each of 100 embeddings, got 99 rows"):
         fit(Counts(), Data(8, 100), callback)

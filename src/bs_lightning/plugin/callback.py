@@ -321,15 +321,19 @@ class BatchSamplerCallback(Callback):
     def _check_stream(self, layout: BatchLayout) -> None:
         """Refuse what cannot work on a stream, whose instances come once and have no index."""
         size, refused = self.pool_size, None
+        by_index = {
+            "recycle=True": self.recycle,
+            "from_reference=True": self.from_reference,
+            f"encode_every={self.encode_every}": self.encode_every is not None,
+        }
         if size in ("all", "auto") or isinstance(size, float):
             refused = f"pool_size={size!r} needs the length of the dataset. Give a number of instances: all of them are"
             refused += " held in memory"
         elif self.refresh_every is not None or self.composer.replacement:
             name = "replacement=True" if self.refresh_every is None else f"refresh_every={self.refresh_every}"
             refused = f"{name} serves instances more than once, but a stream's instances come once. Leave it out"
-        elif self.recycle or self.from_reference or self.encode_every is not None:
-            name = "recycle=True" if self.recycle else "from_reference=True"
-            name = name if self.encode_every is None else f"encode_every={self.encode_every}"
+        elif any(by_index.values()):
+            name = next(name for name, is_given in by_index.items() if is_given)
             refused = f"{name} finds embeddings by the index of an instance, and a stream has none. Leave it out"
         elif layout.world_size > 1 and not self.per_rank:
             refused = "each process reads its own part of the stream, so that it can only compose batches from its part"
