@@ -135,6 +135,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         trainer.embed = lambda inputs: 1 / 0
     trainer.train()
     (folder / f"rank{rank}.json").write_text(json.dumps(trainer.batches))
+    trainer.accelerator.end_training()  # else a process may abort as it exits (PyTorch issue 190489)
 
 
 if __name__ == "__main__":
