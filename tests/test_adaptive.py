@@ -86,8 +86,8 @@ def test_a_pool_is_never_larger_than_the_epoch():
 @pytest.mark.parametrize(
     ("target", "error", "words"),
     [
-        (0, ValueError, "target_loss must be above 0 and finite, got 0. Try 0.05."),
-        (math.inf, ValueError, "target_loss must be above 0 and finite"),
+        (0, ValueError, "target_loss must be finite and above 0, got 0. Try 0.05."),
+        (math.inf, ValueError, "target_loss must be finite and above 0"),
         ("low", TypeError, "target_loss must be a number, got 'low'"),
     ],
 )

@@ -17,7 +17,7 @@ from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, Composer,
     ("kwargs", "error", "words"),
     [
         ({"pool_size": 1}, ValueError, "pool_size must be at least one global batch, got 1"),
-        ({"warmup_epochs": -1}, ValueError, "warmup_epochs must not be negative, got -1"),
+        ({"warmup_epochs": -1}, ValueError, "warmup_epochs must be at least 0, got -1"),
         ({"composer": 3}, TypeError, "composer must be callable, such as RWRComposer.., got 3"),
         ({"embed": 3}, TypeError, "embed must be a function of .pl_module, batch., got 3"),
         ({"encode_batch_size": 0}, ValueError, "encode_batch_size must be at least 1, got 0"),
@@ -36,7 +36,7 @@ def test_callback_arguments(kwargs, error, words):
 @pytest.mark.parametrize(
     ("kwargs", "error", "words"),
     [
-        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"shuffle": True}, ValueError, "shuffle=True is no argument .* every epoch is a new random permutation"),
         ({"sampler": []}, ValueError, "sampler=.* the plan chooses the indices"),

@@ -274,7 +274,7 @@ def test_pools_that_follow_the_loss():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"encode_every": 0}, ValueError, "encode_every must be at least 1 epoch, got 0"),
+        ({"encode_every": 0}, ValueError, "encode_every must be at least 1, got 0"),
         ({"encode_every": 1.5}, TypeError, "encode_every must be an integer, got 1.5"),
         ({"encode_every": 2, "recycle": True}, ValueError, "recycle=True encodes nothing: leave out .* encode_every"),
         ({"encode_every": 2, "from_reference": True}, ValueError, "from_reference=True encodes nothing"),

@@ -235,7 +235,7 @@ def test_with_replacement_batches_share_instances_of_their_pool():
         ((10, 2, 1.0), TypeError, "world_size must be an integer, got 1.0"),
         ((10, 2, True), TypeError, "world_size must be an integer, got True"),
         ((10, 2, 0), ValueError, "world_size must be at least 1, got 0"),
-        ((10, 1), ValueError, "batch_size must be at least 2, got 1: in a batch of one there are no negatives"),
+        ((10, 1), ValueError, "batch_size must be at least 2, got 1. In a batch of one there are no negatives"),
         ((7, 4, 2), ValueError, "has 7 instances, fewer than one global batch of batch_size 4 x 2 processes"),
         (
             (10, 2, 4, False),
@@ -321,7 +321,7 @@ def test_the_whole_dataset_is_planned_again_every_few_batches():
 
 @pytest.mark.parametrize("every", [0, -1])
 def test_the_whole_dataset_refuses(every):
-    with pytest.raises(ValueError, match=f"refresh_every must be at least 1 step, got {every}"):
+    with pytest.raises(ValueError, match=f"refresh_every must be at least 1, got {every}"):
         WholeData(every)
     with pytest.raises(ValueError, match="refresh_every=5 needs a composer whose batches may share instances"):
         Planning(Shuffle(BatchLayout(90, 10)), WholeData(5))

@@ -247,7 +247,7 @@ REPLACES = RWRComposer(ExactGraph(5), replacement=True)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"refresh_every": 0, "composer": REPLACES}, "refresh_every must be at least 1 step, got 0"),
+        ({"refresh_every": 0, "composer": REPLACES}, "refresh_every must be at least 1, got 0"),
         ({"refresh_every": 10}, "refresh_every=10 needs a composer whose batches may share instances"),
         ({"refresh_every": 10, "pool_size": 64, "composer": REPLACES}, "pool_size must be left out, got 64"),
         ({"recycle": True, "embed": lambda module, batch: batch}, "recycle=True encodes nothing: leave out embed"),

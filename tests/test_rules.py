@@ -160,7 +160,7 @@ def test_walks_take_no_edge_that_a_rule_marks():
     [
         (lambda: AbovePositive(margin="0"), TypeError, "margin must be a number, got '0'"),
         (lambda: AbovePositive(margin=3), ValueError, "margin must lie in [-2, 2]"),
-        (lambda: AbovePositive(factor=0), ValueError, "factor must be above 0, got 0"),
+        (lambda: AbovePositive(factor=0), ValueError, "factor must be finite and above 0, got 0"),
         (lambda: AboveSimilarity(1.5), ValueError, "threshold must lie in [-1, 1], as cosine similarities do, got 1.5"),
         (lambda: MoreSimilar(sides(4)[:, 0]), ValueError, "needs embeddings with two sides, [N, 2, d], got [4, 6]"),
         (lambda: SameGroup([0.5, 1.0]), TypeError, "groups must hold integers, got dtype float64"),

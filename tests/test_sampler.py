@@ -199,7 +199,7 @@ def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
             ValueError,
             "pool_size must be at least one global batch, 4 = batch_size 4 x 1 processes, got 3",
         ),
-        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": True}, TypeError, "seed must be an integer, got True"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"n_instances": 100.0}, TypeError, "n_instances must be an integer, got 100.0"),
@@ -225,7 +225,7 @@ def test_takes_numpys_small_integers():
 @pytest.mark.parametrize(
     ("epoch", "error", "words"),
     [
-        (-1, ValueError, "epoch must not be negative, got -1"),
+        (-1, ValueError, "epoch must be at least 0, got -1"),
         (0.5, TypeError, "epoch must be an integer, got 0.5"),
         (True, TypeError, "epoch must be an integer, got True"),
         (float("nan"), TypeError, "epoch must be an integer, got nan"),

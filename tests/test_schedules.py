@@ -49,8 +49,8 @@ def test_the_composer_follows_a_schedule_and_survives_pickling():
     [
         (lambda: LinearDecay(start=0), r"start must lie in \(0, 1\], got 0"),
         (lambda: LinearDecay(end=1.5), r"end must lie in \(0, 1\], got 1.5"),
-        (lambda: LinearDecay(n_epochs=0), "n_epochs must be at least 1 epoch, got 0"),
-        (lambda: Staircase(every=0), "every must be at least 1 epoch, got 0"),
+        (lambda: LinearDecay(n_epochs=0), "n_epochs must be at least 1, got 0"),
+        (lambda: Staircase(every=0), "every must be at least 1, got 0"),
         (lambda: Staircase(step=-0.1), "step must be finite and not negative, got -0.1"),
         (lambda: Staircase(step=float("nan")), "step must be finite and not negative, got nan"),
         (lambda: Staircase(step=float("inf")), "step must be finite and not negative, got inf"),
@@ -58,8 +58,8 @@ def test_the_composer_follows_a_schedule_and_survives_pickling():
         (lambda: Staircase(floor=0.3), "floor must not be above start 0.2, got 0.3"),
         (lambda: LinearDecay(start=float("nan")), r"start must lie in \(0, 1\], got nan"),
         (lambda: Staircase(floor=float("nan")), r"floor must lie in \(0, 1\], got nan"),
-        (lambda: LinearDecay()(-1), "epoch must not be negative, got -1"),
-        (lambda: Staircase()(-1), "epoch must not be negative, got -1"),
+        (lambda: LinearDecay()(-1), "epoch must be at least 0, got -1"),
+        (lambda: Staircase()(-1), "epoch must be at least 0, got -1"),
     ],
 )
 def test_refuses_bad_arguments(make, words):

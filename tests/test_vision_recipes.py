@@ -393,7 +393,7 @@ def test_a_path_without_images_is_refused(tmp_path, source):
 
 
 def test_a_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="image_size must be at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         ImageData(torch.rand(4, 3, 8, 8), image_size=0)
 
 

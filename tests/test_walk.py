@@ -174,5 +174,5 @@ def test_refuses_seeds_that_are_not_integers(seed):
 
 
 def test_refuses_negative_seeds():
-    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         rwr_batches(GRAPH, 1, seed=np.int64(-1))

@@ -1,5 +1,6 @@
 """Checks of arguments that several modules share."""
 
+import math
 import operator
 from numbers import Real
 from typing import Any
@@ -10,18 +11,28 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 
-def check_integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: Any, least: int | None = None, advice: str = "") -> int:
     """Return ``value`` as an int. Accept NumPy integers; reject anything else, including bool.
 
+    Args:
+        name: The argument's name.
+        value: What should be an integer.
+        least: The lowest integer that is accepted; ``None`` accepts all.
+        advice: A sentence that ends the message if ``value`` is lower.
+
     Raises:
-        TypeError: Naming the argument and the value.
+        TypeError: If it is not an integer.
+        ValueError: If it is below ``least``.
     """
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}. {advice}".rstrip())
+    return number
 
 
 def check_number(name: str, value: Any) -> float:
@@ -35,6 +46,24 @@ def check_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_positive(name: str, value: Any, advice: str = "") -> float:
+    """Return ``value`` as a float that is finite and above 0.
+
+    Args:
+        name: The argument's name.
+        value: What should be a number.
+        advice: A sentence that ends the message if ``value`` is out of range.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {value}. {advice}".rstrip())
+    return number
+
+
 def check_seed(seed: Any) -> int:
     """Return ``seed`` as an int, which a checkpoint can hold. Reject negative integers and anything else.
 
@@ -42,10 +71,7 @@ def check_seed(seed: Any) -> int:
         TypeError: If ``seed`` is not an integer.
         ValueError: If ``seed`` is negative.
     """
-    number = check_integer("seed", seed)
-    if number < 0:
-        raise ValueError(f"seed must not be negative, got {seed}. Use 0 or a positive integer.")
-    return number
+    return check_integer("seed", seed, 0)
 
 
 def check_instance_callable(name: str, value: Any, example: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._checks import check_number
+from bs_lightning._checks import check_positive
 from bs_lightning.layout import BatchLayout
 
 _WINDOW = 20  # batches over which the loss is averaged
@@ -42,9 +42,7 @@ class AdaptivePools:
     """
 
     def __init__(self, target_loss: float) -> None:
-        if not 0 < check_number("target_loss", target_loss) < math.inf:
-            raise ValueError(f"target_loss must be above 0 and finite, got {target_loss}. Try 0.05.")
-        self.target_loss = target_loss
+        self.target_loss = check_positive("target_loss", target_loss, "Try 0.05.")
         self.n_batches = 1.0
         self._loss = torch.tensor(torch.nan)
         self._n_observed = 0

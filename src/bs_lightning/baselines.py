@@ -169,9 +169,7 @@ class GCBSComposer(Composer):
 
     def __post_init__(self) -> None:
         _require("scipy")
-        object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors))
-        if self.n_neighbors < 1:
-            raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors}.")
+        object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors, 1))
 
     @torch.no_grad()
     def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -273,9 +271,7 @@ class B3Composer(Composer):
     def __post_init__(self) -> None:
         _require("scipy", "pymetis")
         for name, least in (("n_skipped", 0), ("n_neighbors", 1), ("community_size", 1)):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name)))
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least))
         if self.graph is not None:
             check_instance_callable("graph", self.graph, "ExactGraph(130)")
 
@@ -381,9 +377,7 @@ class ClusterComposer(Composer):
     def __post_init__(self) -> None:
         _require("sklearn")
         if self.cluster_size is not None:
-            object.__setattr__(self, "cluster_size", check_integer("cluster_size", self.cluster_size))
-            if self.cluster_size < 1:
-                raise ValueError(f"cluster_size must be at least 1, got {self.cluster_size}.")
+            object.__setattr__(self, "cluster_size", check_integer("cluster_size", self.cluster_size, 1))
         if self.packing not in ("random", "greedy"):
             raise ValueError(f"packing must be 'random' or 'greedy', got {self.packing!r}.")
 

@@ -244,11 +244,9 @@ class RWRComposer(GraphComposer):
         super().__init__(graph)
         if not callable(restart_probability):
             check_restart_probability(restart_probability)
-        if check_integer("n_roots", n_roots) < 1:
-            raise ValueError(f"n_roots must be at least 1, got {n_roots}. The paper walks from one root per batch.")
         self.restart_probability = restart_probability
         self.replacement = replacement
-        self.n_roots = n_roots
+        self.n_roots = check_integer("n_roots", n_roots, 1, "The paper walks from one root per batch.")
 
     def check_batch_size(self, batch_size: int) -> None:
         """Refuse batches that have fewer instances than ``n_roots``.

@@ -64,8 +64,7 @@ def embed_in_batches(
     array = check_integer_array("indices", indices)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"indices must have shape [P] with P >= 1, got shape {list(array.shape)}.")
-    if check_integer("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    check_integer("batch_size", batch_size, 1)
     rows: list[int] = array.tolist()
     starts = range(0, len(rows), batch_size)
     chunks = [rows[start : start + batch_size] for start in starts]

@@ -119,7 +119,7 @@ class NNDescentGraph:
     n_neighbors: int = 15
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
+        object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors, 1))
 
     def prepare(self, pool_size: int, example: Tensor) -> None:
         """Start to compile what pools of this size need, in a process of its own. The first graph waits for its end.
@@ -229,7 +229,7 @@ class ExactGraph:
     n_neighbors: int = 15
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
+        object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors, 1))
 
     @torch.no_grad()
     def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
@@ -312,7 +312,7 @@ class RandomCandidateGraph:
     n_neighbors: int = 100
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_neighbors", _check_n_neighbors(self.n_neighbors))
+        object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors, 1))
         object.__setattr__(self, "n_candidates", check_integer("n_candidates", self.n_candidates))
         if self.n_candidates < self.n_neighbors:
             raise ValueError(
@@ -493,10 +493,3 @@ def _real_neighbors(found: Neighbors, k: int, isolated: NDArray[np.bool_], seed:
         others += others >= own
         neighbors = np.where(lacking, others, neighbors)
     return np.ascontiguousarray(neighbors, dtype=np.int32)
-
-
-def _check_n_neighbors(n_neighbors: int) -> int:
-    number = check_integer("n_neighbors", n_neighbors)
-    if number < 1:
-        raise ValueError(f"n_neighbors must be at least 1, got {n_neighbors}. 15 suits a pool.")
-    return number

@@ -34,15 +34,10 @@ class BatchLayout:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("n_instances", "batch_size", "world_size"):
+        no_negatives = "In a batch of one there are no negatives."
+        for name, least, advice in (("n_instances", 0, ""), ("batch_size", 2, no_negatives), ("world_size", 1, "")):
             # Plain integers: products of NumPy's small integers overflow.
-            object.__setattr__(self, name, check_integer(name, getattr(self, name)))
-        if self.batch_size < 2:
-            raise ValueError(
-                f"batch_size must be at least 2, got {self.batch_size}: in a batch of one there are no negatives."
-            )
-        if self.world_size < 1:
-            raise ValueError(f"world_size must be at least 1, got {self.world_size}.")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least, advice))
         if self.n_instances < self.global_batch_size:
             raise ValueError(
                 f"The dataset has {self.n_instances} instances, fewer than one global batch of "

@@ -34,9 +34,7 @@ def mutual_nearest(neighbors: ArrayLike, n_nearest: int) -> Pairs:
     are each other's nearest neighbours likely have the same class.
     """
     graph = check_neighbors(neighbors)
-    if check_integer("n_nearest", n_nearest) < 1:
-        raise ValueError(f"n_nearest must be at least 1, got {n_nearest}.")
-    nearest = graph[:, :n_nearest].astype(np.int64)
+    nearest = graph[:, : check_integer("n_nearest", n_nearest, 1)].astype(np.int64)
     size = len(nearest)
     rows, columns = np.repeat(np.arange(size), nearest.shape[1]), nearest.ravel()
     real = rows != columns

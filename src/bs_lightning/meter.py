@@ -24,7 +24,6 @@ instances compile for about a minute first.
 """
 
 import argparse
-import math
 import time
 import zipfile
 import zlib
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bs_lightning._checks import check_integer, check_number, check_seed
+from bs_lightning._checks import check_integer, check_positive, check_seed
 from bs_lightning._embeddings import as_embeddings, unit_rows
 from bs_lightning._types import Batches, Embeddings, Order
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, asked_for
@@ -120,7 +119,7 @@ def measure(
         True
     """
     embeddings = as_embeddings(embeddings)
-    _check_temperature(temperature)
+    check_positive("temperature", temperature, "Give the loss's temperature.")
     sizes = _as_pool_sizes(pool_sizes, len(embeddings), batch_size)
     composer = as_composer(RWRComposer() if composer is None else composer)
     composer.check_batch_size(batch_size)
@@ -255,11 +254,6 @@ def _as_pool_sizes(pool_sizes: Sequence[int] | None, n_instances: int, batch_siz
     return [size // batch_size * batch_size for size in pool_sizes]
 
 
-def _check_temperature(temperature: float) -> None:
-    if not 0 < check_number("temperature", temperature) < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}. Give the loss's temperature.")
-
-
 def _load(path: Path) -> Tensor:
     """Read the array ``embeddings`` of an .npz file.
 
@@ -358,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not 0 <= args.target_accuracy <= 1:
             raise ValueError(f"--target-accuracy must lie in [0, 1], got {args.target_accuracy}.")
-        _check_temperature(args.temperature)
+        check_positive("temperature", args.temperature, "Give the loss's temperature.")
         if args.plot is not None:
             _check_plot(args.plot)
         embeddings = _load(args.embeddings)

@@ -164,8 +164,7 @@ class WholeData:
     every: int
 
     def __post_init__(self) -> None:
-        if check_integer("refresh_every", self.every) < 1:
-            raise ValueError(f"refresh_every must be at least 1 step, got {self.every}. The paper's is 100.")
+        check_integer("refresh_every", self.every, 1, "The paper's is 100.")
 
     def check(self, layout: BatchLayout) -> None:
         """Accept every layout.

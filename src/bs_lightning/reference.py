@@ -70,8 +70,7 @@ def encode_dataset(
     path = Path(path)
     if path.suffix != ".npy":
         raise ValueError(f"path must end in .npy, the format of numpy.save, got {path}.")
-    if check_integer("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    check_integer("batch_size", batch_size, 1)
     check_map_style(dataset, "dataset")
     size = len(dataset)  # type: ignore[arg-type]
     if size == 0:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_integer_array, check_number
+from bs_lightning._checks import check_integer_array, check_number, check_positive
 from bs_lightning._embeddings import TIE, as_float_tensor, first_not_finite, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
@@ -89,8 +89,7 @@ class AbovePositive:
     def __post_init__(self) -> None:
         if not -2 <= check_number("margin", self.margin) <= 2:
             raise ValueError(f"margin must lie in [-2, 2], as cosine similarities do, got {self.margin}. Try 0.0.")
-        if not 0 < check_number("factor", self.factor) < np.inf:
-            raise ValueError(f"factor must be above 0, got {self.factor}. Try 1.0 or 0.95.")
+        check_positive("factor", self.factor, "Try 1.0 or 0.95.")
 
     def __call__(self, unit: Tensor) -> Tensor:
         """Return each anchor's limit.

@@ -41,7 +41,7 @@ class LinearDecay:
             self,
             start=check_restart_probability(self.start, "start"),
             end=check_restart_probability(self.end, "end"),
-            n_epochs=_check_epochs("n_epochs", self.n_epochs),
+            n_epochs=check_integer("n_epochs", self.n_epochs, 1),
         )
 
     def __call__(self, epoch: int) -> float:
@@ -57,7 +57,7 @@ class LinearDecay:
             TypeError: If ``epoch`` is not an integer.
             ValueError: If ``epoch`` is negative.
         """
-        share = min(_check_epoch(epoch) / self.n_epochs, 1.0)
+        share = min(check_integer("epoch", epoch, 0) / self.n_epochs, 1.0)
         # Exact at both ends. `start + (end - start) * share` can round to a last value that is not above 0.
         return (1 - share) * self.start + share * self.end
 
@@ -96,7 +96,7 @@ class Staircase:
             self,
             start=check_restart_probability(self.start, "start"),
             step=check_number("step", self.step),
-            every=_check_epochs("every", self.every),
+            every=check_integer("every", self.every, 1),
             floor=check_restart_probability(self.floor, "floor"),
         )
         if not 0 <= self.step < math.inf:  # NaN too
@@ -117,7 +117,7 @@ class Staircase:
             TypeError: If ``epoch`` is not an integer.
             ValueError: If ``epoch`` is negative.
         """
-        return max(self.start - _check_epoch(epoch) // self.every * self.step, self.floor)
+        return max(self.start - check_integer("epoch", epoch, 0) // self.every * self.step, self.floor)
 
 
 def _set(schedule: LinearDecay | Staircase, **values: float) -> None:
@@ -127,19 +127,3 @@ def _set(schedule: LinearDecay | Staircase, **values: float) -> None:
     """
     for name, value in values.items():
         object.__setattr__(schedule, name, value)
-
-
-def _check_epoch(epoch: int) -> int:
-    """Return an epoch's number as an int of at least 0. A schedule says nothing of the time before epoch 0."""
-    number = check_integer("epoch", epoch)
-    if number < 0:
-        raise ValueError(f"epoch must not be negative, got {epoch}.")
-    return number
-
-
-def _check_epochs(name: str, value: int) -> int:
-    """Return a number of epochs as an int of at least 1."""
-    number = check_integer(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1 epoch, got {value}.")
-    return number

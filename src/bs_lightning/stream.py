@@ -146,8 +146,7 @@ class StreamLoader:
             TypeError: If ``epoch`` is not an integer.
             ValueError: If it is negative.
         """
-        if check_integer("epoch", epoch) < 0:
-            raise ValueError(f"epoch must not be negative, got {epoch}.")
+        epoch = check_integer("epoch", epoch, 0)
         if epoch != self.epoch:
             self.epoch = epoch
             self._loaded = None

@@ -1,6 +1,5 @@
 """Embeddings on the unit sphere: how close positive pairs are, and how evenly all embeddings are spread."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-from bs_lightning._checks import check_number, check_tensor
+from bs_lightning._checks import check_positive, check_tensor
 from bs_lightning._embeddings import unit_rows_with_gradient
 
 
@@ -36,7 +35,7 @@ def alignment(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], alpha: float =
     Source: Wang and Isola, "Understanding contrastive representation learning through alignment and uniformity on the
     hypersphere", ICML 2020, equation for L_align.
     """
-    return _alignment_compute(*_alignment_update(x, y, _check_positive("alpha", alpha)))
+    return _alignment_compute(*_alignment_update(x, y, check_positive("alpha", alpha)))
 
 
 class Alignment(Metric):
@@ -79,7 +78,7 @@ class Alignment(Metric):
 
     def __init__(self, alpha: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.alpha = _check_positive("alpha", alpha)
+        self.alpha = check_positive("alpha", alpha)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -235,15 +234,7 @@ def _uniformity_compute(potential: Tensor, pairs: Tensor | int) -> Tensor:
 
 def _check_scale(t: float) -> float:
     """Return the scale of the Gaussian potential as a float that is above 0 and at most 20."""
-    scale = _check_positive("t", t)
+    scale = check_positive("t", t)
     if scale > 20:
         raise ValueError(f"t must be at most 20, got {t}: the potentials of distant pairs would vanish in float32.")
     return scale
-
-
-def _check_positive(name: str, value: float) -> float:
-    """Return ``value`` as a float that is finite and above 0."""
-    number = check_number(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, got {value}.")
-    return number

@@ -157,14 +157,17 @@ class BatchSamplerCallback(Callback):
         encode_batch_size: int | None = None,
     ) -> None:
         _check_pool_size(pool_size)
-        if check_integer("warmup_epochs", warmup_epochs) < 0:
-            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}. Use 0 for no warm-up.")
+        check_integer("warmup_epochs", warmup_epochs, 0)
         if embed is not None and not callable(embed):
             raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
-        if encode_batch_size is not None and check_integer("encode_batch_size", encode_batch_size) < 1:
-            raise ValueError(f"encode_batch_size must be at least 1, got {encode_batch_size}.")
-        if encode_every is not None and check_integer("encode_every", encode_every) < 1:
-            raise ValueError(f"encode_every must be at least 1 epoch, got {encode_every}.")
+        if encode_batch_size is not None:
+            check_integer("encode_batch_size", encode_batch_size, 1)
+        if encode_every is not None:
+            check_integer("encode_every", encode_every, 1)
+        if mask_nearest is not None:
+            check_integer("mask_nearest", mask_nearest, 1, "5 suits pools of ten batches.")
+        if own_rule is not None and not isinstance(own_rule, AbovePositive):
+            raise TypeError(f"own_rule must be AbovePositive(...) or None, got {own_rule!r}.")
         if recycle and from_reference:
             raise ValueError("recycle=True and from_reference=True name two sources of embeddings. Give one of them.")
         if (recycle or from_reference) and (embed, encode_batch_size, encode_every) != (None, None, None):
@@ -194,10 +197,6 @@ class BatchSamplerCallback(Callback):
         self.per_rank = per_rank
         self.embed = embed
         self.encode_batch_size = encode_batch_size
-        if mask_nearest is not None and check_integer("mask_nearest", mask_nearest) < 1:
-            raise ValueError(f"mask_nearest must be at least 1, got {mask_nearest}. 5 suits pools of ten batches.")
-        if own_rule is not None and not isinstance(own_rule, AbovePositive):
-            raise TypeError(f"own_rule must be AbovePositive(...) or None, got {own_rule!r}.")
         for name, value in (("mask_nearest", mask_nearest), ("own_rule", own_rule)):
             if value is not None and not self.composer.finds_nearest:
                 raise TypeError(

@@ -80,9 +80,7 @@ class ImageData(BatchSamplerDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size, **kwargs)
-        if check_integer("image_size", image_size) < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
-        self.image_size = image_size
+        self.image_size = check_integer("image_size", image_size, 1)
         self.augment = augment
         self.train_images = open_images(train)
         self.test_images = None if test is None else open_images(test)
