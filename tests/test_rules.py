@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, PoolBatchSampler, RWRComposer
-from bs_lightning.compose import restricted, without_edges
+from bs_lightning.edges import restricted, without_edges
 from bs_lightning.rules import (
     AbovePositive,
     AboveSimilarity,

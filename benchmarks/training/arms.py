@@ -9,7 +9,8 @@ from typing import Literal
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, NNDescentGraph, RWRComposer
 from bs_lightning.baselines import B3Composer, GCBSComposer, UniformComposer, knn_batches
-from bs_lightning.compose import ComposeFunction, Graph
+from bs_lightning.compose import ComposeFunction
+from bs_lightning.graphs import Graph
 from bs_lightning.plugin.sources import Embed
 from bs_lightning.presets import public_code
 from bs_lightning.rules import AbovePositive

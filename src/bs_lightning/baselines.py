@@ -25,8 +25,8 @@ from bs_lightning._embeddings import (
     unit_rows,
 )
 from bs_lightning._types import Batches, Embeddings
-from bs_lightning.compose import Composer, Graph, GraphComposer
-from bs_lightning.graphs import ExactGraph
+from bs_lightning.compose import Composer, GraphComposer
+from bs_lightning.graphs import ExactGraph, Graph
 
 
 def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:

@@ -18,26 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer
-from bs_lightning._types import Batches, Embeddings, Indices, Neighbors
-from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
+from bs_lightning._types import Batches, Embeddings, Neighbors
+from bs_lightning.edges import check_graph, without_edges
+from bs_lightning.graphs import Graph, NNDescentGraph, RandomCandidateGraph, SharedGraph
 from bs_lightning.walk import check_restart_probability, rwr_batches
-
-
-class Graph(Protocol):
-    """Finds neighbours: embeddings ``[P, d]`` -> neighbours int32 ``[P, K]``."""
-
-    # `Any`, because some graphs take arrays too, some only tensors, and jsonargparse compares annotations literally.
-    def __call__(self, embeddings: Any, *, seed: int = 0) -> Neighbors:
-        """Find each instance's neighbours.
-
-        Args:
-            embeddings: Floats of shape ``[P, d]``, or ``[P, 2, d]`` for two sides.
-            seed: The same seed must give the same neighbours.
-
-        Returns:
-            int32 of shape ``[P, K]``: positions in the pool. A row's own position means that it has no neighbour there.
-        """
-        ...
 
 
 class ComposeFunction(Protocol):
@@ -153,7 +137,7 @@ def as_composer(composer: Composer | ComposeFunction) -> Composer:
         TypeError: If ``composer`` is not callable, is a class instead of an object, or is a graph.
     """
     check_instance_callable("composer", composer, "RWRComposer()")
-    if isinstance(composer, (ExactGraph, NNDescentGraph, RandomCandidateGraph)):
+    if isinstance(composer, SharedGraph):
         raise TypeError(f"composer must be a composer, got the graph {composer!r}. Give RWRComposer(graph).")
     return composer if isinstance(composer, Composer) else FunctionComposer(composer)
 
@@ -312,70 +296,3 @@ class RWRComposer(GraphComposer):
         )
         self.seconds = {"graph": built - start, "walk": time.perf_counter() - built}
         return batches
-
-
-def check_graph(neighbors: Neighbors, n_embeddings: int) -> None:
-    """Refuse a graph that lacks rows.
-
-    Args:
-        neighbors: What a graph returned.
-        n_embeddings: Number of embeddings that the graph was built from.
-
-    Raises:
-        ValueError: If the number of rows is different.
-    """
-    if len(neighbors) != n_embeddings:
-        raise ValueError(
-            f"The graph must return a row of neighbours for each of {n_embeddings} embeddings, got "
-            f"{len(neighbors)} rows."
-        )
-
-
-def without_edges(neighbors: Neighbors, marked: NDArray[np.bool_]) -> Neighbors:
-    """Take edges out of a graph. The other edges of a row take their places in turn, so that walks choose among them.
-
-    Args:
-        neighbors: int32 of shape ``[P, K]``.
-        marked: The edges to take out, bool ``[P, K]``.
-
-    Returns:
-        int32 of shape ``[P, K]``. A row whose edges are all taken out holds its own number, which means "no edge".
-
-    Example:
-        >>> import numpy as np
-        >>> from bs_lightning.compose import without_edges
-        >>> neighbors = np.array([[1, 2, 3], [0, 2, 3], [1, 0, 3], [0, 1, 2]], dtype=np.int32)
-        >>> without_edges(neighbors, neighbors == 1)
-        array([[2, 3, 2],
-               [0, 2, 3],
-               [0, 3, 0],
-               [0, 2, 0]], dtype=int32)
-    """
-    kept_first = np.take_along_axis(neighbors, np.argsort(marked, axis=1, kind="stable"), axis=1)
-    n_kept = (~marked).sum(axis=1, keepdims=True)
-    columns = np.arange(neighbors.shape[1]) % np.maximum(n_kept, 1)
-    own = np.arange(len(neighbors), dtype=np.int32)[:, None]
-    return np.where(n_kept > 0, np.take_along_axis(kept_first, columns, axis=1), own)
-
-
-def restricted(neighbors: Neighbors, indices: Indices) -> Neighbors:
-    """Return the part of a dataset's graph that joins the instances of a pool.
-
-    Args:
-        neighbors: The dataset's graph, int32 ``[N, K]``.
-        indices: Dataset indices of the pool, int64 ``[P]``, each once.
-
-    Returns:
-        The pool's graph, positions in the pool, int32 ``[P, K]``.
-
-    Example:
-        >>> import numpy as np
-        >>> from bs_lightning.compose import restricted
-        >>> restricted(np.array([[1, 2], [2, 0], [0, 1]], dtype=np.int32), np.array([2, 0]))
-        array([[1, 1],
-               [0, 0]], dtype=int32)
-    """
-    position = np.full(len(neighbors), -1, dtype=np.int32)
-    position[indices] = np.arange(len(indices), dtype=np.int32)
-    inside = position[neighbors[indices]]
-    return without_edges(inside, inside < 0)

@@ -11,9 +11,10 @@ Several processes that hold the same embeddings may share a graph's work: each c
 the graph from all parts. With one part, the result is the graph itself.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -47,9 +48,48 @@ _N_RUNS = 64
 _RUN_BLOCK = 32  # rows of one product in `RandomCandidateGraph`
 
 
-class SharedGraph(Protocol):
-    """A graph whose work several processes may share, if ``can_share`` says so."""
+class Graph(Protocol):
+    """Finds neighbours: embeddings ``[P, d]`` -> neighbours int32 ``[P, K]``."""
 
+    # `Any`, because some graphs take arrays too, some only tensors, and jsonargparse compares annotations literally.
+    def __call__(self, embeddings: Any, *, seed: int = 0) -> Neighbors:
+        """Find each instance's neighbours.
+
+        Args:
+            embeddings: Floats of shape ``[P, d]``, or ``[P, 2, d]`` for two sides.
+            seed: The same seed must give the same neighbours.
+
+        Returns:
+            int32 of shape ``[P, K]``: positions in the pool. A row's own position means that it has no neighbour there.
+        """
+        ...
+
+
+class SharedGraph(ABC):
+    """Base class of graphs whose work several processes may share."""
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
+        """Build the graph.
+
+        Args:
+            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
+                ``[P, 2, d]`` with ``P >= 2``.
+            seed: Seed of what is random in the graph.
+
+        Returns:
+            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
+
+        Raises:
+            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
+            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
+                or not finite, or ``seed`` is negative.
+        """
+        seed = check_seed(seed)
+        embeddings = as_embeddings(embeddings)
+        return self.join([self.part(embeddings, 0, 1, seed=seed)], embeddings, seed=seed)
+
+    @abstractmethod
     def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances.
 
@@ -62,8 +102,8 @@ class SharedGraph(Protocol):
         Returns:
             int32 with a row for each instance of the part, for :meth:`join`: ``[part of P, K]``, or as the graph says.
         """
-        ...
 
+    @abstractmethod
     def join(self, parts: Sequence[Neighbors], embeddings: Tensor, *, seed: int = 0) -> Neighbors:
         """Make the graph from all its parts.
 
@@ -75,11 +115,10 @@ class SharedGraph(Protocol):
         Returns:
             int32 of shape ``[P, K]``, each row nearest first.
         """
-        ...
 
 
 @dataclass(frozen=True)
-class NNDescentGraph:
+class NNDescentGraph(SharedGraph):
     """Find approximate nearest neighbours, with nearest neighbour descent in large pools.
 
     In pools of up to 4,096 instances a matrix product is as fast, and for embeddings on a GPU up to 131,072. There the
@@ -130,24 +169,6 @@ class NNDescentGraph:
         """
         if pool_size > _small_pool(example):
             compile_ahead(n_sides=example.ndim - 1)
-
-    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
-        """Build the graph.
-
-        Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
-                ``[P, 2, d]`` with ``P >= 2``.
-            seed: Seed of the random start.
-
-        Returns:
-            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
-
-        Raises:
-            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
-            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
-                or not finite, or ``seed`` is negative.
-        """
-        return _whole(self, embeddings, seed)
 
     def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says.
@@ -203,7 +224,7 @@ class NNDescentGraph:
 
 
 @dataclass(frozen=True)
-class ExactGraph:
+class ExactGraph(SharedGraph):
     """Find exact nearest neighbours by cosine similarity, with a matrix product per block of rows.
 
     The graph is computed on the device of the embeddings. It does not hold all ``P x P`` similarities, but 4 MB at a
@@ -232,25 +253,6 @@ class ExactGraph:
         object.__setattr__(self, "n_neighbors", check_integer("n_neighbors", self.n_neighbors, 1))
 
     @torch.no_grad()
-    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
-        """Build the graph.
-
-        Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
-                ``[P, 2, d]`` with ``P >= 2``.
-            seed: Seed of the neighbours of all-zero rows, which are random.
-
-        Returns:
-            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
-
-        Raises:
-            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
-            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
-                or not finite, or ``seed`` is negative.
-        """
-        return _whole(self, embeddings, seed)
-
-    @torch.no_grad()
     def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says."""
         unit = unit_rows(embeddings)
@@ -273,7 +275,7 @@ class ExactGraph:
 
 
 @dataclass(frozen=True)
-class RandomCandidateGraph:
+class RandomCandidateGraph(SharedGraph):
     """Build the paper's graph: each instance's nearest neighbours among random candidates, by cosine similarity.
 
     Fewer candidates make batches less hard and lower their false-negative rate. This graph is meant for whole
@@ -321,25 +323,6 @@ class RandomCandidateGraph:
             )
 
     @torch.no_grad()
-    def __call__(self, embeddings: Embeddings, *, seed: int = 0) -> Neighbors:
-        """Build the graph.
-
-        Args:
-            embeddings: A tensor on any device or a NumPy array, floats of shape ``[P, d]`` or
-                ``[P, 2, d]`` with ``P >= 2``.
-            seed: Seed of the candidates.
-
-        Returns:
-            int32 of shape ``[P, min(n_neighbors, P - 1)]``, each row nearest first.
-
-        Raises:
-            TypeError: If the embeddings are not a dense tensor or an array of floats, or ``seed`` is not an integer.
-            ValueError: If the embeddings are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``,
-                or not finite, or ``seed`` is negative.
-        """
-        return _whole(self, embeddings, seed)
-
-    @torch.no_grad()
     def part(self, embeddings: Tensor, part: int, n_parts: int, *, seed: int = 0) -> Neighbors:
         """Find the neighbours of a part of the instances, as ``SharedGraph`` says, in the circle's order."""
         size = len(embeddings)
@@ -385,22 +368,13 @@ class RandomCandidateGraph:
         return _without_isolated(neighbors, embeddings, seed)
 
 
-def can_share(graph: object) -> bool:
-    """Return whether several processes may build a graph in parts, as ``SharedGraph`` says.
-
-    They may not share a subclass, which may override ``__call__`` alone.
+def can_share(graph: object) -> TypeGuard[SharedGraph]:
+    """Return whether several processes may build a graph in parts. They may not if its class overrides ``__call__``.
 
     Args:
         graph: Any graph.
     """
-    return type(graph) in (ExactGraph, NNDescentGraph, RandomCandidateGraph)
-
-
-def _whole(graph: SharedGraph, embeddings: Embeddings, seed: int) -> Neighbors:
-    """Build a graph in one process."""
-    seed = check_seed(seed)
-    embeddings = as_embeddings(embeddings)
-    return graph.join([graph.part(embeddings, 0, 1, seed=seed)], embeddings, seed=seed)
+    return isinstance(graph, SharedGraph) and type(graph).__call__ is SharedGraph.__call__
 
 
 def _rows_of_part(size: int, part: int, n_parts: int) -> range:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.adaptive import AdaptivePools
-from bs_lightning.compose import Composer, RWRComposer, asked_for, check_graph, restricted
-from bs_lightning.graphs import SharedGraph, can_share
+from bs_lightning.compose import Composer, RWRComposer, asked_for
+from bs_lightning.edges import check_graph, restricted
+from bs_lightning.graphs import Graph, SharedGraph, can_share
 from bs_lightning.isolation import isolated
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
@@ -295,8 +296,7 @@ class TrainerPlanner:
     def _keeps_graph(self, indices: Indices) -> bool:
         """Return whether a pool is the whole dataset, and its graph stays while the embeddings stay the same."""
         is_whole = len(indices) == self.layout.n_full * self.layout.global_batch_size
-        takes_graph = isinstance(self._composer, RWRComposer) and "neighbors" in self._asked
-        return self.source.version is not None and takes_graph and is_whole and not self._per_rank
+        return self.source.version is not None and self._graph is not None and is_whole and not self._per_rank
 
     def _build_whole_graph(self) -> None:
         """Build the graph of the whole dataset in rank 0, if the embeddings have changed. Every process calls it.
@@ -308,6 +308,7 @@ class TrainerPlanner:
         if trainer.strategy.reduce_boolean_decision(self._graph_version == version):
             return
         assert version is not None
+        assert self._graph is not None
         self._whole_graph = self._composer.neighbors = None  # two more graphs may not fit into memory
         embeddings = self.source.read(np.arange(n_instances))
         seed = pool_seed(trainer.datamodule.train_sampler.seed, version, 0)
@@ -315,9 +316,15 @@ class TrainerPlanner:
         with failing_together(trainer), isolated():
             if trainer.is_global_zero:
                 if graph is None:
-                    graph = cast(RWRComposer, self._composer).graph(embeddings, seed=seed)
+                    graph = self._graph(embeddings, seed=seed)
                 check_graph(graph, n_instances)
         self._whole_graph, self._graph_version = graph, version
+
+    @property
+    def _graph(self) -> Graph | None:
+        """What builds the composer's graph, or ``None`` if the composer takes no graph that was built for it."""
+        composer = self._composer
+        return composer.graph if isinstance(composer, RWRComposer) and "neighbors" in self._asked else None
 
     @cached_property
     def _n_cores(self) -> int:
@@ -330,13 +337,12 @@ class TrainerPlanner:
 
         All processes must hold the pool's embeddings, and have the same graph.
         """
-        trainer, composer = self.trainer, self._composer
-        if trainer.world_size == 1 or self._per_rank or not self.source.in_all_processes:
+        if self.trainer.world_size == 1 or self._per_rank or not self.source.in_all_processes:
             return None
-        graph = composer.graph if isinstance(composer, RWRComposer) and "neighbors" in self._asked else None
-        own = repr(graph) if can_share(graph) else None
-        everywhere = set(gather(trainer, own))  # all processes decide alike, or they would wait for each other
-        return None if None in everywhere or len(everywhere) > 1 else cast(SharedGraph, graph)
+        graph = self._graph if can_share(self._graph) else None
+        # All processes decide alike, or they would wait for each other.
+        everywhere = set(gather(self.trainer, None if graph is None else repr(graph)))
+        return graph if len(everywhere) == 1 else None
 
     def _plan_share(
         self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None
