@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from bs_lightning.layout import BatchLayout
 from bs_lightning.permutation import permutation
-from bs_lightning.plan import EpochPlan, PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plan import EpochPlan, PlannedPool, Planning
+from bs_lightning.pools import Pools, WholeData
 
 
 @st.composite

@@ -6,9 +6,10 @@ from bs_lightning.compose import Composer, RWRComposer
 from bs_lightning.encoding import encode
 from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph
 from bs_lightning.loader import BatchFetcher, PoolLoader
-from bs_lightning.plan import PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plan import PlannedPool, Planning
 from bs_lightning.plugin.callback import BatchSamplerCallback
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
+from bs_lightning.pools import Pools, WholeData
 from bs_lightning.reference import encode_dataset
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.stream import StreamLoader

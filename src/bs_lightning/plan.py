@@ -12,10 +12,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bs_lightning._checks import check_integer, check_integer_array
+from bs_lightning._checks import check_integer_array
 from bs_lightning._types import Batches, Indices, Order, Pairs
 from bs_lightning.layout import BatchLayout
 from bs_lightning.permutation import KeyedPermutation, permutation
+from bs_lightning.pools import Cut, Pools, WholeData
 from bs_lightning.separate import separate, separate_order
 
 _BATCHES_AT_ONCE = 256  # batches whose pairs are looked for together
@@ -56,137 +57,6 @@ class PoolPlanner(Protocol):
         ...
 
 
-class Cut(Protocol):
-    """Decides which batches of an epoch are planned together."""
-
-    def check(self, layout: BatchLayout) -> None:
-        """Refuse a layout that cannot be cut.
-
-        Args:
-            layout: The epoch's sizes.
-
-        Raises:
-            ValueError: If it cannot be cut.
-        """
-        ...
-
-    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """Return which batches to plan together, and how far to serve them.
-
-        Args:
-            start: The number of the next batch to serve.
-            stop: The number of the batch before which the epoch ends.
-            layout: The epoch's sizes.
-
-        Returns:
-            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Cuts an epoch into pools and plans each pool when its first batch is due.
-
-    Args:
-        size: Instances per pool, at least one global batch. Pools are near-equal multiples of the global batch, so
-            their size differs a little from this number.
-
-    Raises:
-        TypeError: If ``size`` is not an integer.
-
-    Example:
-        >>> from bs_lightning import Pools
-        >>> from bs_lightning.layout import BatchLayout
-        >>> Pools(size=16).next_pool(0, 10, BatchLayout(40, batch_size=4))
-        (slice(0, 4, None), 4)
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        check_integer("pool_size", self.size)
-
-    def check(self, layout: BatchLayout) -> None:
-        """Refuse pools that cannot hold one global batch.
-
-        Args:
-            layout: The epoch's sizes.
-
-        Raises:
-            ValueError: Naming both sizes.
-        """
-        if self.size < layout.global_batch_size:
-            raise ValueError(
-                f"pool_size must be at least one global batch, {layout.global_batch_size} = batch_size "
-                f"{layout.batch_size} x {layout.world_size} processes, got {self.size}. Ten global batches suit most."
-            )
-
-    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """Return which batches to plan together, and how far to serve them.
-
-        The pool depends only on the batches that remain, so a resumed epoch cuts the same pools.
-
-        Args:
-            start: The number of the next batch to serve.
-            stop: The number of the batch before which the epoch ends.
-            layout: The epoch's sizes.
-
-        Returns:
-            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
-        """
-        remaining = stop - start
-        n_pools = max(1, int(remaining * layout.global_batch_size / self.size + 0.5))
-        end = start - (-remaining // n_pools)
-        return slice(start, end), end
-
-
-@dataclass(frozen=True)
-class WholeData:
-    """Plans the whole dataset at the start of an epoch, and again after ``every`` batches.
-
-    Args:
-        every: Number of batches that are served from one plan, at least 1 (the paper's t).
-
-    Raises:
-        TypeError: If ``every`` is not an integer.
-        ValueError: If ``every`` is below 1.
-
-    Example:
-        >>> from bs_lightning import WholeData
-        >>> from bs_lightning.layout import BatchLayout
-        >>> WholeData(every=3).next_pool(0, 10, BatchLayout(40, batch_size=4))
-        (slice(0, 10, None), 3)
-
-    Source: the refresh interval of arXiv 2306.03355.
-    """
-
-    every: int
-
-    def __post_init__(self) -> None:
-        check_integer("refresh_every", self.every, 1, "The paper's is 100.")
-
-    def check(self, layout: BatchLayout) -> None:
-        """Accept every layout.
-
-        Args:
-            layout: The epoch's sizes.
-        """
-
-    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """Return the numbers of all full batches, and how far to serve their plan.
-
-        Args:
-            start: The number of the next batch to serve.
-            stop: The number of the batch before which the epoch ends.
-            layout: The epoch's sizes.
-
-        Returns:
-            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
-        """
-        return slice(0, layout.n_full), min(start + self.every, stop)
-
-
 @dataclass(frozen=True)
 class Planning:
     """How an epoch's batches are composed.
@@ -195,7 +65,7 @@ class Planning:
         plan_pool: Arranges a pool into batches. It gets the pool's dataset indices, int64 ``[P]``, a seed and the
             epoch, and returns a :class:`PlannedPool`.
         cut: Which instances are planned together: :class:`Pools`, :class:`WholeData`, or
-            :class:`~bs_lightning.adaptive.AdaptivePools`.
+            :class:`~bs_lightning.pools.AdaptivePools`.
         replacement: Whether different batches may share instances.
         expect: Gets the dataset indices of the pool after the one that is about to be served, int64 ``[P]``, so that
             they can be read ahead. It asks ``cut`` for that pool early, so ``cut.next_pool`` must have no side effect.

@@ -27,7 +27,8 @@ from bs_lightning.loader import (
 )
 from bs_lightning.mask import pair_mask
 from bs_lightning.permutation import permutation
-from bs_lightning.plan import PlannedPool, PoolPlanner, Pools, check_planned, pool_seed
+from bs_lightning.plan import PlannedPool, PoolPlanner, check_planned, pool_seed
+from bs_lightning.pools import Pools
 from bs_lightning.stream_state import Reading, StreamPool, StreamState
 
 _WORKERS = 2**40  # in place of a pool's first batch, for the seed of workers

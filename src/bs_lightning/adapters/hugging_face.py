@@ -18,7 +18,8 @@ from bs_lightning.encoding import encode
 from bs_lightning.isolation import isolated, no_trace
 from bs_lightning.loader import SETTINGS, BatchFetcher, PoolLoader, check_map_style
 from bs_lightning.metrics._batches import describe_composed
-from bs_lightning.plan import PlannedPool, Planning, Pools, check_batches
+from bs_lightning.plan import PlannedPool, Planning, check_batches
+from bs_lightning.pools import Pools
 from bs_lightning.sampler import PoolBatchSampler
 
 _T = TypeVar("_T")

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Indices
-from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer, asked_for
 from bs_lightning.layout import BatchLayout
-from bs_lightning.plan import Cut, PlannedPool, Planning, Pools, WholeData
+from bs_lightning.plan import PlannedPool, Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.loops import check_trainer
@@ -27,6 +26,7 @@ from bs_lightning.plugin.sources import (
     ReferenceEmbeddings,
 )
 from bs_lightning.plugin.stream_loader import TrainerStreamLoader
+from bs_lightning.pools import AdaptivePools, Cut, Pools, WholeData
 from bs_lightning.rules import AbovePositive
 
 # The loss that adaptive pools hold. Where likely false negatives are left out, batches may be harder.
@@ -77,7 +77,7 @@ class BatchSamplerCallback(Callback):
         pool_size: Approximate number of instances that are planned together. It is the main setting: larger pools make
             harder batches with more false negatives. At least one global batch. A float in ``(0, 1]`` is a share of the
             dataset, ``"all"`` is the whole dataset, and ``None`` is ten global batches. ``"auto"`` starts with uniform
-            batches, and holds ``target_loss`` by the pool size: see :class:`~bs_lightning.adaptive.AdaptivePools`.
+            batches, and holds ``target_loss`` by the pool size: see :class:`~bs_lightning.pools.AdaptivePools`.
         composer: Arranges a pool into batches: a :class:`~bs_lightning.compose.Composer`, or a function
             ``(embeddings, batch_size, *, seed, epoch)``. ``None`` is :class:`~bs_lightning.RWRComposer`.
         warmup_epochs: Number of uniform epochs at the start.

@@ -18,7 +18,6 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
-from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.compose import Composer, RWRComposer, asked_for
 from bs_lightning.edges import check_graph, restricted
 from bs_lightning.graphs import Graph, SharedGraph, can_share
@@ -27,11 +26,12 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics._batches import describe, describe_composed
 from bs_lightning.permutation import permutation
-from bs_lightning.plan import NO_PAIRS, Cut, PlannedPool, Pools, check_batches, pool_seed
+from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches, pool_seed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import cores_of_one_process, failing_together, gather, own_share
 from bs_lightning.plugin.progress import progress
 from bs_lightning.plugin.sources import EmbeddingSource, RecycledEmbeddings
+from bs_lightning.pools import AdaptivePools, Cut, Pools
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
 _MOST_REHEARSED = 4096  # instances; in larger pools NNDescentGraph compiles, which a rehearsal must not wait for

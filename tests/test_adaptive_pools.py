@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, walker
 
 from bs_lightning import BatchSamplerCallback
-from bs_lightning.adaptive import AdaptivePools
 from bs_lightning.layout import BatchLayout
+from bs_lightning.pools import AdaptivePools
 
 LAYOUT = BatchLayout(4000, batch_size=4)
 

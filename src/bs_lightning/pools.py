@@ -1,12 +1,14 @@
-"""Adaptive pools: a pool size that follows the training loss, so that batches are as hard as the model can use."""
+"""Pools: which batches of an epoch are planned together. A rule for it is a cut."""
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bs_lightning._checks import check_positive
+from bs_lightning._checks import check_integer, check_positive
 from bs_lightning.layout import BatchLayout
 
 _WINDOW = 20  # batches over which the loss is averaged
@@ -14,7 +16,106 @@ _MOST = 4.0  # times that a pool may be as large or as small as the last one
 _UNIFORM_STRETCH = 10  # batches between two looks at the loss, where batches are uniform
 
 
-class AdaptivePools:
+class Cut(ABC):
+    """Decides which batches of an epoch are planned together."""
+
+    def check(self, layout: BatchLayout) -> None:  # noqa: B027, most cuts fit every layout
+        """Refuse a layout that cannot be cut. By default all can.
+
+        Args:
+            layout: The epoch's sizes.
+
+        Raises:
+            ValueError: If it cannot be cut.
+        """
+
+    @abstractmethod
+    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
+        """Return which batches to plan together, and how far to serve them.
+
+        Args:
+            start: The number of the next batch to serve.
+            stop: The number of the batch before which the epoch ends.
+            layout: The epoch's sizes.
+
+        Returns:
+            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
+        """
+
+
+@dataclass(frozen=True)
+class Pools(Cut):
+    """Cuts an epoch into pools and plans each pool when its first batch is due.
+
+    Args:
+        size: Instances per pool, at least one global batch. Pools are near-equal multiples of the global batch, so
+            their size differs a little from this number.
+
+    Raises:
+        TypeError: If ``size`` is not an integer.
+
+    Example:
+        >>> from bs_lightning import Pools
+        >>> from bs_lightning.layout import BatchLayout
+        >>> Pools(size=16).next_pool(0, 10, BatchLayout(40, batch_size=4))
+        (slice(0, 4, None), 4)
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_integer("pool_size", self.size)
+
+    def check(self, layout: BatchLayout) -> None:
+        """Refuse pools that cannot hold one global batch."""
+        if self.size < layout.global_batch_size:
+            raise ValueError(
+                f"pool_size must be at least one global batch, {layout.global_batch_size} = batch_size "
+                f"{layout.batch_size} x {layout.world_size} processes, got {self.size}. Ten global batches suit most."
+            )
+
+    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
+        """Cut off a pool, as :class:`Cut` says.
+
+        The pool depends only on the batches that remain, so a resumed epoch cuts the same pools.
+        """
+        remaining = stop - start
+        n_pools = max(1, int(remaining * layout.global_batch_size / self.size + 0.5))
+        end = start - (-remaining // n_pools)
+        return slice(start, end), end
+
+
+@dataclass(frozen=True)
+class WholeData(Cut):
+    """Plans the whole dataset at the start of an epoch, and again after ``every`` batches.
+
+    Args:
+        every: Number of batches that are served from one plan, at least 1 (the paper's t).
+
+    Raises:
+        TypeError: If ``every`` is not an integer.
+        ValueError: If ``every`` is below 1.
+
+    Example:
+        >>> from bs_lightning import WholeData
+        >>> from bs_lightning.layout import BatchLayout
+        >>> WholeData(every=3).next_pool(0, 10, BatchLayout(40, batch_size=4))
+        (slice(0, 10, None), 3)
+
+    Source: the refresh interval of arXiv 2306.03355.
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        check_integer("refresh_every", self.every, 1, "The paper's is 100.")
+
+    def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
+        """Return all full batches, as :class:`Cut` says."""
+        return slice(0, layout.n_full), min(start + self.every, stop)
+
+
+class AdaptivePools(Cut):
     """Cuts an epoch into pools, larger ones while the training loss is below a target, smaller ones while it is above.
 
     It starts with uniform batches, and returns to them if the loss stays above the target. A batch from a larger pool
@@ -33,7 +134,7 @@ class AdaptivePools:
 
     Example:
         >>> import torch
-        >>> from bs_lightning.adaptive import AdaptivePools
+        >>> from bs_lightning.pools import AdaptivePools
         >>> from bs_lightning.layout import BatchLayout
         >>> pools, layout = AdaptivePools(target_loss=0.1), BatchLayout(4000, batch_size=4)
         >>> pools.observe(torch.tensor(0.06))
@@ -71,24 +172,8 @@ class AdaptivePools:
         before = torch.where(before.isfinite(), before, loss)
         self._loss = torch.where(loss.isfinite(), before + share * (loss - before), before)
 
-    def check(self, layout: BatchLayout) -> None:
-        """Accept every layout.
-
-        Args:
-            layout: The epoch's sizes.
-        """
-
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
-        """Choose the next pool's size from the loss, and return the pool.
-
-        Args:
-            start: The number of the next batch to serve.
-            stop: The number of the batch before which the epoch ends.
-            layout: The epoch's sizes.
-
-        Returns:
-            The numbers of the batches to plan together, and the number of the batch before which the next plan begins.
-        """
+        """Choose the next pool's size from the loss, and cut it off, as :class:`Cut` says."""
         # A pool that the epoch's end made much smaller says nothing of the pools of this size.
         if self._n_observed and (not self.composes or self._n_served > self.n_batches / 2):
             loss = self.loss
