@@ -135,8 +135,10 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         trainer.embed = lambda inputs: 1 / 0
     trainer.train()
     (folder / f"rank{rank}.json").write_text(json.dumps(trainer.batches))
-    trainer.accelerator.end_training()  # else a process may abort as it exits (PyTorch issue 190489)
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    # End gloo's threads, which may abort a process as Python exits. DistributedDataParallel keeps them: free it, too.
+    torch.distributed.destroy_process_group()
+    gc.collect()
