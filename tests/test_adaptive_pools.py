@@ -236,12 +236,27 @@ def test_a_pool_is_cut_when_it_is_due_and_only_then(monkeypatch):
     assert len(starts) == len(set(starts)) > 1
 
 
+@pytest.mark.parametrize("returns", [None, {"other": 1}])
+def test_manual_optimization_must_return_the_loss(returns):
+    class Manual(Model):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            return returns
+
+    with pytest.raises(TypeError, match="needs training_step to return the loss, also with manual optimization, got "):
+        fit(Manual(), Data(8, 100), auto())
+
+
 def test_the_log_says_when_composing_begins_and_that_it_never_did(caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch")
     fit(Settles(lambda step: 0.001), Data(8, 400), auto(), max_epochs=3)
     (line,) = [record.message for record in caplog.records if "pool_size=" in record.message]
-    assert re.search(r"goes on with pools of \d+ batches, as the loss is 0.001 and target_loss 0.1", line)
+    assert re.search(r"goes on with pools of \d+ batches. The loss is 0.001, and target_loss is 0.1", line)
     caplog.clear()
     fit(Settles(lambda step: 3.0), Data(8, 400), auto(), max_epochs=3)
     (line,) = [record.message for record in caplog.records if "pool_size=" in record.message]
-    assert "ended with uniform batches, as the loss was 3 and target_loss 0.1" in line
+    assert "ended with uniform batches. The loss was 3, and target_loss is 0.1. Batches are composed once" in line

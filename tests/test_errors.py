@@ -21,7 +21,11 @@ from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, Composer,
         ({"composer": 3}, TypeError, "composer must be callable, such as RWRComposer.., got 3"),
         ({"embed": 3}, TypeError, "embed must be a function of .pl_module, batch., got 3"),
         ({"encode_batch_size": 0}, ValueError, "encode_batch_size must be at least 1, got 0"),
-        ({"composer": RWRComposer}, TypeError, r"composer must be callable, such as RWRComposer\(\), got <class"),
+        (
+            {"composer": RWRComposer},
+            TypeError,
+            r"composer must be an object, such as RWRComposer\(\), got the class",
+        ),
         ({"pool_size": "100"}, ValueError, r"pool_size must be an integer, a float in \(0, 1\].*got '100'"),
         ({"warmup_epochs": None}, TypeError, "warmup_epochs must be an integer, got None"),
         ({"encode_batch_size": 2.5}, TypeError, "encode_batch_size must be an integer, got 2.5"),
@@ -146,7 +150,17 @@ def test_a_train_dataloader_from_elsewhere():
         fit(Model(), made, walker())
 
 
-@pytest.mark.parametrize("name", ["train_dataset", "pool_dataset", "train_labels"])
+class NoSetup(BatchSamplerCallback):
+    def setup(self, trainer, pl_module, stage):
+        pass
+
+
+def test_a_callback_whose_setup_is_overridden():
+    with pytest.raises(RuntimeError, match=r"NoSetup.setup must call super\(\).setup\(trainer, pl_module, stage\)"):
+        fit(Model(), Data(), NoSetup())
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "pool_dataset", "train_labels", "pool_size", "planning"])
 def test_attributes_where_methods_should_be(name):
     class Assigns(Data):
         def setup(self, stage):

@@ -338,6 +338,15 @@ def test_lightning_cli(tmp_path):
     assert_each_index_at_most_once(cli.model)
 
 
+def test_the_help_of_lightning_cli_names_no_argument_of_streams(capsys):
+    with pytest.raises(SystemExit):
+        LightningCLI(Model, Data, args=["fit", "--help"], save_config_callback=None)
+    help_of_data = capsys.readouterr().out
+    assert "--data.num_workers" in help_of_data
+    for name in ("pool_size", "plan_pool", "rank", "world_size"):
+        assert f"--data.{name}" not in help_of_data
+
+
 def test_iterating_the_loader_by_hand_disturbs_nothing():
     """A user may look at a batch without a Trainer, before training, and in a validation hook."""
     plain = Data()
@@ -384,13 +393,13 @@ def test_looking_into_the_loader_around_an_epoch_disturbs_nothing(hook, data):
 class Evaluates(Callback):
     """Calls a method of a second Trainer, on the same DataModule, at the end of the second epoch."""
 
-    def __init__(self, method):
-        self.method, self.seen = method, []
+    def __init__(self, method, composes=False):
+        self.method, self.composes, self.seen = method, composes, []
 
     def on_train_epoch_end(self, first, module):
         if first.current_epoch == 1:
             data = first.datamodule
-            second = trainer(max_epochs=1)
+            second = trainer(*([walker()] if self.composes else []), max_epochs=1)
             with torch.random.fork_rng():
                 probe = Validated()
                 probe.on_validation_batch_start = lambda *_: self.seen.append(data.trainer is second)
@@ -398,8 +407,9 @@ class Evaluates(Callback):
             assert data.trainer is first
 
 
-def test_a_second_trainer_may_evaluate_while_a_first_one_fits():
-    evaluates, epochs = Evaluates("validate"), []
+@pytest.mark.parametrize("composes", [False, True])
+def test_a_second_trainer_may_evaluate_while_a_first_one_fits(composes):
+    evaluates, epochs = Evaluates("validate", composes), []
     for callbacks in ([], [evaluates]):
         torch.manual_seed(0)
         model = Validated()

@@ -395,6 +395,16 @@ def test_the_parts_of_a_graph_make_the_graph(graph, embeddings, n_parts, monkeyp
     assert np.array_equal(graph(7).join(parts, embeddings, seed=3), whole)
 
 
+@pytest.mark.parametrize("graph", [ExactGraph(10), RandomCandidateGraph(200, 10)], ids=repr)
+@pytest.mark.parametrize("n_sides", [1, 2])
+def test_a_graph_is_the_same_under_autocast(graph, n_sides):
+    embeddings = gaussian(500 * n_sides, 64) + 5  # cosines that bfloat16 cannot tell apart
+    embeddings = embeddings if n_sides == 1 else embeddings.view(500, 2, 64)
+    expected = graph(embeddings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(graph(embeddings), expected)
+
+
 def test_which_graphs_are_shared(monkeypatch):
     class Centred(ExactGraph):
         def __call__(self, embeddings, *, seed=0):

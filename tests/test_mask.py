@@ -133,6 +133,30 @@ def test_masks_the_mutual_nearest_of_the_pool_being_trained(kind):
     assert torch.stack(model.masks[12:]).any(dim=(1, 2)).float().mean() > 0.5
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "rule", "warns"),
+    [
+        (Model, {}, {"mask_nearest": 2}, True),
+        (Model, {"groups": True}, {}, True),
+        (Model, {"groups": True, "separate_groups": True}, {}, False),  # no batch holds a pair of a group
+        (Model, {}, {}, False),
+        (Asks, {}, {"mask_nearest": 2}, False),
+        (Asks, {"groups": True}, {}, False),
+    ],
+)
+def test_a_mask_that_nobody_asks_for_warns_once(model, data, rule, warns, recwarn):
+    class Grouped(Data):
+        def __init__(self, groups=False, **kwargs):
+            super().__init__(**kwargs)
+            self.groups = np.arange(100) // 2 if groups else None
+
+        def train_groups(self):
+            return self.groups
+
+    fit(model(), Grouped(**data), walker(warmup_epochs=1, **rule), max_epochs=3)
+    assert sum("training_step has not asked for them" in str(each.message) for each in recwarn) == warns
+
+
 def test_a_resumed_run_masks_the_same(tmp_path):
     def run(*callbacks, **kwargs):
         model = Asks()

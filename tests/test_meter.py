@@ -154,7 +154,7 @@ def test_accepts_arrays_functions_and_other_pool_sizes():
         ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),
         ({"temperature": torch.inf}, ValueError, "temperature must be finite and above 0, got inf"),
         ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
-        ({"composer": RWRComposer}, TypeError, "composer must be callable, such as RWRComposer()"),
+        ({"composer": RWRComposer}, TypeError, "composer must be an object, such as RWRComposer()"),
         ({"composer": RWRComposer(n_roots=9)}, ValueError, "n_roots must be at most the 8 instances of a batch, got 9"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"composer": lambda e, b, *, seed, epoch: e}, TypeError, "The composer must return integer positions"),

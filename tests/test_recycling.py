@@ -3,11 +3,13 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, pool_order, resumed_exactly, same_cluster_share, trainer, walker
 
 from bs_lightning import BatchSamplerCallback, Composer, ExactGraph, RWRComposer
 from bs_lightning.bank import EmbeddingBank
 from bs_lightning.presets import public_code
+from bs_lightning.rules import AbovePositive
 
 PAPERS = {"pool_size": None, "refresh_every": 5, "composer": RWRComposer(ExactGraph(5), replacement=True)}
 
@@ -215,7 +217,24 @@ def test_a_skipped_step_is_not_recycled():
     assert len(model.batches) == 24
 
 
+def test_a_dataset_of_another_length_begins_anew(tmp_path):
+    saves = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    fit(Returns(), Data(8, 100), walker(recycle=True), saves, enable_checkpointing=True)
+    model = Returns()
+    with pytest.warns(UserWarning, match="has no embedding of a pool yet"):
+        fit(model, Data(8, 120), walker(recycle=True), ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
+    assert [len(batches) for batches in model.epochs.values()] == [15, 15]
+    assert same_cluster_share(model.epochs[3]) > 0.15
+
+
 # Refusals
+
+
+def test_one_side_is_refused_at_the_first_step_where_a_rule_needs_two():
+    model = Returns()
+    with pytest.raises(ValueError, match=r"own_rule needs embeddings with two sides.* returned \[8, 4\]"):
+        fit(model, Data(8, 100), walker(recycle=True, own_rule=AbovePositive(), warmup_epochs=1))
+    assert len(model.batches) == 1
 
 
 class TwoViews(Returns):

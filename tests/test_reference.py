@@ -59,6 +59,29 @@ def test_takes_the_modules_embed_and_says_how_far_it_is(tmp_path, capsys):
     assert "Encoding: 100%" in capsys.readouterr().err
 
 
+class OnlyToDevice:
+    """A batch that Lightning can move, too."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def to(self, device):
+        return OnlyToDevice(self.values.to(device))
+
+
+def test_moves_a_batch_that_takes_only_a_device(tmp_path):
+    data = torch.randn(20, 8)
+    rows = encode_dataset(
+        torch.nn.Linear(8, 2),
+        data,
+        tmp_path / "rows.npy",
+        batch_size=4,
+        embed=lambda batch: batch.values,
+        collate_fn=lambda items: OnlyToDevice(torch.stack(items)),
+    )
+    np.testing.assert_allclose(rows, torch.nn.functional.normalize(data, dim=1), atol=1e-3)
+
+
 def test_a_failure_leaves_an_earlier_file_and_nothing_else(tmp_path):
     path = tmp_path / "reference.npy"
     encode_dataset(torch.nn.Identity(), torch.eye(4), path, progress=False)

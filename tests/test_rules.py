@@ -83,10 +83,13 @@ def test_a_tie_is_marked_neither_in_a_batch_nor_along_an_edge():
 
 
 def test_a_mask_is_the_same_under_autocast():
-    rule = MoreSimilar(sides(200, dim=64))
-    expected = rule.in_batch(np.arange(200))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(rule.in_batch(np.arange(200)), expected)
+    for limit in (AbovePositive(), AbovePositive(every_side=True)):
+        rule, everything = MoreSimilar(sides(200, dim=64), limit), np.arange(200)
+        edges = np.stack([np.roll(everything, -shift) for shift in range(1, 100)], axis=1)
+        expected, along = rule.in_batch(everything), rule.along(everything, edges)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(rule.in_batch(everything), expected)
+            np.testing.assert_array_equal(rule.along(everything, edges), along)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=20))
@@ -128,6 +131,22 @@ def test_without_edges(data):
         kept = [node for node, lost in zip(old, gone, strict=True) if not lost]
         expected = [kept[column % len(kept)] for column in range(k)] if kept else [row] * k
         assert new == expected
+
+
+def test_a_graph_may_be_nested_lists():
+    def ring(embeddings, *, seed=0):
+        return [[(row + 1) % len(embeddings), (row + 2) % len(embeddings)] for row in range(len(embeddings))]
+
+    asked = []
+
+    def none_marked(neighbors):
+        asked.append(neighbors)
+        return np.zeros(neighbors.shape, dtype=bool)
+
+    composer = RWRComposer(ring)
+    batches = composer(torch.randn(12, 4), 4, seed=0, epoch=0, likely_false_negatives=none_marked)
+    assert sorted(batches.ravel().tolist()) == list(range(12))
+    assert asked[0].dtype == np.int32
 
 
 def test_a_datasets_graph_is_restricted_to_a_pool():

@@ -80,7 +80,9 @@ def check_instance_callable(name: str, value: Any, example: str) -> None:
     Raises:
         TypeError: Naming the argument, the value, and an example of a valid value.
     """
-    if not callable(value) or isinstance(value, type):
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be an object, such as {example}, got the class {value.__name__}.")
+    if not callable(value):
         raise TypeError(f"{name} must be callable, such as {example}, got {value!r}.")
 
 

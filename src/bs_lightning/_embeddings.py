@@ -109,7 +109,7 @@ def _kind(value: Any) -> str:
         return f"a tensor of dtype {value.dtype} and layout {value.layout}"
     if isinstance(value, np.ndarray):
         return f"an array of dtype {value.dtype}"
-    return f"a {type(value).__name__}"
+    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}"
 
 
 def first_not_finite(rows: Tensor) -> int | None:
@@ -187,7 +187,13 @@ def similarity_blocks(unit: Tensor, rows: range | None = None) -> Iterator[tuple
     most = _BLOCK_ENTRIES_ON_CPU if unit.device.type == "cpu" else _BLOCK_ENTRIES_ON_GPU
     rows_per_block = max(1, most // len(unit))
     for start in range(rows.start, rows.stop, rows_per_block):
-        yield start, left[start : min(start + rows_per_block, rows.stop)] @ right.T
+        yield start, products(left[start : min(start + rows_per_block, rows.stop)], right)
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right.T`` in the precision of its rows. Under autocast bfloat16 would round differences away."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right.T
 
 
 def unit_rows_with_gradient(rows: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
     as_embeddings,
     check_whole_batches,
+    products,
     similar_to_nothing,
     similarity_blocks,
     similarity_factors,
@@ -132,7 +133,9 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
         while taken[order[position]]:
             position += 1
         root = order[position]
-        similarity = (right @ left[root]).masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
+        similarity = (
+            products(left[root][None], right)[0].masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
+        )
         similarity[root] = torch.inf
         nearest = similarity.topk(batch_size).indices
         used[nearest] = True
@@ -219,7 +222,7 @@ class GCBSComposer(Composer):
         size = len(unit)
         some = torch.from_numpy(np.random.default_rng(seed).permutation(size)[: max(2, 2**21 // size)]).to(unit.device)
         left, right = similarity_factors(unit)
-        similarity = (left[some] @ right.T).flatten()
+        similarity = products(left[some], right).flatten()
         above = round(len(similarity) * (self.n_neighbors + 1) / size)  # and each is similar to itself
         return float(similarity.kthvalue(len(similarity) - above).values)
 

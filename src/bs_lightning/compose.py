@@ -282,8 +282,7 @@ class RWRComposer(GraphComposer):
         if neighbors is None:
             neighbors = self.graph(embeddings, seed=seed)
         built = time.perf_counter()
-        check_graph(neighbors, len(embeddings))
-        self.neighbors = neighbors
+        self.neighbors = neighbors = check_graph(neighbors, len(embeddings))
         if likely_false_negatives is not None:
             neighbors = without_edges(neighbors, likely_false_negatives(neighbors))
         batches = rwr_batches(

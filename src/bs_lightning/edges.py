@@ -1,26 +1,35 @@
 """Edges: a graph -> a graph with fewer edges."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from bs_lightning._checks import check_neighbors
 from bs_lightning._types import Indices, Neighbors
 
 
-def check_graph(neighbors: Neighbors, n_embeddings: int) -> None:
-    """Refuse a graph that lacks rows.
+def check_graph(neighbors: Sequence[Any] | Neighbors, n_embeddings: int) -> Neighbors:
+    """Return a graph as an array. Refuse it if it lacks rows, or names an instance that does not exist.
 
     Args:
         neighbors: What a graph returned.
         n_embeddings: Number of embeddings that the graph was built from.
 
+    Returns:
+        int32 of shape ``[P, K]``.
+
     Raises:
-        ValueError: If the number of rows is different.
+        TypeError: If the graph does not hold integers.
+        ValueError: If the number of rows is different, or an entry is out of range.
     """
     if len(neighbors) != n_embeddings:
         raise ValueError(
             f"The graph must return a row of neighbours for each of {n_embeddings} embeddings, got "
             f"{len(neighbors)} rows."
         )
+    return check_neighbors(neighbors).astype(np.int32, copy=False)
 
 
 def without_edges(neighbors: Neighbors, marked: NDArray[np.bool_]) -> Neighbors:

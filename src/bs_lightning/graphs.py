@@ -438,7 +438,8 @@ def _banded_product(left: Tensor, right: Tensor, rows: int, columns: int, n_rows
     b, d = _RUN_BLOCK, left.shape[1]
     blocks = left[rows : rows + n_rows].view(-1, b, d)
     others = right.as_strided((len(blocks), b + width, d), (b * d, d, 1), columns * d)
-    product = torch.bmm(blocks, others.transpose(1, 2))
+    with torch.autocast(left.device.type, enabled=False):
+        product = torch.bmm(blocks, others.transpose(1, 2))
     # Row i of a block begins i columns further right: its stride is one row and one column.
     return product.as_strided((len(blocks), b, width), (b * (b + width), b + width + 1, 1))
 

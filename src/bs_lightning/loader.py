@@ -22,6 +22,7 @@ _OURS = {
     "sampler": "leave it out: the plan chooses the indices",
     "batch_sampler": "leave it out: the plan chooses the batches",
     "drop_last": "give drop_last by itself",
+    "pool_size": "give it to BatchSamplerCallback, or to Pools",
 }
 # All other arguments, such as `num_workers`.
 SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]

@@ -113,8 +113,10 @@ def encode_dataset(
 
 def _moved(batch: Any, device: torch.device) -> Any:
     """Return a batch on a device: tensors, what has a method ``to``, and lists, tuples and dictionaries of these."""
-    if hasattr(batch, "to"):
+    if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):
+        return batch.to(device)
     if isinstance(batch, dict):
         return {name: _moved(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -200,7 +200,8 @@ class MoreSimilar:
         if needs_two_sides and embeddings.ndim != 3:
             raise ValueError(
                 f"{self.limit} needs embeddings with two sides, [N, 2, d], got {list(embeddings.shape)}: one side has "
-                "no positive to compare with. Give both sides, or use AboveSimilarity(threshold)."
+                "no positive to compare with. Give both sides. For one side there are AboveSimilarity(threshold), with "
+                "reference embeddings, and mask_nearest=5."
             )
         self._every_side = isinstance(self.limit, AbovePositive) and self.limit.every_side
 
@@ -234,7 +235,8 @@ class MoreSimilar:
             if unit.ndim == 2:
                 out = back = (node * near).sum(dim=-1)
             elif self._every_side:
-                out = back = (node @ near.mT).amax(dim=(-2, -1))
+                with torch.autocast(unit.device.type, enabled=False):
+                    out = back = (node @ near.mT).amax(dim=(-2, -1))
             else:
                 out = (node[:, :, 0] * near[:, :, 1]).sum(dim=-1)
                 back = (near[:, :, 0] * node[:, :, 1]).sum(dim=-1)

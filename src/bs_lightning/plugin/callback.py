@@ -66,6 +66,8 @@ class BatchSamplerCallback(Callback):
     - ``batch_sampler/accuracy`` and ``batch_sampler/negatives_above_positive``, where embeddings have two sides: share
       of anchors whose positive is more similar than all negatives in the batch, and share of negatives that are more
       similar than the anchor's positive.
+    - ``batch_sampler/uniform_hardness``, and ``batch_sampler/uniform_accuracy`` where embeddings have two sides: the
+      same for uniform batches, of the same model.
     - ``batch_sampler/encode_seconds`` and the composer's own steps, such as ``batch_sampler/graph_seconds`` and
       ``batch_sampler/walk_seconds``.
     - ``batch_sampler/time_share``: the part of the epoch that all these steps took.
@@ -212,7 +214,7 @@ class BatchSamplerCallback(Callback):
             Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # raises before training
         self._planner: TrainerPlanner | None = None
         self._epoch_start = 0.0
-        self._must_rehearse = self._must_describe = False
+        self._must_rehearse = self._must_describe = self._must_check_mask = False
 
     # Methods that you may override
 
@@ -379,7 +381,7 @@ class BatchSamplerCallback(Callback):
             rank_zero_info("BatchSamplerCallback: with overfit_batches, every epoch serves the same uniform batches.")
         source: EmbeddingSource
         if self.recycle:
-            source = RecycledEmbeddings(trainer, self.per_rank)
+            source = RecycledEmbeddings(trainer, self.per_rank, needs_two_sides=self.own_rule is not None)
         elif self.from_reference:
             source = ReferenceEmbeddings(trainer, self.per_rank)
         elif self.encode_every is not None:
@@ -401,7 +403,8 @@ class BatchSamplerCallback(Callback):
         data.register_planner(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._planner is not None
+        if self._planner is None:
+            raise RuntimeError(f"{type(self).__name__}.setup must call super().setup(trainer, pl_module, stage).")
         sampler = trainer.datamodule.train_sampler
         if sampler is None:
             raise TypeError(
@@ -410,6 +413,7 @@ class BatchSamplerCallback(Callback):
             )
         self._check_processes(trainer, sampler)
         self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
+        self._must_check_mask = True
         self._warn_if_all_is_warm_up(trainer, pl_module.automatic_optimization)
         self._warn_of_single_batches(trainer, sampler.layout)
         self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
@@ -487,7 +491,7 @@ class BatchSamplerCallback(Callback):
     ) -> None:
         assert self._planner is not None
         self._planner.source.keep(outputs)
-        if self._adaptive is not None and outputs:
+        if self._adaptive is not None and (outputs or not pl_module.automatic_optimization):
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             if not isinstance(loss, Tensor):
                 raise TypeError(
@@ -507,6 +511,9 @@ class BatchSamplerCallback(Callback):
             log["batch_sampler/time_share"] = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
         # Without a batch size, Lightning would look for one in the epoch's last batch, which may be of any kind.
         pl_module.log_dict(log, sync_dist=True, batch_size=1)
+        if self._must_check_mask and self.should_plan(trainer):
+            trainer.datamodule.warn_of_unread_mask()
+            self._must_check_mask = False
         self._planner.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -514,6 +521,8 @@ class BatchSamplerCallback(Callback):
             _say_of_auto(self._adaptive, "ended", "was")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return  # a second Trainer may evaluate on the DataModule while a first one fits
         self._close()
         if isinstance(trainer.datamodule, BatchSamplerDataModule):
             trainer.datamodule.forget_planner()
@@ -551,9 +560,15 @@ class BatchSamplerCallback(Callback):
 def _say_of_auto(pools: AdaptivePools, goes_on: str, is_: str) -> None:
     """Write a line to the log: with which batches ``pool_size="auto"`` goes on or ended, and why."""
     what = f"pools of {round(pools.n_batches)} batches" if pools.composes else "uniform batches"
+    advice = ""
+    if not pools.composes:
+        advice = (
+            " Batches are composed once the loss is well below target_loss. At a temperature above 0.1 the least "
+            'possible loss may be above it: see target_loss in "Choosing settings".'
+        )
     rank_zero_info(
-        f'BatchSamplerCallback: pool_size="auto" {goes_on} with {what}, as the loss {is_} {pools.loss:.2g} and '
-        f"target_loss {pools.target_loss:.2g}."
+        f'BatchSamplerCallback: pool_size="auto" {goes_on} with {what}. The loss {is_} {pools.loss:.2g}, and '
+        f"target_loss is {pools.target_loss:.2g}.{advice}"
     )
 
 

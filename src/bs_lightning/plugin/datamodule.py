@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from numpy.typing import NDArray
 from torch import Tensor
@@ -136,6 +137,7 @@ class BatchSamplerDataModule(LightningDataModule):
         self._train_dataset: Dataset[Any] | None = None
         self._checkpoint: tuple[Any, dict[str, Any]] | None = None
         self._planner: BatchPlanner | None = None
+        self._mask_was_read = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -186,7 +188,7 @@ class BatchSamplerDataModule(LightningDataModule):
                 f"The Trainer has two callbacks that compose batches, {type(self._planner).__name__} and "
                 f"{type(planner).__name__}. Give it one."
             )
-        self._planner = planner
+        self._planner, self._mask_was_read = planner, False
         # A `setup` of the DataModule that reads `trainer.estimated_stepping_batches` has made the loader already.
         if self.train_sampler is not None:
             planner.attach(self, self.train_sampler.layout)
@@ -272,11 +274,12 @@ class BatchSamplerDataModule(LightningDataModule):
         """
         if not hasattr(self, "dataloader_kwargs"):
             raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__(batch_size=...).")
-        for name in ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings"):
+        returned = ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings")
+        for name in (*returned, "pool_loading", "pool_size", "planning"):
             if not callable(getattr(self, name)):
                 raise TypeError(
                     f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
-                    "Keep yours under another name, and return it there."
+                    f"Keep yours under another name{', and return it there' if name in returned else ''}."
                 )
         module = None if self.trainer is None else self.trainer.lightning_module
         if module is not None and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
@@ -295,7 +298,9 @@ class BatchSamplerDataModule(LightningDataModule):
         }
         if self.streams:
             self._check_stream()
-            stream = TrainerStreamLoader(self, dataset, self.batch_size, **settings, **self.dataloader_kwargs)  # type: ignore[arg-type]
+            # One dictionary, as LightningCLI would offer all arguments of a stream's loader for a DataModule otherwise.
+            settings |= self.dataloader_kwargs
+            stream = TrainerStreamLoader(self, dataset, self.batch_size, **settings)  # type: ignore[arg-type]
             if self._planner is not None:
                 self._planner.attach(self, stream.layout)
             return stream
@@ -393,7 +398,19 @@ class BatchSamplerDataModule(LightningDataModule):
                 "BatchSamplerCallback(mask_nearest=...), such as 5, or BatchSamplerCallback(own_rule=AbovePositive()). "
                 "For uniform batches under the callback's mask, keep it, with composer=UniformComposer()."
             )
+        self._mask_was_read = True
         return mask
+
+    def warn_of_unread_mask(self) -> None:
+        """Warn if pairs are marked as likely false negatives, but nobody has asked for them in this fit."""
+        # Groups that are kept apart have no pair in a batch.
+        marks = any(not (self.separate_groups and isinstance(rule, SameGroup)) for rule in self._rules)
+        marks |= self._planner is not None and self._planner.finds_false_negatives
+        if marks and not self._mask_was_read:
+            rank_zero_warn(
+                "Likely false negatives are marked, but training_step has not asked for them. So the loss takes them "
+                "as negatives. Give the loss self.trainer.datamodule.likely_false_negatives()."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""

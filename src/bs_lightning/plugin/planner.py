@@ -317,7 +317,7 @@ class TrainerPlanner:
             if trainer.is_global_zero:
                 if graph is None:
                     graph = self._graph(embeddings, seed=seed)
-                check_graph(graph, n_instances)
+                graph = check_graph(graph, n_instances)
         self._whole_graph, self._graph_version = graph, version
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -134,6 +135,10 @@ class EncodedEmbeddings(EmbeddingSource):
             self._embed = module.embed  # type: ignore[assignment]
         elif is_overridden("forward", module):
             self._embed = module
+            rank_zero_info(
+                f"BatchSamplerCallback: {type(module).__name__} has no embed(batch), so its forward(batch) tells which "
+                "instances are alike. If your loss compares something else, such as a projection, define embed."
+            )
         else:
             raise TypeError(
                 f"{type(module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
@@ -270,12 +275,14 @@ class BankedEmbeddings(EmbeddingSource):
 
     def _restore(self) -> None:
         """Fill the bank from a checkpoint, as soon as both exist."""
-        if self._bank is not None and self._restored:
+        if self._bank is None or not self._restored:
+            return
+        if self._restored["n_instances"] == self._bank.n_instances:
             # On the device of training, where the run that was left had scaled them.
             rows = self._restored["rows"]
             rows = None if rows is None else rows.to(self._trainer.strategy.root_device)
             self._bank.load_state_dict(self._restored | {"rows": rows})
-            self._restored = None
+        self._restored = None  # the rows of a dataset of another length may belong to other instances
 
 
 class KeptEmbeddings(BankedEmbeddings):
@@ -340,7 +347,7 @@ class KeptEmbeddings(BankedEmbeddings):
 
     def _restore(self) -> None:
         if self._bank is not None and self._restored and self._restored["n_instances"] != self._bank.n_instances:
-            self.version = self._restored = None  # the data have a different length now
+            self.version = None
         super()._restore()
 
     def _encode(self, n_instances: int) -> Tensor:
@@ -355,13 +362,15 @@ class RecycledEmbeddings(BankedEmbeddings):
     Args:
         trainer: The Trainer, in its ``setup``.
         per_rank: Whether each process composes its own share. If not, only rank 0 keeps embeddings.
+        needs_two_sides: Whether embeddings of one side are refused.
     """
 
     in_all_processes: ClassVar[bool] = False
     foreseen: ClassVar[bool] = True
 
-    def __init__(self, trainer: Trainer, per_rank: bool) -> None:
+    def __init__(self, trainer: Trainer, per_rank: bool, needs_two_sides: bool) -> None:
         super().__init__(trainer, per_rank)
+        self._needs_two_sides = needs_two_sides
         self._shape: torch.Size | None = None
 
     def read(self, indices: Indices) -> Tensor:
@@ -386,6 +395,11 @@ class RecycledEmbeddings(BankedEmbeddings):
         batch = trainer.datamodule.trained_batch()
         layout = trainer.datamodule.train_sampler.layout
         embeddings = check_rows(outputs["embeddings"], layout.slice(batch, trainer.global_rank))
+        if self._needs_two_sides and embeddings.ndim != 3:
+            raise ValueError(
+                f"own_rule needs embeddings with two sides, but training_step returned {list(embeddings.shape)}: one "
+                "side has no positive to compare with. Return a pair of sides, or use mask_nearest=5 instead."
+            )
         if len(batch) % trainer.world_size:
             return  # the epoch's last batch is smaller, and its parts differ in size between processes
         if trainer.world_size > 1:
