@@ -80,7 +80,8 @@ class SentenceTrainer(Records, ComposedSentenceTransformerTrainer):
 
 def sentence_trainer(folder: Path, kind: type = SentenceTrainer, data: Any = None, **kwargs: Any) -> Any:
     """Return a trainer of pairs. ``kwargs`` are training arguments, and the adapter's own."""
-    own = {name: kwargs.pop(name) for name in ("pool_size", "composer", "gather") if name in kwargs}
+    names = ("pool_size", "composer", "gather", "encode_batch_size")
+    own = {name: kwargs.pop(name) for name in names if name in kwargs}
     if issubclass(kind, ComposedBatchesTrainer):
         own = {"pool_size": POOL, "composer": composer()} | own
     model = sentence_model()

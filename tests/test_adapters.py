@@ -17,9 +17,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 import hf_parts
-from datasets import DatasetDict
+from datasets import DatasetDict, Image
 from hf_parts import POOL, B, N, RecordedSimCSE, Records, bert, bert_trainer, composer, pairs, sentence_trainer
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.losses import MatryoshkaLoss
 
 from bs_lightning import PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
 from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
@@ -198,12 +199,27 @@ def test_evaluation_keeps_its_own_batches(tmp_path):
         ({"batch_sampler": "group_by_label"}, "batch_sampler=.*Leave it out"),
         ({"pool_size": 7}, "pool_size must be at least one global batch"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True is not supported"),
+        ({"encode_batch_size": 0}, "encode_batch_size must be at least 1, got 0"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
 def test_what_cannot_be_composed_is_refused(tmp_path, change, words):
     with pytest.raises((TypeError, ValueError), match=words):
         sentence_trainer(tmp_path, **change).train()
+
+
+def test_an_order_that_composed_batches_replace_is_refused(tmp_path):
+    trainer = bert_trainer(tmp_path)
+    trainer.args.train_sampling_strategy = "group_by_length"
+    with pytest.raises(ValueError, match=r'train_sampling_strategy=.group_by_length. .* Leave it at "random"'):
+        trainer.train()
+
+
+def test_a_last_batch_of_one_is_refused_in_the_words_of_the_arguments(tmp_path):
+    trainer = sentence_trainer(tmp_path, data=pairs(97), dataloader_drop_last=False)
+    with pytest.raises(ValueError, match="a last batch of 1 instances") as caught:
+        trainer.train()
+    assert "drop_last is dataloader_drop_last" in caught.value.__notes__[0]
 
 
 def test_a_trainer_without_embed_is_told_so(tmp_path):
@@ -273,3 +289,38 @@ def test_pools_are_embedded_in_batches_as_large_as_those_of_training(tmp_path):
     sizes = []
     bert_trainer(tmp_path, Noting, per_device_eval_batch_size=2, num_train_epochs=1).train()
     assert set(sizes) == {B}
+    sizes.clear()
+    trainer = bert_trainer(tmp_path, Noting, num_train_epochs=1)
+    trainer.encode_batch_size = 16
+    trainer.train()
+    assert set(sizes) == {16}
+
+
+@pytest.mark.parametrize("wrap", [lambda loss, model: loss, lambda loss, model: MatryoshkaLoss(model, loss, [16, 8])])
+def test_a_cached_loss_is_embedded_in_its_mini_batches(tmp_path, wrap):
+    trainer = sentence_trainer(tmp_path, num_train_epochs=1)
+    trainer.loss.mini_batch_size = 4  # as of a cached loss, which takes no model of word vectors
+    trainer.loss = wrap(trainer.loss, trainer.model)
+    sizes, embed = [], trainer.embed
+    trainer.embed = lambda inputs: sizes.append(len(inputs["label"])) or embed(inputs)
+    next(iter(trainer.get_train_dataloader()))
+    assert set(sizes) == {4}
+
+
+def test_images_beside_the_texts_are_not_decoded(tmp_path):
+    rows = pairs().add_column("picture", N * [{"bytes": b"no image", "path": None}])
+    trainer = sentence_trainer(tmp_path)
+    trainer.train_dataset = rows.cast_column("picture", Image())
+    batches = trainer.compose(torch.randn(8, 2, 4), np.arange(8), 4, seed=0, epoch=0)
+    assert sorted(batches.ravel()) == list(range(8))
+
+
+def test_a_checkpoint_of_a_trainer_without_the_adapter(tmp_path):
+    every_epoch = {"save_strategy": "epoch"}
+    sentence_trainer(tmp_path, SentenceTransformerTrainer, **every_epoch, num_train_epochs=1).train()
+    composed = sentence_trainer(tmp_path, **every_epoch, num_train_epochs=2)
+    composed.train(resume_from_checkpoint=True)
+    assert_each_once(composed.batches, n_epochs=1)
+    again = sentence_trainer(tmp_path, **every_epoch, num_train_epochs=3)
+    again.train(resume_from_checkpoint=True)
+    assert_each_once(again.batches, n_epochs=1)

@@ -371,13 +371,19 @@ def test_pairs_are_read(tmp_path):
         ("a\tb\n", "holds no pair"),
         ("subset\tscore\tsentence1\tsentence2\nx\t1\tr0\tr1\nx\t1\tr0", "line 3 must hold 4 fields"),
         ("score\tsentence1\tsentence2\n", "holds no pair"),
-        ("score\tsentence1\tsentence2\nhigh\tr0\tr1", "line 2: score must be a number, got 'high'"),
+        ("score\tsentence1\tsentence2\nhigh\tr0\tr1", "line 2: score must be a finite number, got 'high'"),
+        ("score\tsentence1\tsentence2\nnan\tr0\tr1", "line 2: score must be a finite number, got 'nan'"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, lines, error):
     (tmp_path / "pairs.tsv").write_text(lines)
     with pytest.raises(ValueError, match=error):
         read_evaluation(tmp_path / "pairs.tsv")
+
+
+def test_a_carriage_return_within_a_text_ends_no_line(tmp_path):
+    (tmp_path / "texts.txt").write_bytes(b"one\rtext\r\nsecond\n")
+    assert read_sentences(tmp_path / "texts.txt") == ["one\rtext", "second"]
 
 
 def test_wrong_data_is_refused(tmp_path):
@@ -459,4 +465,10 @@ def test_all_files_are_evaluated(tmp_path):
     assert found["val/mrr"] == found["pairs/mrr"]
     data.evaluate_on = ["a/pairs.tsv", "b/pairs.tsv"]
     with pytest.raises(ValueError, match="different names"):
+        data.setup()
+    data.evaluate_on = ["val.tsv", "test.tsv"]
+    with pytest.raises(ValueError, match="a file named val, and means over files are logged as val"):
+        data.setup()
+    data.evaluate_on = "pairs.tsv"
+    with pytest.raises(TypeError, match=r"evaluate_on must be a list of paths, got 'pairs\.tsv'"):
         data.setup()

@@ -63,8 +63,9 @@ def test_training_learns(name):
     assert after["test/linear_probe"] > before["test/linear_probe"] + 0.05
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("simclr", "bf16-mixed"), ("simclr", "bf16-true"), ("moco_v3", "bf16-mixed")]
+)
 def test_bf16(name, precision):
     records = Records()
     fit(vision.model(name), vision.data(), walker(32), records, precision=precision)
@@ -235,6 +236,12 @@ def test_the_momentum_encoder_gets_no_gradient():
     assert len(model.optimizers().param_groups[0]["params"]) == len(weights(model.encoder, model.projector)) + 4
 
 
+def test_a_momentum_encoder_in_half_precision_is_refused():
+    with pytest.raises(ValueError, match=r'are torch.bfloat16, .* Use Trainer.precision="bf16-mixed"'):
+        fit(vision.model("moco_v3"), vision.data(), max_epochs=1, precision="bf16-true")
+    fit(vision.model("moco_v3"), vision.data(), max_epochs=1, precision="bf16-mixed", limit_train_batches=1)
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.5])
 def test_a_wrong_momentum_is_refused(momentum):
     with pytest.raises(ValueError, match=f"momentum must be in .*, got {momentum}"):
@@ -344,6 +351,9 @@ def folder(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / name)
     (tmp_path / "cat/about.txt").write_text("not an image")
+    (tmp_path / "cat/._1.png").write_text("what macOS keeps of a file")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    picture("L").save(tmp_path / ".ipynb_checkpoints/0.png")
     return tmp_path
 
 

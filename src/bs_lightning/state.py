@@ -125,7 +125,7 @@ class SamplerState:
                 raise ValueError(
                     f"The checkpoint was taken in the middle of an epoch with {name}={was}, now it is {now}: instances "
                     f"would be lost or repeated. Resume with {was}, or from a checkpoint that was taken between two "
-                    "epochs (as with ModelCheckpoint(save_on_train_epoch_end=True), not after an epoch's last batch)."
+                    "epochs (with Lightning: ModelCheckpoint(save_on_train_epoch_end=True), not after the last batch)."
                 )
 
     def check_position(self, epoch: int, start: int) -> None:

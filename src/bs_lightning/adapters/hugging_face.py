@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from bs_lightning._checks import check_integer
 from bs_lightning._types import Batches, Indices
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer
 from bs_lightning.encoding import encode
@@ -44,10 +45,13 @@ class ComposedBatchesTrainer(Trainer):
         composer: Composes batches from a pool's embeddings; ``None`` is ``RWRComposer()``.
         gather: Whether the loss gathers negatives of all processes. If so, global batches are composed. If not, each
             process trains on composed batches of its own.
+        encode_batch_size: Instances embedded at a time. ``None`` takes ``per_device_eval_batch_size``, or the training
+            batch if that is larger; on a GPU, four training batches.
         **kwargs: Arguments of the Trainer.
 
     Raises:
-        TypeError: If ``composer`` is not callable, or ``pool_size`` is not an integer.
+        TypeError: If ``composer`` is not callable, or ``pool_size`` or ``encode_batch_size`` is not an integer.
+        ValueError: If ``encode_batch_size`` is below 1.
 
     Example::
 
@@ -73,11 +77,15 @@ class ComposedBatchesTrainer(Trainer):
         pool_size: int | None = None,
         composer: Composer | ComposeFunction | None = None,
         gather: bool = False,
+        encode_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if encode_batch_size is not None:
+            check_integer("encode_batch_size", encode_batch_size, 1)
         self.pool_size = None if pool_size is None else Pools(pool_size).size
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.gather = gather
+        self.encode_batch_size = encode_batch_size
         self._load: BatchFetcher | None = None
         self._described: list[dict[str, float]] = []  # of each pool since the last log, in the main process
         super().__init__(*args, **kwargs)
@@ -105,11 +113,19 @@ class ComposedBatchesTrainer(Trainer):
 
         Raises:
             TypeError: If ``train_dataset`` is iterable-style.
-            ValueError: If ``pool_size`` is smaller than a global batch, or ``split_batches`` is set.
+            ValueError: If ``pool_size`` is smaller than a global batch, ``split_batches`` is set, or the arguments ask
+                for an order that composed batches replace.
         """
         if self.accelerator.split_batches:
             raise ValueError(
                 "split_batches=True is not supported: per_device_train_batch_size is each process's share."
+            )
+        # Before version 5 of transformers, the argument was `group_by_length`.
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy != "random" or getattr(self.args, "group_by_length", False):
+            raise ValueError(
+                f"train_sampling_strategy={strategy!r} cannot be combined with composed batches, which replace it. "
+                'Leave it at "random".'
             )
         own = super().get_train_dataloader()
         dataset: Any = own.dataset
@@ -117,15 +133,19 @@ class ComposedBatchesTrainer(Trainer):
         settings = {name: getattr(own, name) for name in SETTINGS}
         n_processes = self.accelerator.num_processes
         pool_size = 10 * self._train_batch_size * n_processes if self.pool_size is None else self.pool_size
-        sampler = ResumableSampler(
-            len(dataset),
-            self._train_batch_size,
-            planning=Planning(self._plan_pool, Pools(pool_size), self.composer.replacement),
-            drop_last=self.args.dataloader_drop_last,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            rank=self.accelerator.process_index,
-            world_size=n_processes,
-        )
+        try:
+            sampler = ResumableSampler(
+                len(dataset),
+                self._train_batch_size,
+                planning=Planning(self._plan_pool, Pools(pool_size), self.composer.replacement),
+                drop_last=self.args.dataloader_drop_last,
+                seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                rank=self.accelerator.process_index,
+                world_size=n_processes,
+            )
+        except ValueError as error:
+            error.add_note("Here batch_size is per_device_train_batch_size, and drop_last is dataloader_drop_last.")
+            raise
         self._load = BatchFetcher(dataset, **settings)
         return PoolLoader(dataset, sampler, **settings)
 
@@ -205,10 +225,14 @@ class ComposedBatchesTrainer(Trainer):
             with self.compute_loss_context_manager():
                 return self.embed(self._prepare_inputs(inputs))
 
+        size = self._default_encode_batch_size() if self.encode_batch_size is None else self.encode_batch_size
         with no_trace(self.model):
-            # `eval_batch_size` is 8 by default, which keeps no GPU busy.
-            training = self._train_batch_size * (4 if self.args.device.type == "cuda" else 1)
-            return encode(indices.tolist(), self._load, embed, batch_size=max(self.args.eval_batch_size, training))
+            return encode(indices.tolist(), self._load, embed, batch_size=size)
+
+    def _default_encode_batch_size(self) -> int:
+        """Return how many instances are embedded at a time. ``eval_batch_size`` is 8, which keeps no GPU busy."""
+        training = self._train_batch_size * (4 if self.args.device.type == "cuda" else 1)
+        return max(self.args.eval_batch_size, training)
 
 
 class ResumableSampler(PoolBatchSampler):
@@ -236,10 +260,11 @@ class PositionCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on where the checkpoint was saved."""
+        # A checkpoint of a trainer without the adapter has no entry, and the Trainer saves into entries that exist.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.loader = kwargs["train_dataloader"]
         assert self.loader is not None
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step == 0 or saved is None or saved["attributes"]["position"] is None:
+        if state.global_step == 0 or saved["attributes"]["position"] is None:
             return
         content = base64.b64decode(saved["attributes"]["position"])
         sampler = self.loader.batch_sampler

@@ -24,7 +24,7 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
     other.
 
     No composed batch holds a text twice, in any column, as with ``BatchSamplers.NO_DUPLICATES``. A warning says where
-    this cannot be: where more instances of a pool have a text than the pool has batches. With
+    this was not reached: where a text is in nearly as many instances of a pool as the pool has batches, or more. With
     ``dataloader_drop_last=False``, the smaller last batch of an epoch is uniform, and is not rearranged.
 
     Args:
@@ -32,10 +32,13 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
         pool_size: Instances planned together; ``None`` is ten global batches.
         composer: Composes batches from a pool's embeddings; ``None`` is ``RWRComposer()``.
         gather: Set it if the loss has ``gather_across_devices=True``: global batches are composed then.
+        encode_batch_size: Pairs embedded at a time. ``None`` takes the ``mini_batch_size`` of a cached loss, and of
+            other losses what :class:`~bs_lightning.adapters.hugging_face.ComposedBatchesTrainer` takes.
         **kwargs: Arguments of ``SentenceTransformerTrainer``.
 
     Raises:
-        TypeError: If ``composer`` is not callable, or ``pool_size`` is not an integer.
+        TypeError: If ``composer`` is not callable, or ``pool_size`` or ``encode_batch_size`` is not an integer.
+        ValueError: If ``encode_batch_size`` is below 1.
 
     Example::
 
@@ -97,8 +100,12 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
         batches = super().compose(embeddings, indices, batch_size, seed=seed, epoch=epoch)
         no_texts = {*self.data_collator.valid_label_columns, "dataset_name"}
         dataset: Any = self.train_dataset
-        columns = dataset[indices.tolist()]
-        rows = zip(*(column for name, column in columns.items() if name not in no_texts), strict=True)
+        # Other columns, such as images, would be decoded.
+        names = [name for name, kind in dataset.features.items() if name not in no_texts and _holds_texts(kind)]
+        if not names:
+            return batches
+        columns = dataset.select_columns(names)[indices.tolist()]
+        rows = zip(*columns.values(), strict=True)
         batches, left = keep_apart(batches, [{str(text) for text in row} for row in rows], seed)
         if left:
             warnings.warn(
@@ -108,12 +115,24 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
             )
         return batches
 
+    def _default_encode_batch_size(self) -> int:
+        # A cached loss computes a part of the batch at a time, as all of it does not fit into memory.
+        cached = getattr(self.loss, "loss", self.loss)  # another loss may wrap it
+        size: int | None = getattr(cached, "mini_batch_size", None)
+        return super()._default_encode_batch_size() if size is None else size
+
+
+def _holds_texts(kind: Any) -> bool:
+    """Return whether a column holds strings, or lists of strings."""
+    return getattr(getattr(kind, "feature", kind), "dtype", None) in ("string", "large_string")
+
 
 def keep_apart(batches: Batches, texts: list[set[str]], seed: int) -> tuple[Batches, int]:
     """Exchange instances between batches so that no two instances of a batch share a text.
 
     An instance that shares a text is exchanged with one of a different batch, if both then share none. So no exchange
-    brings a new repetition. Texts of more instances than there are batches stay where they are.
+    brings a new repetition. Texts of more instances than there are batches stay where they are. Texts of nearly as many
+    instances may be left together, as each instance is moved once.
 
     Args:
         batches: Positions in the pool, int64 ``[n, B]``.

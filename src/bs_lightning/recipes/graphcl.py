@@ -230,10 +230,12 @@ def sample_subgraph(graph: Data, share: float = 0.8) -> Data:
     that, the component is kept. The public code walks over a fifth of the nodes. One version keeps the edges among the
     other four fifths, and another those among the fifth.
     """
+    if not graph.num_nodes:
+        return graph
     neighbors: list[list[int]] = [[] for _ in range(graph.num_nodes)]
     for source, target in graph.edge_index.T.tolist():
         neighbors[source].append(target)
-    frontier = [int(torch.randint(max(graph.num_nodes, 1), ()))]
+    frontier = [int(torch.randint(graph.num_nodes, ()))]
     kept: set[int] = set()
     while frontier and len(kept) < max(share * graph.num_nodes, 1):
         node = frontier.pop(int(torch.randint(len(frontier), ())))

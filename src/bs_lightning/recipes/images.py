@@ -177,7 +177,8 @@ class ImageFolder(Dataset[Any]):
     """The images in a folder and its subfolders, in the order of their paths.
 
     Item ``i`` is a tuple of PIL image and label. If all images lie in subfolders, each first-level subfolder is a
-    class. Otherwise the labels are ``None``. Files whose names do not end as Pillow's formats do are left out.
+    class. Otherwise the labels are ``None``. Left out are hidden files and folders, whose names begin with a dot, and
+    files whose names do not end as Pillow's formats do.
 
     Args:
         folder: The folder.
@@ -199,10 +200,12 @@ class ImageFolder(Dataset[Any]):
 
     def __init__(self, folder: str | Path) -> None:
         endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+        images = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+        parts_of = {path: path.relative_to(folder).parts for path in images}
+        self.paths = [path for path in images if not any(part.startswith(".") for part in parts_of[path])]
         if not self.paths:
             raise ValueError(f"The folder {str(folder)!r} holds no image. Give a folder of files such as .jpg or .png.")
-        inside = [path.relative_to(folder).parts for path in self.paths]
+        inside = [parts_of[path] for path in self.paths]
         has_classes = all(len(parts) > 1 for parts in inside)
         self.classes = sorted({parts[0] for parts in inside}) if has_classes else []
         self.targets = [self.classes.index(parts[0]) for parts in inside] if has_classes else None

@@ -125,6 +125,14 @@ class MoCoV3(ProbedModule):
         progress = self.trainer.global_step / n_steps(self.trainer)
         self.follow(1 - (1 - self.hparams.momentum) * (1 + math.cos(math.pi * progress)) / 2)
 
+    def on_fit_start(self) -> None:
+        """Refuse weights in half precision."""
+        if self.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"The momentum encoder's weights are {self.dtype}, which rounds most of its small steps away. Use "
+                'Trainer(precision="bf16-mixed").'
+            )
+
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """Move the weights of the momentum encoder towards the encoder's.

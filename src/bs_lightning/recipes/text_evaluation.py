@@ -46,11 +46,17 @@ class TextDataModule(BatchSamplerDataModule):
         """Read the files of ``evaluate_on``.
 
         Raises:
-            ValueError: If a file is not as :func:`read_evaluation` expects, or two files have one name.
+            TypeError: If ``evaluate_on`` is one path.
+            ValueError: If a file is not as :func:`read_evaluation` expects, two files have one name, or one of several
+                is named ``val``.
         """
+        if isinstance(self.evaluate_on, str | Path):
+            raise TypeError(f"evaluate_on must be a list of paths, got {self.evaluate_on!r}. Give a list of one.")
         names = [Path(path).stem for path in self.evaluate_on]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluate_on must hold files of different names, under which to log, got {names}.")
+        if "val" in names and len(names) > 1:
+            raise ValueError("evaluate_on holds a file named val, and means over files are logged as val. Rename it.")
         self.evaluation = [read_evaluation(path) for path in self.evaluate_on]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

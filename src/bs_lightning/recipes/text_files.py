@@ -1,6 +1,7 @@
 """Files of texts: sentences, pairs, and scored pairs to evaluate on; and groups of what belongs together."""
 
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def read_evaluation(path: str | Path) -> EvaluationPairs:
             if there is no pair.
     """
     lines = _lines(path)
-    names = lines[0].split("\t") if lines else []
+    names = [name.strip() for name in lines[0].split("\t")] if lines else []
     if not {"score", "sentence1", "sentence2"} <= set(names):
         return EvaluationPairs(Path(path).stem, read_pairs(path), None)
     pairs, scores = [], []
@@ -162,7 +163,9 @@ def read_evaluation(path: str | Path) -> EvaluationPairs:
         try:
             scores.append(float(row["score"]))
         except ValueError:
-            raise ValueError(f"{_place(path, number)}: score must be a number, got {row['score']!r}.") from None
+            scores.append(math.nan)
+        if not math.isfinite(scores[-1]):
+            raise ValueError(f"{_place(path, number)}: score must be a finite number, got {row['score']!r}.")
         pairs.append((row["sentence1"], row["sentence2"]))
     if not pairs:
         raise ValueError(f"{path} holds no pair. Give two sentences and a score a line.")
@@ -201,8 +204,9 @@ def _rows(source: Any, columns: Sequence[str]) -> list[Any]:
 
 
 def _lines(path: str | Path) -> list[str]:
-    with open(path, encoding="utf-8-sig") as file:  # not `splitlines`, which also splits at characters of a text
-        return [line.rstrip("\n") for line in file]
+    # Not `splitlines`, nor the default newlines: both also split at characters of a text.
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        return [line.removesuffix("\n").removesuffix("\r") for line in file]
 
 
 def _name(source: Any) -> str:
