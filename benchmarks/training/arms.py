@@ -11,7 +11,7 @@ from bs_lightning import BatchSamplerCallback, ExactGraph, NNDescentGraph, RWRCo
 from bs_lightning.baselines import B3Composer, GCBSComposer, UniformComposer, knn_batches
 from bs_lightning.compose import ComposeFunction
 from bs_lightning.graphs import Graph
-from bs_lightning.plugin.sources import Embed
+from bs_lightning.plugin.sources import ModuleEmbed
 from bs_lightning.presets import public_code
 from bs_lightning.rules import AbovePositive
 
@@ -61,7 +61,7 @@ class Arm:
     target_loss: float | None = None
 
     def callback(
-        self, batch_size: int, n_epochs: int, embed: Embed | None = None, every_side: bool = False
+        self, batch_size: int, n_epochs: int, embed: ModuleEmbed | None = None, every_side: bool = False
     ) -> BatchSamplerCallback | None:
         """Return the callback to add to the Trainer; ``None`` trains with uniform batches.
 

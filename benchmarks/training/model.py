@@ -1,6 +1,5 @@
 """The model that all tasks train, and small networks for it."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from bs_lightning import BatchSamplerDataModule
+from bs_lightning.recipes.steps import cosine
 
 Mask = Callable[[BatchSamplerDataModule], Tensor]
 
@@ -56,9 +56,7 @@ class Contrastive(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW with a learning rate that falls along a cosine."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=1e-6, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + math.cos(math.pi * min(step / max(self.steps, 1), 1))) / 2
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(min(step / max(self.steps, 1), 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

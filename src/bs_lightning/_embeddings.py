@@ -1,13 +1,12 @@
 """Checks, scaling and similarities of embeddings that several modules share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bs_lightning._checks import check_integer
 from bs_lightning._types import Embeddings, Indices
 
 # Similarities that `similarity_blocks` holds at a time. On a CPU, 4 MB stay in the cache: in pools of 4,096, graphs
@@ -55,7 +54,7 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
     return embeddings
 
 
-def as_float_tensor(embeddings: Embeddings, indices: Indices) -> Tensor:
+def read_rows(embeddings: Embeddings, indices: Indices) -> Tensor:
     """Return some rows of embeddings that may lie in a file.
 
     Args:
@@ -112,25 +111,29 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}"
 
 
+def check_finite(rows: Tensor, indices: Sequence[int] | Indices | Tensor) -> None:
+    """Refuse embeddings of a pool that hold a NaN or an infinity.
+
+    Args:
+        rows: Floats of shape ``[P, ...]``.
+        indices: Their dataset indices, integers ``[P]``.
+
+    Raises:
+        ValueError: Naming the first such dataset index.
+    """
+    row = first_not_finite(rows)
+    if row is not None:
+        raise ValueError(
+            f"The embedding of dataset index {int(indices[row])} is not finite. Check that instance, or whether "
+            "training diverged. Lower precisions overflow sooner."
+        )
+
+
 def first_not_finite(rows: Tensor) -> int | None:
     """Return the number of the first instance that holds a NaN or an infinity, or ``None`` if there is none."""
     # `torch.isfinite` of all rows would hold them twice more. Their largest number says the same.
     finite = _largest(rows.flatten(1)).squeeze(1).isfinite()
     return None if finite.all() else int((~finite).nonzero()[0])
-
-
-def check_whole_batches(n_embeddings: int, batch_size: int) -> None:
-    """Check that ``batch_size`` divides the number of embeddings.
-
-    Raises:
-        TypeError: If ``batch_size`` is not an integer.
-        ValueError: If it does not divide the number of embeddings.
-    """
-    if check_integer("batch_size", batch_size) < 1 or n_embeddings % batch_size:
-        raise ValueError(
-            f"batch_size must divide the number of embeddings, {n_embeddings}, got {batch_size}. "
-            "Leave out the embeddings that do not fill a batch."
-        )
 
 
 def unit_rows(embeddings: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._embeddings import as_sides, first_not_finite, unit_rows_
+from bs_lightning._embeddings import as_sides, check_finite, unit_rows_
 
 _WRITTEN_TOGETHER = 2**18  # entries, 1 MB: of small batches, the many steps of a write take longer than their data
 
@@ -82,14 +82,8 @@ class EmbeddingBank:
         if self._rows is None:
             return torch.zeros(len(indices), 2)
         rows = self._rows[indices.to(self._rows.device)].float()
-        row = first_not_finite(rows)
-        if row is not None:
-            index = int(indices[row])
-            raise ValueError(
-                f"The embedding of dataset index {index} is not finite. Check that instance, or whether training "
-                "diverged."
-            )
-        return torch.nn.functional.normalize(rows, dim=-1)
+        check_finite(rows, indices)
+        return unit_rows_(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all rows for a checkpoint.

@@ -18,7 +18,6 @@ from bs_lightning._checks import check_instance_callable, check_integer, check_s
 from bs_lightning._embeddings import (
     BELOW_ANY_COSINE,
     as_embeddings,
-    check_whole_batches,
     products,
     similar_to_nothing,
     similarity_blocks,
@@ -55,9 +54,7 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
         >>> uniform_batches(torch.randn(64, 8), 16, seed=0, epoch=0).shape
         (4, 16)
     """
-    seed = check_seed(seed)
-    embeddings = as_embeddings(embeddings)
-    check_whole_batches(len(embeddings), batch_size)
+    embeddings, seed = _checked(embeddings, batch_size, seed)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
 
@@ -118,9 +115,7 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
 
     Source: arXiv 2306.03355, section 4.4.
     """
-    seed = check_seed(seed)
-    embeddings = as_embeddings(embeddings)
-    check_whole_batches(len(embeddings), batch_size)
+    embeddings, seed = _checked(embeddings, batch_size, seed)
     unit = unit_rows(embeddings)
     left, right = similarity_factors(unit)
     isolated = similar_to_nothing(unit)
@@ -197,9 +192,7 @@ class GCBSComposer(Composer):
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-        seed = check_seed(seed)
-        embeddings = as_embeddings(embeddings)
-        check_whole_batches(len(embeddings), batch_size)
+        embeddings, seed = _checked(embeddings, batch_size, seed)
         size = len(embeddings)
         if self.n_neighbors >= size - 1:
             raise ValueError(
@@ -298,9 +291,7 @@ class B3Composer(Composer):
                 ``[P, d]`` or ``[P, 2, d]`` or not finite, ``P`` is so small that each instance would keep all that it
                 does not skip, or there would be only one community.
         """
-        seed = check_seed(seed)
-        embeddings = as_embeddings(embeddings)
-        check_whole_batches(len(embeddings), batch_size)
+        embeddings, seed = _checked(embeddings, batch_size, seed)
         if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:
             raise ValueError(
                 f"n_skipped={self.n_skipped} and n_neighbors={self.n_neighbors} take all neighbours of each of "
@@ -403,9 +394,7 @@ class ClusterComposer(Composer):
             ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
                 ``[P, d]`` or ``[P, 2, d]`` or not finite, or several batches would come from one cluster.
         """
-        seed = check_seed(seed)
-        embeddings = as_embeddings(embeddings)
-        check_whole_batches(len(embeddings), batch_size)
+        embeddings, seed = _checked(embeddings, batch_size, seed)
         n_clusters = -(-len(embeddings) // (batch_size if self.cluster_size is None else self.cluster_size))
         if n_clusters == 1 and len(embeddings) > batch_size:
             raise ValueError(
@@ -498,3 +487,15 @@ def _require(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise ImportError(f"This composer needs {package}: pip install 'bs-lightning[baselines]'")
+
+
+def _checked(embeddings: Embeddings, batch_size: int, seed: int) -> tuple[Tensor, int]:
+    """Check what every baseline is given. ``batch_size`` must divide the number of embeddings."""
+    seed = check_seed(seed)
+    embeddings = as_embeddings(embeddings)
+    if check_integer("batch_size", batch_size) < 1 or len(embeddings) % batch_size:
+        raise ValueError(
+            f"batch_size must divide the number of embeddings, {len(embeddings)}, got {batch_size}. "
+            "Leave out the embeddings that do not fill a batch."
+        )
+    return embeddings, seed

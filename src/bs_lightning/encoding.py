@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bs_lightning._checks import check_integer, check_integer_array
-from bs_lightning._embeddings import as_sides, first_not_finite, similar_to_nothing, unit_rows_
+from bs_lightning._embeddings import as_sides, check_finite, similar_to_nothing, unit_rows_
 from bs_lightning._types import Indices
 from bs_lightning.loader import Load
 
@@ -87,12 +87,7 @@ def checked_unit_rows_(embeddings: Tensor, indices: Sequence[int] | Indices) -> 
     Returns:
         ``embeddings``.
     """
-    row = first_not_finite(embeddings)
-    if row is not None:
-        raise ValueError(
-            f"The embedding of dataset index {int(indices[row])} is not finite. Check that instance, or whether "
-            "training diverged. Lower precisions overflow sooner."
-        )
+    check_finite(embeddings, indices)
     unit_rows_(embeddings)
     warn_of_zeros(embeddings)
     warn_of_collapse(embeddings)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer_array, check_number, check_positive
-from bs_lightning._embeddings import TIE, as_float_tensor, first_not_finite, unit_rows_
+from bs_lightning._embeddings import TIE, first_not_finite, read_rows, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
 _CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
@@ -246,7 +246,7 @@ class MoreSimilar:
 
     def _unit(self, indices: Indices) -> Tensor:
         """Return rows of length 1, float32."""
-        return unit_rows_(as_float_tensor(self.embeddings, indices))
+        return unit_rows_(read_rows(self.embeddings, indices))
 
 
 def either_way(rules: Iterable[Rule], indices: Indices, neighbors: Neighbors) -> NDArray[np.bool_]:
@@ -331,7 +331,7 @@ def check_reference(embeddings: Embeddings, n_instances: int) -> None:
             f"train_dataset(), got {list(shape)}."
         )
     for start in range(0, n_instances, rows := max(1, _CHUNK_ENTRIES // int(np.prod(shape[1:])))):
-        bad = first_not_finite(as_float_tensor(embeddings, np.arange(start, min(start + rows, n_instances))))
+        bad = first_not_finite(read_rows(embeddings, np.arange(start, min(start + rows, n_instances))))
         if bad is not None:
             raise ValueError(
                 f"reference_embeddings() must be finite, but the row of dataset index {start + bad} is not. Check that "

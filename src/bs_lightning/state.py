@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from bs_lightning._types import Indices
+from bs_lightning._saved import damaged, saved_counts, saved_table, saved_value
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import Pool
 
@@ -84,23 +83,20 @@ class SamplerState:
             ValueError: If a key is missing, a value is out of range, or the state has a different format.
             TypeError: If a value has a wrong type.
         """
-        if _value(state, "format", int) != FORMAT:
+        if saved_value(state, "format", int) != FORMAT:
             raise ValueError(
                 f"The checkpoint's sampler state has format {state['format']}, but this version of bs-lightning reads "
                 f"format {FORMAT}. Resume with the version that wrote it."
             )
-        counts = {name: _value(state, name, int) for name in _COUNTS}
-        for name, count in counts.items():
-            if count < 0:
-                raise _damaged(name, count, "at least 0")
+        counts = saved_counts(state, _COUNTS)
         whole = counts["n_instances"] // max(counts["global_batch_size"], 1)
         if not whole <= counts["n_batches"] <= whole + 1:
-            raise _damaged("n_batches", counts["n_batches"], f"{whole}, or one more")
+            raise damaged("n_batches", counts["n_batches"], f"{whole}, or one more")
         for name, most in (("served", "stop"), ("stop", "n_batches")):
             if counts[name] > counts[most]:
-                raise _damaged(name, counts[name], f"at most {most}, {counts[most]}")
-        pool = None if _value(state, "pool", dict, type(None)) is None else _pool_from_dict(state["pool"])
-        return cls(**counts, in_pool=_value(state, "in_pool", bool), pool=pool)
+                raise damaged(name, counts[name], f"at most {most}, {counts[most]}")
+        pool = None if saved_value(state, "pool", dict, type(None)) is None else _pool_from_dict(state["pool"])
+        return cls(**counts, in_pool=saved_value(state, "in_pool", bool), pool=pool)
 
     def check_same_batches(self, layout: BatchLayout, groups: int) -> None:
         """Refuse to go on within an epoch if its batches had a different size or were cut from different data.
@@ -153,7 +149,7 @@ class SamplerState:
         there = pool is not None and pool.epoch == epoch and pool.start <= start <= pool.stop
         if self.in_pool and not there:
             got = None if pool is None else f"a pool that begins at batch {pool.start} of epoch {pool.epoch}"
-            raise _damaged("pool", got, f"the pool that serves batch {start} of epoch {epoch}")
+            raise damaged("pool", got, f"the pool that serves batch {start} of epoch {epoch}")
 
 
 def holds_state(state: Mapping[str, Any]) -> bool:
@@ -180,37 +176,9 @@ def _pool_to_dict(pool: Pool) -> dict[str, Any]:
 
 def _pool_from_dict(state: Mapping[str, Any]) -> Pool:
     return Pool(
-        _value(state, "epoch", int, where="pool."),
-        _value(state, "start", int, where="pool."),
-        _table(state, "batches"),
-        _table(state, "pairs"),
-        _value(state, "replacement", bool, where="pool."),
+        saved_value(state, "epoch", int, where="pool."),
+        saved_value(state, "start", int, where="pool."),
+        saved_table(state, "batches"),
+        saved_table(state, "pairs"),
+        saved_value(state, "replacement", bool, where="pool."),
     )
-
-
-def _value(state: Mapping[str, Any], name: str, *types: type, where: str = "") -> Any:
-    """Return a value of the state. Refuse it unless it has one of the given types; ``bool`` is not an ``int`` here."""
-    if name not in state:
-        raise ValueError(f"The checkpoint's sampler state lacks {where}{name!r}. {_ADVICE}")
-    if type(state[name]) not in types:
-        kinds = " or ".join(kind.__name__ for kind in types)
-        raise TypeError(
-            f"The checkpoint's sampler state must hold {kinds} as {where}{name}, got {state[name]!r}. {_ADVICE}"
-        )
-    return state[name]
-
-
-def _table(state: Mapping[str, Any], name: str) -> Indices:
-    """Return a two-dimensional int64 tensor of the state as an array."""
-    value = _value(state, name, torch.Tensor, where="pool.")
-    if value.ndim != 2 or value.dtype != torch.int64:
-        raise _damaged(f"pool.{name}", f"{value.dtype} of shape {list(value.shape)}", "int64 of two dimensions")
-    array: Indices = value.cpu().numpy().astype(np.int64, copy=False)
-    return array
-
-
-_ADVICE = "It is damaged, or older than version 0.1.0: resume from a different checkpoint."
-
-
-def _damaged(name: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"The checkpoint's sampler state holds {name}={value}, but it must be {expected}. {_ADVICE}")

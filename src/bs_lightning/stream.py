@@ -29,7 +29,7 @@ from bs_lightning.mask import pair_mask
 from bs_lightning.permutation import permutation
 from bs_lightning.plan import PlannedPool, PoolPlanner, check_planned, pool_seed
 from bs_lightning.pools import Pools
-from bs_lightning.stream_state import Reading, StreamPool, StreamState
+from bs_lightning.stream_state import StreamPool, StreamReading, StreamState
 
 _WORKERS = 2**40  # in place of a pool's first batch, for the seed of workers
 
@@ -335,7 +335,7 @@ class StreamLoader:
 
     def _read(
         self, run: "Pass", stream: Any, instances: Iterator[Any], wanted: int, before: int
-    ) -> tuple[Reading, list[Any]]:
+    ) -> tuple[StreamReading, list[Any]]:
         """Read up to ``wanted`` instances. An error is told to all processes, so that all stop."""
         try:
             state = copy.deepcopy(_state(stream, before)) if self._is_stateful and before else None
@@ -343,11 +343,11 @@ class StreamLoader:
         except Exception as error:  # whatever a user's stream raises
             if not run.together:
                 raise
-            self._gather(Reading(before, 0, None, f"{type(error).__name__}: {error}"))
+            self._gather(StreamReading(before, 0, None, f"{type(error).__name__}: {error}"))
             raise
-        return Reading(before, len(taken), state), taken
+        return StreamReading(before, len(taken), state), taken
 
-    def _exchanged(self, reading: Reading) -> list[Reading]:
+    def _exchanged(self, reading: StreamReading) -> list[StreamReading]:
         """Return what all processes have read. Stop if one of them failed."""
         readings = self._gather(reading)
         for rank, each in enumerate(readings):

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bs_lightning._saved import damaged, saved_counts, saved_table, saved_value
 from bs_lightning._types import Indices, Pairs
 from bs_lightning.layout import BatchLayout
-from bs_lightning.state import _damaged, _table, _value
 
 FORMAT = 1
 
 
-class Reading(NamedTuple):
+class StreamReading(NamedTuple):
     """What one process read of the stream for a pool."""
 
     before: int
@@ -38,7 +38,7 @@ class StreamPool(NamedTuple):
     """Likely false negatives, the anchor first, int64 ``[m, 2]``."""
     n_last: int
     """Instances of the smaller batch at the stream's end, 0 if there is none."""
-    readings: tuple[Reading, ...]
+    readings: tuple[StreamReading, ...]
     """What each process read, in the order of the ranks."""
 
     @property
@@ -131,23 +131,20 @@ class StreamState:
             ValueError: If a key is missing, a value is out of range, or the state has a different format.
             TypeError: If a value has a wrong type.
         """
-        if _value(state, "stream", int) != FORMAT:
-            raise _damaged("stream", state["stream"], f"{FORMAT}, the format that this version reads")
-        counts = {name: _value(state, name, int) for name in ("seed", "global_batch_size", "epoch", "served")}
-        for name, count in counts.items():
-            if count < 0:
-                raise _damaged(name, count, "at least 0")
-        saved = _value(state, "pool", dict, type(None))
+        if saved_value(state, "stream", int) != FORMAT:
+            raise damaged("stream", state["stream"], f"{FORMAT}, the format that this version reads")
+        counts = saved_counts(state, ("seed", "global_batch_size", "epoch", "served"))
+        saved = saved_value(state, "pool", dict, type(None))
         if saved is None:
             return cls(**counts, pool=None)
         pool = StreamPool(
-            _value(saved, "epoch", int, where="pool."),
-            _value(saved, "start", int, where="pool."),
-            _table(saved, "batches"),
-            _table(saved, "pairs"),
-            _value(saved, "n_last", int, where="pool."),
-            tuple(Reading(*each) for each in _value(saved, "readings", list, where="pool.")),
+            saved_value(saved, "epoch", int, where="pool."),
+            saved_value(saved, "start", int, where="pool."),
+            saved_table(saved, "batches"),
+            saved_table(saved, "pairs"),
+            saved_value(saved, "n_last", int, where="pool."),
+            tuple(StreamReading(*each) for each in saved_value(saved, "readings", list, where="pool.")),
         )
         if not pool.start <= counts["served"] <= pool.stop or pool.epoch != counts["epoch"]:
-            raise _damaged("served", counts["served"], f"a batch of the saved pool, {pool.start} to {pool.stop}")
+            raise damaged("served", counts["served"], f"a batch of the saved pool, {pool.start} to {pool.stop}")
         return cls(**counts, pool=pool)

@@ -18,10 +18,10 @@ from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.planner import TrainerPlanner
 from bs_lightning.plugin.processes import check_equal
 from bs_lightning.plugin.sources import (
-    Embed,
     EmbeddingSource,
     EncodedEmbeddings,
     KeptEmbeddings,
+    ModuleEmbed,
     RecycledEmbeddings,
     ReferenceEmbeddings,
 )
@@ -155,7 +155,7 @@ class BatchSamplerCallback(Callback):
         own_rule: AbovePositive | None = None,
         from_reference: bool = False,
         per_rank: bool = False,
-        embed: Embed | None = None,
+        embed: ModuleEmbed | None = None,
         encode_batch_size: int | None = None,
     ) -> None:
         _check_pool_size(pool_size)
@@ -321,28 +321,33 @@ class BatchSamplerCallback(Callback):
 
     def _check_stream(self, layout: BatchLayout) -> None:
         """Refuse what cannot work on a stream, whose instances come once and have no index."""
-        size, refused = self.pool_size, None
-        by_index = {
-            "recycle=True": self.recycle,
-            "from_reference=True": self.from_reference,
-            f"encode_every={self.encode_every}": self.encode_every is not None,
-        }
-        if size in ("all", "auto") or isinstance(size, float):
-            refused = f"pool_size={size!r} needs the length of the dataset. Give a number of instances: all of them are"
-            refused += " held in memory"
-        elif self.refresh_every is not None or self.composer.replacement:
-            name = "replacement=True" if self.refresh_every is None else f"refresh_every={self.refresh_every}"
-            refused = f"{name} serves instances more than once, but a stream's instances come once. Leave it out"
-        elif any(by_index.values()):
-            name = next(name for name, is_given in by_index.items() if is_given)
-            refused = f"{name} finds embeddings by the index of an instance, and a stream has none. Leave it out"
-        elif layout.world_size > 1 and not self.per_rank:
-            refused = "each process reads its own part of the stream, so that it can only compose batches from its part"
-            refused += f". Use per_rank=True on {layout.world_size} processes"
-        elif "indices" in asked_for(self.composer):
-            refused = f"{self.composer!r} asks for dataset indices, and a stream has none. Use a different composer"
-        if refused is not None:
-            raise ValueError(f"train_dataset() is a stream: {refused}.")
+        size, n_processes = self.pool_size, layout.world_size
+        is_share = size in ("all", "auto") or isinstance(size, float)
+        once = "serves instances more than once, but a stream's instances come once. Leave it out."
+        by_index = "finds embeddings by the index of an instance, and a stream has none. Leave it out."
+        refusals = [
+            (
+                is_share,
+                f"pool_size={size!r} needs the length of the dataset. Give a number of instances.",
+            ),
+            (self.refresh_every is not None, f"refresh_every={self.refresh_every} {once}"),
+            (self.composer.replacement, f"replacement=True {once}"),
+            (self.recycle, f"recycle=True {by_index}"),
+            (self.from_reference, f"from_reference=True {by_index}"),
+            (self.encode_every is not None, f"encode_every={self.encode_every} {by_index}"),
+            (
+                n_processes > 1 and not self.per_rank,
+                "each process reads its own part of the stream, so it can only compose batches from its part. Use "
+                f"per_rank=True on {n_processes} processes.",
+            ),
+            (
+                "indices" in asked_for(self.composer),
+                f"{self.composer!r} asks for dataset indices, and a stream has none. Use a different composer.",
+            ),
+        ]
+        for applies, words in refusals:
+            if applies:
+                raise ValueError(f"train_dataset() is a stream: {words}")
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         assert self._planner is not None

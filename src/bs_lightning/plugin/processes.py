@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -14,19 +13,21 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from bs_lightning._types import Indices
 
 _T = TypeVar("_T")
+_Pool = TypeVar("_Pool", Indices, torch.Tensor)
 
 
-def own_share(trainer: Trainer, indices: Indices) -> Indices:
-    """Return this process's contiguous part of a pool.
+def own_share(trainer: Trainer, pool: _Pool) -> _Pool:
+    """Return this process's contiguous part of a pool, which holds whole global batches.
 
     Args:
         trainer: The Trainer.
-        indices: Dataset indices of the pool, int64 ``[P]``.
+        pool: An array or a tensor with an entry for each of the ``P`` instances.
 
     Returns:
-        Dataset indices, int64 ``[P / world_size]``.
+        The entries of ``P / world_size`` instances.
     """
-    return np.split(indices, trainer.world_size)[trainer.global_rank]
+    size = len(pool) // trainer.world_size
+    return pool[trainer.global_rank * size :][:size]
 
 
 def gather(trainer: Trainer, value: _T) -> list[_T]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning._checks import check_length
-from bs_lightning._embeddings import as_float_tensor, similar_to_nothing, unit_rows_
+from bs_lightning._embeddings import read_rows, similar_to_nothing, unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
-from bs_lightning.encoding import checked_unit_rows_, embed_in_batches, warn_of_collapse, warn_of_zeros
+from bs_lightning.encoding import Embed, checked_unit_rows_, embed_in_batches, warn_of_collapse, warn_of_zeros
 from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
@@ -26,7 +26,7 @@ from bs_lightning.plugin.progress import progress
 
 _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
 
-Embed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
+ModuleEmbed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
 
 
 class EmbeddingSource:
@@ -126,10 +126,10 @@ class EncodedEmbeddings(EmbeddingSource):
     in_all_processes: ClassVar[bool] = True
     foreseen: ClassVar[bool] = False
 
-    def __init__(self, trainer: Trainer, embed: Embed | None, batch_size: int | None, per_rank: bool) -> None:
+    def __init__(self, trainer: Trainer, embed: ModuleEmbed | None, batch_size: int | None, per_rank: bool) -> None:
         module = trainer.lightning_module
         if embed is not None:
-            self._embed: Callable[[Any], Tensor | tuple[Tensor, Tensor]] = partial(embed, module)
+            self._embed: Embed = partial(embed, module)
         # Ask the class: a layer of the module may be named `embed`, too.
         elif callable(getattr(type(module), "embed", None)):
             self._embed = module.embed  # type: ignore[assignment]
@@ -329,7 +329,7 @@ class KeptEmbeddings(BankedEmbeddings):
 
     def sample(self, indices: Indices) -> Tensor:
         embeddings = self._encoder.read(indices)
-        return embeddings.chunk(self._trainer.world_size)[self._trainer.global_rank] if self._per_rank else embeddings
+        return own_share(self._trainer, embeddings) if self._per_rank else embeddings
 
     def end_epoch(self) -> None:
         self._encoder.end_epoch()
@@ -446,7 +446,7 @@ class ReferenceEmbeddings(EmbeddingSource):
                 indices = own_share(self._trainer, indices)
             elif not self._trainer.is_global_zero:
                 return torch.empty(0)  # a different process composes
-            embeddings = unit_rows_(as_float_tensor(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+            embeddings = unit_rows_(read_rows(self._embeddings, indices)).to(self._trainer.strategy.root_device)
             warn_of_zeros(embeddings)
             warn_of_collapse(embeddings)
             return embeddings

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.losses import info_nce
-from bs_lightning.recipes.steps import with_decay
+from bs_lightning.recipes.steps import cosine, with_decay
 from bs_lightning.recipes.text_encoder import (
     Pooling,
     TextEncoder,
@@ -126,7 +126,7 @@ class CLIP(LightningModule):
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0},
         ]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay)
-        return with_decay(optimizer, self.trainer, lambda done: (1 + math.cos(math.pi * done)) / 2)
+        return with_decay(optimizer, self.trainer, cosine)
 
 
 class ImageEncoder(nn.Module):

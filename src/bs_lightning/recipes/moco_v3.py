@@ -4,7 +4,6 @@ Run it as ``python -m bs_lightning.recipes.moco_v3 fit --config examples/moco_v3
 """
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.images import ImageData
 from bs_lightning.recipes.probes import ProbedModule
 from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
-from bs_lightning.recipes.steps import n_steps
+from bs_lightning.recipes.steps import cosine, n_steps
 
 
 class MoCoV3(ProbedModule):
@@ -123,7 +122,7 @@ class MoCoV3(ProbedModule):
         """
         super().optimizer_step(*args, **kwargs)
         progress = self.trainer.global_step / n_steps(self.trainer)
-        self.follow(1 - (1 - self.hparams.momentum) * (1 + math.cos(math.pi * progress)) / 2)
+        self.follow(1 - (1 - self.hparams.momentum) * cosine(progress))
 
     def on_fit_start(self) -> None:
         """Refuse weights in half precision."""

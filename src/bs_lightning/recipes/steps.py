@@ -22,6 +22,15 @@ def n_steps(trainer: Trainer) -> float:
     return steps if steps > 0 else math.inf
 
 
+def cosine(done: float) -> float:
+    """Return what is left after a part of the training: from 1 to 0, as half a period of a cosine.
+
+    Args:
+        done: The part of the training that is done, from 0 to 1.
+    """
+    return (1 + math.cos(math.pi * done)) / 2
+
+
 def with_decay(optimizer: Optimizer, trainer: Trainer, decay: Callable[[float], float]) -> dict[str, Any]:
     """Return what ``configure_optimizers`` returns for a learning rate that decays over the training.
 
