@@ -36,7 +36,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, NNDescentGraph, RWRComposer
 from bs_lightning.losses import info_nce
-from bs_lightning.metrics import in_batch_accuracy, in_batch_hardness
+from bs_lightning.metrics import in_batch_hardness
 
 TRAIN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
 VALIDATION_FONT, TEST_FONT = "DejaVuSansMono", "DejaVuSerif"
@@ -248,8 +248,8 @@ def draw(letters: Letters, embeddings: Tensor) -> None:
         characters = [letters.characters[index] for index in batch]
         tiles = torch.tensor(np.stack([draw_letter(character, TRAIN_FONTS[0], 80) for character in characters]))
         grid.imshow(tiles.unflatten(0, (8, 8)).transpose(1, 2).flatten(0, 1).flatten(1, 2), cmap="gray_r")
-        hardness, accuracy = in_batch_hardness(embeddings[batch][None]), in_batch_accuracy(embeddings[batch])
-        grid.set_title(f"{name} batch of {LETTER}\nhardness {hardness:z.2f}, in-batch accuracy {accuracy:.0%}")
+        hardness = in_batch_hardness(embeddings[batch][None])
+        grid.set_title(f"{name} batch of {LETTER}\nmean similarity of its negatives: {hardness:z.2f}")
         for line, character in enumerate(characters[:6]):
             for x, text, size in ((0.0, character, 11), (0.08, unicodedata.name(character), 7)):
                 names.text(x, 1 - (line + 0.5) / 6, text, size=size, va="center")

@@ -429,7 +429,7 @@ for (name, arm), values in scores.items():
 # | accuracy near 1, loss near zero | true, or in known groups | `"all"` with walks close to their start, or `"auto"` |
 # | accuracy near 1, loss near zero | often false, unknown which | the same with `own_rule`, and the mask in the loss |
 # | in between | mostly true | what `advise` says, or ten batches, the default |
-# | accuracy low, or loss of one or more | either | uniform batches, or `"auto"`, which keeps them |
+# | accuracy low, or loss of one or more, at a temperature of about 0.1 or below | either | uniform batches |
 #
 # Then compare with uniform batches on held-out data, over some seeds. [Choosing settings](../docs/choosing.md) has the
 # code for each kind of data. [When harder batches help](../docs/when-it-helps.md) has the measurements.

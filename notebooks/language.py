@@ -347,8 +347,8 @@ for name, log in {"start": start_log, **logs}.items():
 #
 # ## Where to go next
 #
-# - On your own data, read the loss of uniform batches late in training. Near zero, compose from all. If it is one or
-#   more, keep uniform batches, or let `"auto"` decide.
+# - On your own data, read the loss of uniform batches late in training, at a temperature of about 0.1 or below. Near
+#   zero, compose from all. If it is one or more, keep uniform batches, or let `"auto"` decide.
 # - If queries have several right documents that share no text, override `train_groups` or give `own_rule`. [Choosing
 #   settings](../docs/choosing.md) has the code.
 # - The recipe [SimCSE](../docs/reference/recipes-language.md) trains on sentences alone.

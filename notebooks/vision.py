@@ -371,7 +371,8 @@ print(f'"auto": pools of {sizes} images; as good as uniform with seed 0: {auto_a
 #
 # ## What to do with data of few classes
 #
-# - Use `BatchSamplerCallback(pool_size="auto")`. It keeps uniform batches as long as their loss is not small.
+# - Keep uniform batches, and try the loss `bs_lightning.losses.weighted`. `pool_size="auto"` composes nothing at this
+#   temperature, unless its `target_loss` is above 2.9.
 # - Tell the loss what you know. `train_groups()` may say which images are of one product, person, patient or video,
 #   even if you know no classes.
 # - If you have some labels, watch `batch_sampler/false_negative_rate` against `batch_sampler/hardness`, and choose

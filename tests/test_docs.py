@@ -65,7 +65,7 @@ def printed(page):
 @pytest.mark.filterwarnings("ignore")
 def test_the_readmes_use(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
-    (code,) = printed("README.md")
+    code, of_loss = printed("README.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names = {"pairs": Pairs(300), "CLIP": CLIP}
     exec(code, names)
@@ -73,6 +73,9 @@ def test_the_readmes_use(tmp_path, monkeypatch):
     assert names["trainer"].current_epoch == 20
     assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
     assert "batch_sampler/accuracy" in logged  # of two sides
+    names |= dict(zip(("image", "text"), torch.randn(2, 8, 4), strict=True))
+    exec(of_loss, names)
+    assert torch.isfinite(names["loss"])
 
 
 @pytest.mark.filterwarnings("ignore")
