@@ -2,10 +2,10 @@ import logging
 import random
 import re
 
+import naive
 import numba
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ def clusters(size, n_clusters=20, dim=32):
     return centers[torch.arange(size) % n_clusters] + 0.5 * gaussian(size, dim, seed=1)
 
 
-def naive(embeddings, k):
+def nearest(embeddings, k):
     x = embeddings.double().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     similarity = x @ x.T
@@ -220,7 +220,7 @@ def test_refuses_less_than_one_neighbor(graph, n_neighbors):
 def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
     monkeypatch.setattr(_embeddings, "_BLOCK_ENTRIES_ON_CPU", rows_per_block * 60 + 3)
     embeddings = gaussian(60)
-    assert np.array_equal(ExactGraph(7)(embeddings), naive(embeddings, 7))
+    assert np.array_equal(ExactGraph(7)(embeddings), nearest(embeddings, 7))
 
 
 def test_exact_never_holds_all_pairs(monkeypatch):
@@ -272,7 +272,7 @@ def test_keeps_the_nearest_of_its_candidates(data, size, seed):
     embeddings = gaussian(size, seed=seed)
     candidates = RandomCandidateGraph(n_candidates, n_candidates)(embeddings, seed=seed)
     neighbors = RandomCandidateGraph(n_candidates, k)(embeddings, seed=seed)
-    nearest = reference.nearest_of(embeddings, candidates, k)
+    nearest = naive.nearest_of(embeddings, candidates, k)
     assert all(set(row) <= set(own) for row, own in zip(neighbors.tolist(), candidates.tolist(), strict=True))
 
     def similarity(found):  # of two candidates that are equally similar in float32, either may be kept
@@ -321,7 +321,7 @@ def test_reaches_in_two_steps_as_far_as_with_candidates_drawn_for_each():
     embeddings, k = gaussian(20_000, dim=32), 20
     rng = np.random.default_rng(0)
     drawn = [rng.choice(20_000, 200, replace=False) for _ in range(20_000)]
-    literal = reference.nearest_of(embeddings, drawn, k)
+    literal = naive.nearest_of(embeddings, drawn, k)
 
     def reach(neighbors):
         return np.mean([len(np.unique(neighbors[neighbors[node]])) for node in range(2000)])
@@ -340,7 +340,7 @@ def test_refuses_fewer_candidates_than_neighbors():
 def test_exact_compares_the_first_sides_with_the_second_sides():
     sides = two_sides(300)
     assert np.array_equal(ExactGraph(10)(sides), naive_two_sides(sides, 10))
-    of_one_side = naive(sides.sum(dim=1), 10)
+    of_one_side = nearest(sides.sum(dim=1), 10)
     assert (np.sort(ExactGraph(10)(sides)) != np.sort(of_one_side)).mean() > 0.1
 
 
@@ -393,6 +393,22 @@ def test_the_parts_of_a_graph_make_the_graph(graph, embeddings, n_parts, monkeyp
     parts = [graph(7).part(embeddings, part, n_parts, seed=3) for part in range(n_parts)]
     assert max(map(len, parts)) <= -(-301 // n_parts)
     assert np.array_equal(graph(7).join(parts, embeddings, seed=3), whole)
+
+
+@pytest.mark.parametrize("rows", [None, range(3, 50), range(5, 5)])
+def test_blocks_of_similarities_share_their_memory(rows, monkeypatch):
+    """Else what is kept of each block would lie between blocks, and a pool of 50,000 would take gigabytes."""
+    monkeypatch.setattr(_embeddings, "_BLOCK_ENTRIES_ON_CPU", 60 * 8)
+    unit = _embeddings.unit_rows(gaussian(60))
+    kept, parts = [], []
+    for start, block in _embeddings.similarity_blocks(unit, rows):
+        kept.append(block)
+        parts.append((start, block.clone()))
+    expected = unit @ unit.T
+    for start, part in parts:
+        torch.testing.assert_close(part, expected[start : start + len(part)])
+    assert sum(len(part) for _, part in parts) == len(range(60) if rows is None else rows)
+    assert len({block.data_ptr() for block in kept}) <= 1
 
 
 @pytest.mark.parametrize("graph", [ExactGraph(10), RandomCandidateGraph(200, 10)], ids=repr)

@@ -183,20 +183,24 @@ def similarity_blocks(unit: Tensor, rows: range | None = None) -> Iterator[tuple
         rows: The instances whose similarities are asked for; ``None`` asks for those of all instances.
 
     Yields:
-        The block's first row, and its similarities: a new tensor of shape ``[rows in the block, P]``.
+        The block's first row, and its similarities, ``[rows in the block, P]``. The next block takes their memory.
     """
     left, right = similarity_factors(unit)
     rows = range(len(unit)) if rows is None else rows
     most = _BLOCK_ENTRIES_ON_CPU if unit.device.type == "cpu" else _BLOCK_ENTRIES_ON_GPU
-    rows_per_block = max(1, most // len(unit))
+    rows_per_block = max(1, min(most // len(unit), len(rows)))
+    # With a new tensor for each block, what a caller keeps of a block would lie between blocks, and the memory of the
+    # blocks could not be used again.
+    block = unit.new_empty(rows_per_block, len(unit))
     for start in range(rows.start, rows.stop, rows_per_block):
-        yield start, products(left[start : min(start + rows_per_block, rows.stop)], right)
+        stop = min(start + rows_per_block, rows.stop)
+        yield start, products(left[start:stop], right, out=block[: stop - start])
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
+def products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``left @ right.T`` in the precision of its rows. Under autocast bfloat16 would round differences away."""
     with torch.autocast(left.device.type, enabled=False):
-        return left @ right.T
+        return torch.mm(left, right.T, out=out)
 
 
 def unit_rows_with_gradient(rows: Tensor) -> Tensor:
