@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bs_lightning import ExactGraph, NNDescentGraph, _walk_kernel, rwr_batches
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
-from tests import reference
+from tests import naive
 
 from .markdown import print_row
 
@@ -99,7 +99,7 @@ def epoch(
     as_lists = [each.tolist() for each in graphs]
     slow, python_seconds = timed(
         lambda: [
-            reference.rwr_batches(each, args.batch_size, restart_probability=alpha, seed=number, patience=args.patience)
+            naive.rwr_batches(each, args.batch_size, restart_probability=alpha, seed=number, patience=args.patience)
             for number, each in enumerate(as_lists)
         ]
     )

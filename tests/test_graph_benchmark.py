@@ -1,5 +1,7 @@
 """The benchmark of the graph recipes: its arms, and resuming."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch_geometric.data import Data
 
 from benchmarks import csv_files
 from benchmarks.recipes import graphs, page
+from benchmarks.runs import run_missing, wanted
 from bs_lightning import Composer
 
 SETTINGS = {"loss": "infonce", "batch_size": 8, "epochs": 3}
@@ -27,10 +30,14 @@ def data_dir(tmp_path):
 def test_a_whole_run(model, data_dir, tmp_path):
     """Runs that the file holds are not repeated, and the folder of the raw data is not written to."""
     settings = SETTINGS if model == "graphcl" else {**SETTINGS, "loss": "jsd", "n_layers": 2, "width": 8}
-    given = (model, ["MUTAG"], ["knn", "untrained"], 1, settings, data_dir, tmp_path / "results.csv")
-    rows = list(graphs.run_missing(*given))
+    runs = list(wanted({"model": model, "dataset": "MUTAG"}, ["knn", "untrained"], [0], settings))
+
+    def go_on():
+        return list(run_missing(runs, partial(graphs.run, data_dir), tmp_path / "results.csv"))
+
+    rows = go_on()
     assert [row["arm"] for row in rows] == ["knn", "untrained"]
-    assert list(graphs.run_missing(*given)) == []
+    assert go_on() == []
     for row in csv_files.read(tmp_path / "results.csv"):
         folds = [float(row[f"fold/{fold}"]) for fold in range(10)]
         assert float(row["result/accuracy"]) == pytest.approx(np.mean(folds), abs=1e-5)

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import deque
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -61,11 +62,8 @@ def test_leaves_everything_as_it_was(error):
             if error is not None:
                 raise error
 
-    if error is None:
+    with nullcontext() if error is None else pytest.raises(error):
         inside()
-    else:
-        with pytest.raises(error):
-            inside()
     assert everything(module) == before
     assert module.shared is module.queue
 
@@ -352,11 +350,8 @@ def test_tensors_are_bit_equal(write, error):
             if error is not None:
                 raise error
 
-    if error is None:
+    with nullcontext() if error is None else pytest.raises(error):
         inside()
-    else:
-        with pytest.raises(error):
-            inside()
     assert state(module) == before
     assert sorted(module.state_dict()) == sorted(names)
     assert torch.equal(module.rnn(torch.ones(2, 3))[0], output)

@@ -1,12 +1,14 @@
 """The benchmark of the recipes of texts: its arms, what it trains on, its teacher, and resuming."""
 
+from functools import partial
+
 import pytest
 import torch
 from language import PAIRS, SENTENCES
 
 from benchmarks import csv_files
 from benchmarks.recipes import language
-from benchmarks.recipes.runs import run_missing
+from benchmarks.runs import run_missing, wanted
 from benchmarks.training.text import STS
 from bs_lightning.baselines import B3Composer
 from bs_lightning.recipes.text_evaluation import spearman
@@ -36,7 +38,7 @@ def data_dir(tmp_path):
 
 
 def chosen(model, arm):
-    return next(language.wanted(model, [arm], 1, SETTINGS[model]))
+    return next(wanted({"model": model}, [arm], [0], SETTINGS[model]))
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def test_a_whole_run(model, arms, data_dir, tmp_path):
     path = tmp_path / "results.csv"
 
     def go_on():
-        wanted = language.wanted(model, arms, 1, SETTINGS[model])
-        return list(run_missing(wanted, lambda row: language.run(data_dir, row), path))
+        runs = wanted({"model": model}, arms, [0], SETTINGS[model])
+        return list(run_missing(runs, partial(language.run, data_dir), path))
 
     assert [row["arm"] for row in go_on()] == arms
     assert go_on() == []

@@ -1,6 +1,7 @@
 """The training benchmark: its measures and intervals against literal versions, and studies that resume."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 from vision import write_omniglot
 
 from benchmarks import csv_files
+from benchmarks.runs import run_missing, wanted
 from benchmarks.training import cifar10, code, evaluate, functions, report, study, text, transformer
 from benchmarks.training.arms import ARMS
 from bs_lightning.losses import info_nce, nt_xent
@@ -249,8 +251,14 @@ def test_code_search_runs_on_a_few_functions(tmp_path, monkeypatch):
     assert len(task.groups) == 100
     assert torch.equal(task.sides(torch.tensor([3, 5])), pairs[:, task.train[[3, 5]]])
     settings = code.CodeSearch.defaults | {"steps": 24, "batch_size": 8}
-    (row,) = study.run_missing("code-search", ["pool4"], [0], tmp_path, settings, tmp_path / "results.csv")
+    (row,) = run_study("code-search", ["pool4"], [0], settings, tmp_path)
     assert row["result/mrr_4000"] > row["result/mrr_all"] > 0.1
+
+
+def run_study(task, arms, seeds, settings, folder):
+    """Do the missing runs of a study in a folder, which holds the data, too."""
+    runs = wanted({"task": task}, arms, seeds, settings)
+    return list(run_missing(runs, partial(study.run, folder, "cpu"), folder / "results.csv"))
 
 
 def test_padding_does_not_change_a_sentence():
@@ -265,17 +273,16 @@ def test_padding_does_not_change_a_sentence():
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     runs = []
 
-    def run(task, arm, seed, data_dir, settings, accelerator):
+    def run(data_dir, accelerator, chosen):
         if len(runs) == 3:
             raise KeyboardInterrupt
-        runs.append((arm, seed))
-        return {**study.identity(task, arm, seed, settings), "result/r1": 0.5, f"batch/{arm}": 1.0}
+        runs.append((chosen["arm"], chosen["seed"]))
+        return {"result/r1": 0.5, f"batch/{chosen['arm']}": 1.0}
 
     monkeypatch.setattr(study, "run", run)
 
     def go_on(**settings):
-        given = ("omniglot-pairs", ["uniform", "pool10"], [0, 1], tmp_path, settings, tmp_path / "results.csv")
-        return list(study.run_missing(*given))
+        return run_study("omniglot-pairs", ["uniform", "pool10"], [0, 1], settings, tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         go_on(temperature=0.1, steps=9)
@@ -293,7 +300,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
 def test_a_whole_run(tmp_path, arm):
     write_omniglot(tmp_path)
     settings = study.TASKS["omniglot-pairs"].defaults | {"steps": 15, "batch_size": 8, "width": 4}
-    (row,) = study.run_missing("omniglot-pairs", [arm], [0], tmp_path, settings, tmp_path / "results.csv")
+    (row,) = run_study("omniglot-pairs", [arm], [0], settings, tmp_path)
     assert 0 <= row["result/r1_held_back"] <= 1
     assert ARMS[arm].composer is None or -1 <= row["last_epoch/hardness"] <= 1
     assert set(csv_files.read(tmp_path / "results.csv")[0]) == set(row)

@@ -1,12 +1,15 @@
 """The benchmark of the recipes of images: its datasets, arms, presets and measures, and resuming."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from vision import write_cifar10, write_omniglot
 
 from benchmarks import csv_files
-from benchmarks.recipes import runs, vision
+from benchmarks.recipes import last_epoch, vision
+from benchmarks.runs import run_missing, wanted
 from benchmarks.training import cifar10, omniglot
 from bs_lightning.recipes.moco_v3 import MoCoV3
 from bs_lightning.recipes.simclr import SimCLR
@@ -38,8 +41,8 @@ def test_a_whole_run(model, dataset, arms, data_dir, tmp_path):
     path = tmp_path / "results.csv"
 
     def go_on():
-        wanted = vision.wanted(model, dataset, arms, 1, SETTINGS)
-        return list(runs.run_missing(wanted, lambda row: vision.run(data_dir, "cpu", row), path))
+        runs = wanted({"model": model, "dataset": dataset}, arms, [0], SETTINGS)
+        return list(run_missing(runs, partial(vision.run, data_dir, "cpu"), path))
 
     assert [row["arm"] for row in go_on()] == arms
     assert go_on() == []
@@ -75,7 +78,7 @@ def test_presets_for_a_gpu_have_the_papers_settings(data_dir):
 
 
 def test_too_many_instances_are_refused(data_dir):
-    row = next(vision.wanted("simclr", "cifar10", ["uniform"], 1, SETTINGS | {"instances": 61}))
+    row = next(wanted({"model": "simclr", "dataset": "cifar10"}, ["uniform"], [0], SETTINGS | {"instances": 61}))
     with pytest.raises(SystemExit, match="cifar10 has 60 images to train on, got 61"):
         vision.run(data_dir, "cpu", row)
 
@@ -100,7 +103,7 @@ def test_what_batches_are_like():
     """Accuracy, hardness of true negatives, and false negatives, by loops over pairs."""
     first, second = torch.nn.functional.normalize(torch.randn(2, 12, 4), dim=-1)
     groups = torch.arange(12) % 3
-    last = runs.LastBatches()
+    last = last_epoch.LastBatches()
     last.batches = list(torch.randperm(12).reshape(3, 4))
     last.losses = [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(6.0)]
     hits, cosines, same = [], [], []
@@ -110,7 +113,7 @@ def test_what_batches_are_like():
             hits.append(all(first[i] @ second[i] > first[i] @ second[j] for j in others))
             same += [groups[i] == groups[j] for j in others]
             cosines += [float(first[i] @ second[j]) for j in others if groups[i] != groups[j]]
-    described = runs.describe(last, lambda batch: (first[batch], second[batch]), groups)
+    described = last_epoch.describe(last, lambda batch: (first[batch], second[batch]), groups)
     assert described == {
         "last_epoch/loss": 3.0,
         "last_epoch/accuracy": pytest.approx(np.mean(hits)),

@@ -1,8 +1,8 @@
 import re
 
+import naive
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -37,14 +37,14 @@ def random_graph(size, n_neighbors, seed=0):
 def test_equals_the_plain_python_walk(walk):
     graph, batch_size, arguments = walk
     batches = rwr_batches(graph, batch_size, **arguments)
-    assert batches.tolist() == reference.rwr_batches(graph.tolist(), batch_size, **arguments)
+    assert batches.tolist() == naive.rwr_batches(graph.tolist(), batch_size, **arguments)
 
 
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0])
 def test_equals_the_plain_python_walk_on_a_large_graph(alpha, replacement):
     graph, arguments = random_graph(700, 15), {"restart_probability": alpha, "replacement": replacement, "seed": 3}
-    assert rwr_batches(graph, 64, **arguments).tolist() == reference.rwr_batches(graph.tolist(), 64, **arguments)
+    assert rwr_batches(graph, 64, **arguments).tolist() == naive.rwr_batches(graph.tolist(), 64, **arguments)
 
 
 @settings(max_examples=200, deadline=None)

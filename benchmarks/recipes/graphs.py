@@ -8,13 +8,14 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
@@ -31,10 +32,10 @@ from bs_lightning.recipes.graph_data import GraphDataModule, represent, svm_accu
 from bs_lightning.recipes.graphcl import GraphCL, GraphCLDataModule, GraphCLLoss
 from bs_lightning.recipes.mvgrl import MVGRL
 
-from .. import csv_files
 from ..csv_files import Row
+from ..runs import run_missing, show, wanted
 from ..trainers import make_trainer
-from ..training.study import quiet, row_key
+from .last_epoch import LastBatches
 
 DATASETS = ("MUTAG", "IMDB-BINARY", "IMDB-MULTI", "PROTEINS", "NCI1")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -103,16 +104,6 @@ def load(data_dir: Path, name: str, *, with_degrees: bool) -> list[Data]:
     return graphs
 
 
-class LastBatches(Callback):
-    """Keeps the latest epoch's batches, as indices."""
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.batches.append(torch.from_numpy(trainer.datamodule.trained_batch()))
-
-
 def make(model: str, graphs: list[Data], settings: Row) -> tuple[LightningModule, GraphDataModule]:
     """Return a recipe's model and its data."""
     n_features = 1 if graphs[0].x is None else graphs[0].num_features
@@ -171,49 +162,33 @@ class Embed(nn.Module):
         return getattr(self.model, "embed", self.model)(batch)
 
 
-def run(model: str, dataset: str, arm: str, seed: int, settings: Row, data_dir: Path) -> Row:
+def run(data_dir: Path, chosen: Row) -> Row:
     """Train and measure once.
 
+    Args:
+        data_dir: See :func:`load`.
+        chosen: Model, dataset, arm, seed and settings.
+
     Returns:
-        Model, dataset, arm, seed and settings, then the measures; the measures' names have a slash.
+        The measures, whose names have a slash.
     """
     start = time.perf_counter()
+    model, arm, seed = chosen["model"], chosen["arm"], chosen["seed"]
     seed_everything(seed, verbose=False)
-    graphs = load(data_dir, dataset, with_degrees=model == "mvgrl")
-    network, data = make(model, graphs, settings)
+    graphs = load(data_dir, chosen["dataset"], with_degrees=model == "mvgrl")
+    network, data = make(model, graphs, chosen)
     patience = PATIENCE if model == "mvgrl" else None
-    described = {} if arm == "untrained" else train(network, data, arm, settings["epochs"], patience)
+    described = {} if arm == "untrained" else train(network, data, arm, chosen["epochs"], patience)
     kernel = "rbf" if model == "graphcl" else "linear"
     labels = data.train_labels()
     assert labels is not None
     accuracies = svm_accuracies(represent(network, graphs), labels, kernel=kernel, seed=seed)
     return {
-        **identity(model, dataset, arm, seed, settings),
         "result/accuracy": float(accuracies.mean()),
         **{f"fold/{fold}": float(accuracy) for fold, accuracy in enumerate(accuracies)},
         **described,
         "seconds/all": time.perf_counter() - start,
     }
-
-
-def identity(model: str, dataset: str, arm: str, seed: int, settings: Row) -> Row:
-    """Return the columns that tell runs apart."""
-    return {"model": model, "dataset": dataset, "arm": arm, "seed": seed, **settings}
-
-
-def run_missing(
-    model: str, datasets: list[str], arms: list[str], seeds: int, settings: Row, data_dir: Path, results: Path
-) -> Iterator[Row]:
-    """Do the runs that ``results`` lacks and add them there; all arms of a seed come before the next seed."""
-    quiet()
-    done = {row_key(row) for row in csv_files.read(results)}
-    for dataset in datasets:
-        for seed in range(seeds):
-            for arm in arms:
-                if row_key(identity(model, dataset, arm, seed, settings)) not in done:
-                    row = run(model, dataset, arm, seed, settings, data_dir)
-                    csv_files.append(results, row)
-                    yield row
 
 
 # The command line
@@ -244,10 +219,6 @@ def main(args: argparse.Namespace) -> None:
             if name not in settings or (name == "loss" and (args.loss == "jsd") != (args.model == "mvgrl")):
                 raise SystemExit(f"{args.model} has no setting {name} {getattr(args, name)}.")
             settings[name] = getattr(args, name)
-    given = (args.model, args.datasets, args.arms, args.seeds, settings, args.data_dir, args.results)
-    for row in run_missing(*given):
-        print(
-            f"{row['dataset']} seed {row['seed']} {row['arm']}: accuracy {row['result/accuracy']:.4f}, "
-            f"{row['seconds/all']:.0f} s",
-            flush=True,
-        )
+    for dataset in args.datasets:
+        runs = wanted({"model": args.model, "dataset": dataset}, args.arms, range(args.seeds), settings)
+        show(run_missing(runs, partial(run, args.data_dir), args.results))

@@ -8,7 +8,7 @@ sentence of an STS set are left out of training.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,11 @@ from bs_lightning.recipes.text_files import read_evaluation, read_pairs, read_se
 from bs_lightning.rules import AbovePositive
 
 from ..csv_files import Row
+from ..runs import chosen_settings, run_missing, show, wanted
 from ..trainers import make_trainer
 from ..training.arms import walk
 from ..training.text import STS
-from .runs import LastBatches, chosen_settings, describe, run_missing, show
+from .last_epoch import LastBatches, describe
 
 SETTINGS: dict[str, Row] = {
     # As transformer-simcse in benchmarks/training, with fewer sentences, so that a run takes a minute or two of a core.
@@ -208,13 +209,6 @@ def sides(model: Any, data: Any, indices: Tensor) -> tuple[Tensor, Tensor]:
     return (model.embed(batch), model.embed(batch)) if isinstance(model, SimCSE) else model.embed(batch)
 
 
-def wanted(model: str, arms: list[str], seeds: int, settings: Row) -> Iterator[Row]:
-    """Yield what tells runs apart; all arms of a seed come before the next seed."""
-    for seed in range(seeds):
-        for arm in arms:
-            yield {"model": model, "arm": arm, "seed": seed, **settings}
-
-
 # The command line
 
 
@@ -242,4 +236,5 @@ def main(args: argparse.Namespace) -> None:
     if args.model != "simcse" and args.one_in is not None:
         raise SystemExit(f"--one-in: {args.model} trains on all pairs. Only simcse trains on one in so many sentences.")
     settings = chosen_settings(args, SETTINGS[args.model])
-    show(run_missing(wanted(args.model, args.arms, args.seeds, settings), partial(run, args.data_dir), args.results))
+    runs = wanted({"model": args.model}, args.arms, range(args.seeds), settings)
+    show(run_missing(runs, partial(run, args.data_dir), args.results))

@@ -7,7 +7,7 @@ recipe's: 0.5 for SimCLR, 0.2 for MoCo v3.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,12 @@ from bs_lightning.recipes.resnet import ResNet18
 from bs_lightning.recipes.simclr import SimCLR
 
 from ..csv_files import Row
+from ..runs import chosen_settings, run_missing, show, wanted
 from ..trainers import make_trainer
 from ..training import cifar10, omniglot
 from ..training.evaluate import retrieval
 from ..training.model import apply_in_chunks
-from .runs import LastBatches, chosen_settings, describe, run_missing, show
+from .last_epoch import LastBatches, describe
 
 PRESETS: dict[str, Row] = {
     "two-cores": {"encoder": "small", "instances": 3840, "batch_size": 128, "epochs": 8},
@@ -170,13 +171,6 @@ def sides(model: Any, augment: Callable[[Tensor], Tensor], images: Tensor, indic
     return first, second
 
 
-def wanted(model: str, dataset: str, arms: list[str], seeds: int, settings: Row) -> Iterator[Row]:
-    """Yield what tells runs apart; all arms of a seed come before the next seed."""
-    for seed in range(seeds):
-        for arm in arms:
-            yield {"model": model, "dataset": dataset, "arm": arm, "seed": seed, **settings}
-
-
 # The command line
 
 
@@ -203,5 +197,5 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     threadpool_limits(args.threads)  # the threads that scikit-learn uses
     settings = chosen_settings(args, PRESETS[args.preset] | {"temperature": TEMPERATURES[args.model]})
-    all_wanted = wanted(args.model, args.dataset, args.arms, args.seeds, settings)
-    show(run_missing(all_wanted, partial(run, args.data_dir, args.device), args.results))
+    runs = wanted({"model": args.model, "dataset": args.dataset}, args.arms, range(args.seeds), settings)
+    show(run_missing(runs, partial(run, args.data_dir, args.device), args.results))

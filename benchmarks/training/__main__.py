@@ -20,13 +20,18 @@ Training lasts whole epochs, so the steps are equal up to half an epoch, and an 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
 
+from ..runs import run_missing, show, wanted
 from . import report, study
 from .arms import ARMS
+
+TEXTS = {"table": report.tables, "overview": report.overview, "worth": report.worth}
+FIGURES = {"plot": report.plot, "loss": report.plot_loss, "why": report.plot_uniformity}
 
 
 def main() -> None:
@@ -34,18 +39,10 @@ def main() -> None:
     args = arguments()
     if args.command == "run":
         run(args)
-    elif args.command == "table":
-        print("\n".join(report.tables(args.results, args.compare_with)))
-    elif args.command == "overview":
-        print("\n".join(report.overview(args.results, args.compare_with)))
-    elif args.command == "plot":
-        report.plot(args.results).savefig(args.out)
-    elif args.command == "worth":
-        print("\n".join(report.worth(args.results, args.compare_with)))
-    elif args.command == "loss":
-        report.plot_loss(args.results).savefig(args.out)
-    elif args.command == "why":
-        report.plot_uniformity(args.results).savefig(args.out)
+    elif args.command in TEXTS:
+        print("\n".join(TEXTS[args.command](args.results, args.compare_with)))
+    elif args.command in FIGURES:
+        FIGURES[args.command](args.results).savefig(args.out)
     else:
         for name, task in study.TASKS.items():
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in task.defaults.items()))
@@ -114,10 +111,8 @@ def run(args: argparse.Namespace) -> None:
     """Train and measure, and print a line for each run."""
     torch.set_num_threads(args.threads)
     threadpool_limits(args.threads)  # the threads that scikit-learn uses
-    given = (args.task, args.arms, args.seeds, args.data_dir, args.settings, args.results, args.accelerator)
-    for row in study.run_missing(*given):
-        results = ", ".join(f"{name[7:]} {value:.4f}" for name, value in row.items() if name.startswith("result/"))
-        print(f"seed {row['seed']} {row['arm']}: {results}, {row['seconds/all']:.0f} s", flush=True)
+    runs = wanted({"task": args.task}, args.arms, args.seeds, args.settings)
+    show(run_missing(runs, partial(study.run, args.data_dir, args.accelerator), args.results))
 
 
 if __name__ == "__main__":

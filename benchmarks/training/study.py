@@ -1,10 +1,8 @@
 """A study: train and measure every run that the results file lacks, and add it there."""
 
-import logging
 import time
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from bs_lightning.losses import debiased, hard, hardness_weighted, info_nce, nt_
 from bs_lightning.metrics import Alignment, InBatchFalseNegativeRate, InBatchHardness, Uniformity
 from bs_lightning.rules import AbovePositive
 
-from .. import csv_files
 from ..csv_files import Row
 from ..trainers import make_trainer
 from .arms import ARMS, Arm
@@ -253,63 +250,29 @@ def false_negative_mass(first: Tensor, second: Tensor, labels: Tensor, temperatu
 # Results
 
 
-def run(
-    task_name: str, arm_name: str, seed: int, data_dir: Path, settings: dict[str, Any], accelerator: str = "cpu"
-) -> Row:
+def run(data_dir: Path, accelerator: str, chosen: Row) -> Row:
     """Train and measure once.
 
+    Args:
+        data_dir: The folder of the data.
+        accelerator: Lightning's name of the device.
+        chosen: Task, arm, seed and settings.
+
     Returns:
-        The task, arm, seed and settings, then the measures; the measures' names have a slash.
+        The measures, whose names have a slash.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
-    task = TASKS[task_name](data_dir, seed, settings)
+    seed = chosen["seed"]
+    task = TASKS[chosen["task"]](data_dir, seed, chosen)
     loaded = time.perf_counter()
-    model, callback, logged = train(task, ARMS[arm_name], seed, settings, accelerator)
+    model, callback, logged = train(task, ARMS[chosen["arm"]], seed, chosen, accelerator)
     trained = time.perf_counter()
     results = task.evaluate(partial(apply_in_chunks, model.encoder))
     return {
-        **identity(task_name, arm_name, seed, settings),
         **{f"result/{name}": value for name, value in results.items()},
-        **describe_batches(model, task, callback, seed, settings),
+        **describe_batches(model, task, callback, seed, chosen),
         **logged,
         "seconds/train": trained - loaded,
         "seconds/all": time.perf_counter() - start,
         "seconds/all_cpu": time.process_time() - cpu_start,  # other work on the machine hardly changes it
     }
-
-
-def run_missing(
-    task: str,
-    arms: list[str],
-    seeds: list[int],
-    data_dir: Path,
-    settings: dict[str, Any],
-    results: Path,
-    accelerator: str = "cpu",
-) -> Iterator[Row]:
-    """Do the runs that ``results`` lacks and add them there; all arms of a seed come before the next seed."""
-    quiet()
-    done = {row_key(row) for row in csv_files.read(results)}
-    for seed in seeds:
-        for arm in arms:
-            if row_key(identity(task, arm, seed, settings)) not in done:
-                row = run(task, arm, seed, data_dir, settings, accelerator)
-                csv_files.append(results, row)
-                yield row
-
-
-def identity(task: str, arm: str, seed: int, settings: dict[str, Any]) -> Row:
-    """Return the columns that tell runs apart."""
-    return {"task": task, "arm": arm, "seed": seed, **settings}
-
-
-def row_key(row: Row) -> frozenset[tuple[str, str]]:
-    """Return all that was set for a run, as the file holds it; two runs with equal keys are the same."""
-    return frozenset((name, csv_files.text(value)) for name, value in row.items() if "/" not in name and value != "")
-
-
-def quiet() -> None:
-    """Silence what Lightning says about every Trainer."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")

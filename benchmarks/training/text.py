@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
 from bs_lightning.recipes.text_evaluation import spearman
+from bs_lightning.recipes.text_files import pair_groups
 
 from .evaluate import recall_at_1
 from .task import Encode, Task
@@ -49,11 +48,8 @@ def read_table(path: Path) -> list[tuple[str, ...]]:
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> dict[str, int]:
     """Number the sentences; sentences that pairs join, directly or through others, have the same number."""
-    numbers = {sentence: number for number, sentence in enumerate(dict.fromkeys([*first, *second]))}
-    ends = [[numbers[sentence] for sentence in side] for side in (first, second)]
-    pairs = csr_array((np.ones(len(first)), ends), shape=(len(numbers), len(numbers)))
-    _, groups = connected_components(pairs, directed=False)
-    return dict(zip(numbers, groups.tolist(), strict=True))
+    groups = pair_groups(list(zip(first, second, strict=True))).tolist()
+    return dict(zip(first, groups, strict=True)) | dict(zip(second, groups, strict=True))
 
 
 @lru_cache(maxsize=1)

@@ -1,12 +1,11 @@
-"""Batch sampler and loader of a Trainer: they serve the epoch and position at which the Trainer is."""
+"""Batch sampler of a Trainer: it serves the epoch and position at which the Trainer is."""
 
 from typing import Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bs_lightning.loader import PoolLoader
 from bs_lightning.plan import EpochPlan, Pool
-from bs_lightning.plugin.loader import LightningLoader, TrainingData
+from bs_lightning.plugin.loader import TrainingData
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
@@ -113,7 +112,3 @@ class TrainerBatchSampler(PoolBatchSampler):
                 "state_dict() or load_state_dict() without calling super()?)"
             )
         return None
-
-
-class TrainerLoader(LightningLoader, PoolLoader):
-    """The loader of a map-style dataset that a DataModule gives to a Trainer."""

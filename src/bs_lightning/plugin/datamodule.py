@@ -18,7 +18,8 @@ from bs_lightning._types import Embeddings, Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_style
 from bs_lightning.plan import Planning
-from bs_lightning.plugin.batch_sampler import TrainerBatchSampler, TrainerLoader
+from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
+from bs_lightning.plugin.loader import TrainerLoader
 from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.stream_loader import TrainerStreamLoader
 from bs_lightning.pools import Cut, Pools

@@ -1,4 +1,4 @@
-"""What the loaders of a Trainer share: what they ask of the DataModule, and what Lightning asks of them."""
+"""Loaders of a Trainer: what they ask of the DataModule, and what Lightning asks of them."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from lightning.pytorch import Trainer
 
 from bs_lightning.layout import BatchLayout
+from bs_lightning.loader import PoolLoader
 from bs_lightning.plan import Planning
 
 
@@ -67,3 +68,7 @@ class LightningLoader:
     @_iterator.setter
     def _iterator(self, _: None) -> None:
         self.close()
+
+
+class TrainerLoader(LightningLoader, PoolLoader):
+    """The loader of a map-style dataset that a DataModule gives to a Trainer."""

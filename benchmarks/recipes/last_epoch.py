@@ -1,8 +1,6 @@
-"""What the benchmarks of the recipes share: resuming, and what the last epoch's batches were like."""
+"""What the batches of the last epoch of a training were like."""
 
-import argparse
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,44 +10,9 @@ from torch import Tensor
 
 from bs_lightning.metrics import InBatchAccuracy, InBatchFalseNegativeRate, InBatchHardness
 
-from .. import csv_files
 from ..csv_files import Row
-from ..training.study import quiet, row_key
 
 N_MEASURED_BATCHES = 20
-
-
-def run_missing(wanted: Iterable[Row], run: Callable[[Row], Row], results: Path) -> Iterator[Row]:
-    """Do the runs that ``results`` lacks, one after the other, and add them there.
-
-    Args:
-        wanted: What was set for each run: the columns that tell runs apart.
-        run: Trains and measures; returns the measures, whose names have a slash.
-        results: A CSV file, made if it does not exist.
-
-    Yields:
-        The row of each finished run.
-    """
-    quiet()
-    done = {row_key(row) for row in csv_files.read(results)}
-    for chosen in wanted:
-        if row_key(chosen) not in done:
-            row = {**chosen, **run(chosen)}
-            csv_files.append(results, row)
-            yield row
-
-
-def show(rows: Iterable[Row]) -> None:
-    """Print a line for each run, as soon as it is finished."""
-    for row in rows:
-        chosen = " ".join(str(value) for name, value in row.items() if "/" not in name)
-        results = ", ".join(f"{name[7:]} {value:.4f}" for name, value in row.items() if name.startswith("result/"))
-        print(f"{chosen}: {results}, {row['seconds/all']:.0f} s", flush=True)
-
-
-def chosen_settings(args: argparse.Namespace, defaults: Row) -> Row:
-    """Return the defaults, with those replaced that the command line gives."""
-    return {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
 
 
 class LastBatches(Callback):
