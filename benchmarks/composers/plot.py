@@ -80,6 +80,7 @@ def plot_table(rows: Rows) -> "Figure":
         axes.legend(loc="upper left", frameon=False)
         axes.grid(alpha=0.3)
     figure.draw_without_rendering()  # settles where the points are
+    figure.set_layout_engine("none")  # or the labels would move the points
     for axes, title in zip(panels[0], titles, strict=True):
         label_points(axes, rows_of[title])
     return figure
@@ -114,7 +115,11 @@ def label_points(axes: "Axes", rows: Rows) -> None:
     for row, (x, y) in zip(rows, places, strict=True):
         half = 5 * len(row["label"])
         around = [(a * (12 + half), b * 20) for a, b in ((1, 0), (0, 1), (-1, 0), (0, -1), (1, -1), (-1, 1))]
-        inside = [(x + a, y + b) for a, b in around if axes.bbox.contains(x + a - half, y + b - 5)]
+        inside = [
+            (x + a, y + b)
+            for a, b in around
+            if all(axes.bbox.contains(x + a + end, y + b - 5) for end in (-half, half))
+        ]
         free = [(a, b) for a, b in inside if all(abs(a - c) > half + w or abs(b - d) > 14 for c, d, w in taken)]
         place = [*free, *inside][0]
         taken.append((*place, half))
