@@ -158,21 +158,42 @@ def cell(rows: list[dict[str, str]], arm: str, measure: str, other: str) -> str:
 
 def plot(paths: Sequence[Path]) -> "Figure":
     """Draw every arm's differences with their intervals, a panel for each task at its default settings."""
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("Agg")
     shown, arms = drawn(paths)
-    size = (3.2 * len(shown) + 1.5, 0.32 * len(arms) + 1.6)
-    figure, panels = figure_of(shown, size, sharey=True)
-    for axes, (settings, rows) in zip(panels, shown, strict=True):
-        axes.axvline(0, color="0.6", linewidth=1)
-        for number, name in enumerate(TASKS[settings["task"]].main):
-            found = [(drawn_difference(rows, arm, f"result/{name}"), y) for y, arm in enumerate(arms)]
-            x, half, y = np.array([(*each, y) for each, y in found if each]).T
-            axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
-        axes.set_title(settings["task"], pad=20)
-        axes.set_xlabel(f"points above {UNIFORM}")
-        axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].invert_yaxis()
+    arms_of = {
+        settings["task"]: [
+            arm for arm in arms if drawn_difference(rows, arm, f"result/{TASKS[settings['task']].main[-1]}")
+        ]
+        for settings, rows in shown
+    }
+    rows_of = {settings["task"]: rows for settings, rows in shown}
+    columns: tuple[list[str], list[str]] = ([], [])  # of about the same number of arms
+    for task in sorted(arms_of, key=lambda task: -len(arms_of[task])):
+        min(columns, key=lambda column: sum(len(arms_of[each]) + 4 for each in column)).append(task)
+    heights = [[len(arms_of[task]) + 4 for task in column] for column in columns if column]
+    figure = plt.figure(figsize=(5.2 * len(heights), 0.2 * max(map(sum, heights))), layout="constrained")
+    parts = figure.subfigures(1, len(heights), squeeze=False)[0]
+    for part, column, ratios in zip(parts, columns, heights, strict=False):
+        panels = part.subplots(len(column), 1, height_ratios=ratios, squeeze=False)[:, 0]
+        for axes, task in zip(panels, column, strict=True):
+            axes.axvline(0, color="0.6", linewidth=1)
+            for number, name in enumerate(TASKS[task].main):
+                found = [
+                    (drawn_difference(rows_of[task], arm, f"result/{name}"), y) for y, arm in enumerate(arms_of[task])
+                ]
+                x, half, y = np.array([(*each, y) for each, y in found if each]).T
+                axes.errorbar(
+                    100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4
+                )
+            axes.set_title(task, fontsize="medium", loc="left")
+            axes.set_xlabel(f"points above {UNIFORM}")
+            beside_title = {"loc": "lower right", "bbox_to_anchor": (1.03, 0.97), "ncols": 2, "columnspacing": 0.5}
+            axes.legend(frameon=False, fontsize="small", handletextpad=0.1, **beside_title)
+            axes.grid(axis="y", alpha=0.3)
+            axes.set_yticks(range(len(arms_of[task])), arms_of[task])
+            axes.set_ylim(len(arms_of[task]) - 0.5, -0.5)
     return figure
 
 
