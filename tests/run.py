@@ -203,8 +203,7 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     if composer == "descent":
         graphs._SMALL_POOL = 1  # pynndescent builds the graphs
     how = {"per_rank": per_rank, "recycle": recycle, "refresh_every": refresh_every, "encode_every": encode_every}
-    how["mask_nearest"] = mask_nearest
-    how["target_loss"] = target_loss
+    how |= {"mask_nearest": mask_nearest, "target_loss": target_loss}
     how["own_rule"] = AbovePositive() if two_sides else None
     callbacks = [Writes(folder), *([LooksAlone()] if looks_alone else [])]
     if composer != "none":

@@ -73,7 +73,7 @@ def test_the_readmes_use(tmp_path, monkeypatch):
     assert names["trainer"].current_epoch == 20
     assert {"batch_sampler/hardness", "batch_sampler/graph_seconds"} <= logged.keys()
     assert "batch_sampler/accuracy" in logged  # of two sides
-    names |= dict(zip(("image", "text"), torch.randn(2, 8, 4), strict=True))
+    names |= dict(zip(("query", "document"), torch.randn(2, 8, 4), strict=True))
     exec(of_loss, names)
     assert torch.isfinite(names["loss"])
 

@@ -15,7 +15,7 @@ from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.stream import StreamLoader
 from bs_lightning.walk import rwr_batches
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "BatchFetcher",

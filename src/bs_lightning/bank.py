@@ -80,7 +80,7 @@ class EmbeddingBank:
         """
         self._write_waiting()
         if self._rows is None:
-            return torch.zeros(len(indices), 2)
+            return torch.zeros(len(indices), 2)  # any width does as long as it is not known
         rows = self._rows[indices.to(self._rows.device)].float()
         check_finite(rows, indices)
         return unit_rows_(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bs_lightning._checks import check_integer, check_positive
 from bs_lightning.layout import BatchLayout
 
-_WINDOW = 20  # batches over which the loss is averaged
+_WINDOW = 20  # from this many batches of a pool on, the latest count most
 _MOST = 4.0  # times that a pool may be as large or as small as the last one
 _UNIFORM_STRETCH = 10  # batches between two looks at the loss, where batches are uniform
 
@@ -156,7 +156,7 @@ class AdaptivePools(Cut):
 
     @property
     def loss(self) -> float:
-        """The running mean of the loss; NaN before the first batch. To read it waits for a GPU."""
+        """The mean loss of the last pool so far; NaN before the first batch. To read it waits for a GPU."""
         return float(self._loss)
 
     def observe(self, loss: Tensor) -> None:

@@ -118,7 +118,8 @@ class BatchSamplerCallback(Callback):
     Raises:
         ValueError: If ``pool_size``, ``warmup_epochs``, ``refresh_every``, ``encode_every`` or ``encode_batch_size`` is
             out of range, or arguments exclude each other.
-        TypeError: If ``composer`` or ``embed`` is not callable, or an argument has a wrong type.
+        TypeError: If ``composer`` or ``embed`` is not callable, an argument has a wrong type, or ``mask_nearest`` or
+            ``own_rule`` is given with a composer that does not find nearest neighbours.
 
     Example::
 
@@ -270,8 +271,9 @@ class BatchSamplerCallback(Callback):
 
         Raises:
             TypeError: If ``pool_dataset()`` is iterable-style.
-            ValueError: If ``pool_size`` is smaller than a global batch, or ``pool_dataset()`` or ``train_labels()``
-                differs in length from ``train_dataset()``.
+            ValueError: If ``pool_size`` is smaller than a global batch, ``pool_dataset()`` or ``train_labels()``
+                differs in length from ``train_dataset()``, ``separate_groups`` meets ``replacement=True``, or a stream
+                an option that needs indices.
         """
         assert self._planner is not None
         if data.streams:

@@ -86,7 +86,7 @@ class BatchSamplerDataModule(LightningDataModule):
             not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory`` and so on.
 
     Raises:
-        TypeError: If a subclass overrides ``train_dataloader``, or ``seed`` is no integer.
+        TypeError: If a subclass overrides ``train_dataloader``, ``seed`` is no integer, or ``reference_rule`` no rule.
         ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, or ``seed`` is negative.
 
     Example:
@@ -269,9 +269,10 @@ class BatchSamplerDataModule(LightningDataModule):
 
         Raises:
             TypeError: If the dataset is neither map-style nor a stream, a stream comes with labels, groups, reference
-                embeddings or a pool dataset, ``batch_size`` is not an integer, or ``training_step`` takes
-                ``dataloader_iter``.
-            ValueError: If ``batch_size`` is below 2 or the dataset is smaller than a global batch.
+                embeddings or a pool dataset, ``batch_size`` is not an integer, ``separate_groups`` or
+                ``reference_rule`` lacks the method that it needs, or ``training_step`` takes ``dataloader_iter``.
+            ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, or groups or reference
+                embeddings have another length.
         """
         if not hasattr(self, "dataloader_kwargs"):
             raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__(batch_size=...).")
@@ -432,7 +433,7 @@ class BatchSamplerDataModule(LightningDataModule):
         return None if state is None else SamplerState.from_dict(state)
 
     def restored_stream_state(self) -> StreamState | None:
-        """The same for a stream."""
+        """Our state of a stream in the checkpoint that the current fit was resumed from, if it was and has it."""
         state = self._restored(of_stream=True)
         return None if state is None else StreamState.from_dict(state)
 

@@ -62,6 +62,9 @@ class TrainerPlanner:
             embeddings. ``None`` finds none in this way.
 
     Attributes:
+        trainer: The Trainer.
+        source: Gives the pools' embeddings.
+        layout: The epoch's sizes, once :meth:`attach` was called.
         seconds: Seconds that each step took in this epoch, by the step's name.
     """
 

@@ -36,8 +36,8 @@ class EmbeddingSource:
         in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
             composes.
         foreseen: Whether :meth:`read` returns the same for a pool while other pools of the epoch are trained.
-        version: Tells whether the dataset's embeddings are those of an earlier :meth:`read`: as long as the number is
-            the same, so are they, until a state is loaded. ``None`` if they change all the time.
+        version: A number that changes when the dataset's embeddings change; ``None`` if they change all the time. A
+            loaded state may bring other embeddings under the same number.
     """
 
     in_all_processes: ClassVar[bool]
