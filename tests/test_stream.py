@@ -402,6 +402,37 @@ def test_looking_into_the_loader_disturbs_nothing(kind):
     assert_equal(looked[1], undisturbed[1])
 
 
+@pytest.mark.parametrize("kind", ["Stream", "Stateful", "Sized"])
+def test_looking_at_some_batches_in_a_hook_disturbs_nothing(kind):
+    """Also where no batch of the epoch has been trained yet, and in the midst of the first."""
+
+    class Notes(Exact):
+        def training_step(self, batch, batch_idx):
+            masks.append(self.trainer.datamodule.likely_false_negatives())
+            return super().training_step(batch, batch_idx)
+
+        def embed(self, batch):
+            embedded.append(sorted(batch[0].tolist()))
+            return self(batch)
+
+    def look(self, trainer, *args):
+        if not isinstance(args[-1], int) or args[-1] in (0, 3):
+            batches = iter(trainer.train_dataloader)
+            assert all(len(next(batches)[0]) == 8 for _ in range(2))
+
+    hooks = ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
+    runs = []
+    for hook in (None, *hooks, "on_train_epoch_end"):
+        torch.manual_seed(0)
+        masks, embedded = [], []
+        callbacks = [] if hook is None else [type("Looks", (Callback,), {hook: look})()]
+        model = Notes()
+        fit(model, StreamData(8, 96, kind, seed=1), walker(32, mask_nearest=3), *callbacks, max_epochs=2)
+        runs.append((model.batches, torch.stack(masks).tolist(), [index for batch in embedded for index in batch]))
+    assert all(run == runs[0] for run in runs)
+    assert sorted(runs[0][2]) == sorted(2 * list(range(96)))
+
+
 def test_a_stream_that_cannot_be_copied_says_why_it_must_be():
     stream = Stateful(32)
     stream.running = iter(stream)

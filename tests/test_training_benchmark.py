@@ -106,7 +106,7 @@ def test_overview_and_plot_show_the_main_results(tmp_path):
             csv_files.append(path, {"task": "omniglot-pairs", "arm": arm, "seed": seed, **settings, **values})
     assert "\n".join(report.overview([path])).count("| pool10 | 3 | +0.1000 ± ") == 2
     figure = report.plot([path])  # draws only rows with a task's default settings
-    assert [axes.get_title() for axes in figure.axes] == ["omniglot-pairs"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["omniglot-pairs"]
     (of_first, _) = figure.axes[0].containers
     assert of_first.lines[0].get_xdata() == pytest.approx([10])
 

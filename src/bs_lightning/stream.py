@@ -277,6 +277,7 @@ class StreamLoader:
                     yield batch
             self._check_length(number, run)
         finally:
+            run.ended = True
             kept = self.persistent_workers and not hasattr(stream, "set_epoch") and stream is self.stream
             if kept and self._reader is None:
                 self._reader = reader
@@ -428,6 +429,10 @@ class Pass:
         plan_pool: Arranges a pool into batches; ``None`` for random batches.
         restored: The pool to read again, from a checkpoint.
         together: Whether all processes make this pass.
+
+    Attributes:
+        served: The number of the batch that is served next.
+        ended: Whether the pass has ended, or was left.
     """
 
     epoch: int
@@ -438,6 +443,7 @@ class Pass:
     restored: StreamPool | None = None
     together: bool = True
     served: int = field(init=False)
+    ended: bool = field(default=False, init=False)
     pools: tuple[StreamPool, ...] = ()
     """The pool being served and the one before: Lightning may ask for a batch while the one before is trained."""
 

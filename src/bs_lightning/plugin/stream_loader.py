@@ -6,7 +6,7 @@ from torch.utils.data import IterableDataset
 
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plugin.loader import LightningLoader, TrainingData
-from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, position, restarting
+from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, position, restarting
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
 
@@ -76,7 +76,10 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         epoch, processed = position(trainer)
         if trainer.overfit_batches:
             epoch = 0
-        if self._pass is not None and self._pass.epoch == epoch and self._pass.start < processed:
+        is_trained = self._pass is not None and self._pass.served > self._pass.start and not self._pass.ended
+        # From a loader of unknown length that is new, Lightning fetches a batch before the epoch begins.
+        is_fetched = self._n_instances is None and self._pass is None
+        if is_trained or not (in_epoch(trainer) or is_fetched):
             return Pass(epoch, 0, stop, size, together=False)  # a hook looks into the loader
         restored, start = None, 0
         state = self._data.restored_stream_state()
