@@ -25,6 +25,7 @@ from sentence_transformers.losses import MatryoshkaLoss
 from bs_lightning import PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
 from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
 from bs_lightning.adapters.sentence_transformers import keep_apart
+from bs_lightning.compose import FunctionComposer
 from bs_lightning.metrics import in_batch_hardness
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -313,6 +314,18 @@ def test_images_beside_the_texts_are_not_decoded(tmp_path):
     trainer.train_dataset = rows.cast_column("picture", Image())
     batches = trainer.compose(torch.randn(8, 2, 4), np.arange(8), 4, seed=0, epoch=0)
     assert sorted(batches.ravel()) == list(range(8))
+
+
+def test_texts_that_a_transform_makes_are_kept_apart(tmp_path):
+    trainer = sentence_trainer(tmp_path)
+    numbers = hf_parts.Dataset.from_dict({"number": list(range(8)), "label": 8 * [1]})
+    trainer.train_dataset = numbers.with_transform(
+        lambda rows: {"anchor": [f"text {number % 4}" for number in rows["number"]], "label": rows["label"]}
+    )
+    trainer.composer = FunctionComposer(hf_parts.in_order)
+    batches = trainer.compose(torch.randn(8, 4), np.array([0, 4, 1, 5, 2, 6, 3, 7]), 4, seed=0, epoch=0)
+    texts = np.array([0, 0, 1, 1, 2, 2, 3, 3])[batches]
+    assert all(len(set(batch)) == 4 for batch in texts)
 
 
 def test_a_checkpoint_of_a_trainer_without_the_adapter(tmp_path):

@@ -160,7 +160,7 @@ def test_a_callback_whose_setup_is_overridden():
         fit(Model(), Data(), NoSetup())
 
 
-@pytest.mark.parametrize("name", ["train_dataset", "pool_dataset", "train_labels", "pool_size", "planning"])
+@pytest.mark.parametrize("name", ["train_dataset", "pool_dataset", "train_labels", "planning"])
 def test_attributes_where_methods_should_be(name):
     class Assigns(Data):
         def setup(self, stage):

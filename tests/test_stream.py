@@ -433,6 +433,18 @@ def test_looking_at_some_batches_in_a_hook_disturbs_nothing(kind):
     assert sorted(runs[0][2]) == sorted(2 * list(range(96)))
 
 
+@pytest.mark.parametrize("stop", [1, 5])
+def test_a_state_that_was_saved_with_workers_starts_anew_with_a_warning(stop):
+    """Workers read in an order of their own, also in the first pool."""
+    saved = StreamLoader(Stateful(96), 8, pool_size=32, num_workers=2)
+    for _ in zip(saved, range(stop), strict=False):
+        pass
+    resumed = StreamLoader(Stateful(96), 8, pool_size=32)
+    resumed.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match="the position in the stream is not known: the stream starts anew"):
+        next(iter(resumed))
+
+
 def test_a_stream_that_cannot_be_copied_says_why_it_must_be():
     stream = Stateful(32)
     stream.running = iter(stream)

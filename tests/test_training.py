@@ -13,6 +13,7 @@ import torchmetrics
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
+from streams import StreamData
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
 from bs_lightning.baselines import uniform_batches
@@ -210,6 +211,29 @@ def test_the_batch_size_is_that_of_the_loader_being_served():
 def test_warns_where_no_batch_would_be_composed():
     with pytest.warns(UserWarning, match="composes no batch: all of max_epochs=1 are within warmup_epochs=1"):
         fit(Model(), Data(), walker(warmup_epochs=1), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"warmup_epochs": 1}, True),
+        ({"warmup_epochs": 0}, False),
+        ({"warmup_epochs": 1, "limit_train_batches": 3}, False),
+    ],
+)
+def test_warns_where_a_stream_may_not_end_before_training(settings, warns, recwarn):
+    fit(
+        Model(),
+        StreamData(8, 200, "Stream"),
+        walker(warmup_epochs=settings.pop("warmup_epochs")),
+        max_epochs=-1,
+        max_steps=6,
+        **settings,
+    )
+    found = [
+        str(each.message) for each in recwarn if "composes no batch in the first warmup_epochs=1" in str(each.message)
+    ]
+    assert len(found) == warns
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 12}, {"max_steps": 6, "accumulate_grad_batches": 2}], ids=str)

@@ -227,7 +227,7 @@ class StreamLoader:
         pool = state.pool
         if pool is not None and self._is_stateful and len(pool.readings) == self.layout.world_size:
             reading = pool.readings[self.rank]
-            if reading.state is not None or not reading.before:
+            if reading.state is not None:
                 return pool
         if self.rank == 0:
             warnings.warn(
@@ -258,7 +258,7 @@ class StreamLoader:
             stream = self._copied(stream)
         if hasattr(stream, "set_epoch"):
             stream.set_epoch(run.epoch)
-        if run.restored is not None and run.restored.readings[self.rank].state is not None:
+        if run.restored is not None and run.restored.readings[self.rank].before:
             stream.load_state_dict(copy.deepcopy(run.restored.readings[self.rank].state))
         reader, self._reader = self._reader, None  # a second pass meanwhile gets workers of its own
         if reader is None or stream is not self.stream:
@@ -339,7 +339,9 @@ class StreamLoader:
     ) -> tuple[StreamReading, list[Any]]:
         """Read up to ``wanted`` instances. An error is told to all processes, so that all stop."""
         try:
-            state = copy.deepcopy(_state(stream, before)) if self._is_stateful and before else None
+            state = None
+            if self._is_stateful:  # at the start, it is enough to know so
+                state = copy.deepcopy(_state(stream, before)) if before else {}
             taken = list(itertools.islice(instances, wanted))
         except Exception as error:  # whatever a user's stream raises
             if not run.together:

@@ -21,7 +21,7 @@ class StreamReading(NamedTuple):
     taken: int
     """Instances that were read for the pool."""
     state: dict[str, Any] | None = None
-    """The stream's own state before the pool was read; ``None`` if it has none, or nothing was read before."""
+    """The stream's own state before the pool was read, empty if nothing was read before; ``None`` if it has none."""
     error: str | None = None
     """Why reading failed. Never saved."""
 

@@ -100,11 +100,14 @@ class ComposedSentenceTransformerTrainer(ComposedBatchesTrainer, SentenceTransfo
         batches = super().compose(embeddings, indices, batch_size, seed=seed, epoch=epoch)
         no_texts = {*self.data_collator.valid_label_columns, "dataset_name"}
         dataset: Any = self.train_dataset
-        # Other columns, such as images, would be decoded.
-        names = [name for name, kind in dataset.features.items() if name not in no_texts and _holds_texts(kind)]
-        if not names:
+        if dataset.format["type"] == "custom":  # a transform makes the texts, and may need all columns
+            columns = {name: column for name, column in dataset[indices.tolist()].items() if name not in no_texts}
+        else:
+            # Other columns, such as images, would be decoded.
+            names = [name for name, kind in dataset.features.items() if name not in no_texts and _holds_texts(kind)]
+            columns = dataset.select_columns(names)[indices.tolist()] if names else {}
+        if not columns:
             return batches
-        columns = dataset.select_columns(names)[indices.tolist()]
         rows = zip(*columns.values(), strict=True)
         batches, left = keep_apart(batches, [{str(text) for text in row} for row in rows], seed)
         if left:

@@ -1,5 +1,6 @@
 """Callback: decides when and how pools are planned, in Lightning's hooks."""
 
+import math
 import time
 from typing import Any, Literal
 
@@ -457,7 +458,15 @@ class BatchSamplerCallback(Callback):
         if type(self).should_plan is not BatchSamplerCallback.should_plan or trainer.fast_dev_run:
             return
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        n_steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # of an epoch
+        is_endless = math.isinf(trainer.num_training_batches)  # as far as is known
+        n_steps = math.inf if is_endless else -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        if is_endless and self.warmup_epochs and trainer.max_steps > 0:
+            rank_zero_warn(
+                f"BatchSamplerCallback composes no batch in the first warmup_epochs={self.warmup_epochs} passes over "
+                f"the stream, whose length is not known. If max_steps={trainer.max_steps} end training before, none is "
+                "composed. Give limit_train_batches, which makes epochs shorter, or warmup_epochs=0."
+            )
+            return
         if last <= self.warmup_epochs:
             what = f"max_epochs={trainer.max_epochs} are"
         elif steps_are_batches and 0 < trainer.max_steps <= self.warmup_epochs * n_steps:

@@ -277,7 +277,7 @@ class BatchSamplerDataModule(LightningDataModule):
         if not hasattr(self, "dataloader_kwargs"):
             raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__(batch_size=...).")
         returned = ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings")
-        for name in (*returned, "pool_loading", "pool_size", "planning"):
+        for name in (*returned, "pool_loading", "planning"):
             if not callable(getattr(self, name)):
                 raise TypeError(
                     f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
@@ -324,7 +324,7 @@ class BatchSamplerDataModule(LightningDataModule):
         """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
         return None if self._planner is None else self._planner.planning(layout)
 
-    def pool_size(self, layout: BatchLayout) -> int | None:
+    def instances_per_pool(self, layout: BatchLayout) -> int | None:
         """The pool size in instances, also where batches are uniform; ``None`` without a callback."""
         cut = None if self._planner is None else self._planner.cut(layout)
         return cut.size if isinstance(cut, Pools) else None
@@ -410,8 +410,8 @@ class BatchSamplerDataModule(LightningDataModule):
         marks |= self._planner is not None and self._planner.finds_false_negatives
         if marks and not self._mask_was_read:
             rank_zero_warn(
-                "Likely false negatives are marked, but training_step has not asked for them. So the loss takes them "
-                "as negatives. Give the loss self.trainer.datamodule.likely_false_negatives()."
+                "Likely false negatives may be marked, but training_step has not asked for them, so the loss takes "
+                "them as negatives. Give the loss self.trainer.datamodule.likely_false_negatives()."
             )
 
     def state_dict(self) -> dict[str, Any]:

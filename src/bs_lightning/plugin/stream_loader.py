@@ -14,7 +14,7 @@ from bs_lightning.stream_state import StreamState
 class StreamedData(TrainingData, Protocol):
     """What the loader asks of the DataModule."""
 
-    def pool_size(self, layout: BatchLayout) -> int | None:
+    def instances_per_pool(self, layout: BatchLayout) -> int | None:
         """Return the pool size in instances, also where batches are uniform; ``None`` without a callback."""
         ...
 
@@ -69,7 +69,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
             return super()._begin()
         # With `overfit_batches` every epoch has the same batches.
         stop = None if self._n_instances is None else len(self)
-        size = self._data.pool_size(self.layout) or self.pool_size
+        size = self._data.instances_per_pool(self.layout) or self.pool_size
         if not trainer.training or self._data.train_sampler is not self:
             return Pass(0, 0, stop, size, together=False)
         count_epoch(trainer)
