@@ -209,10 +209,14 @@ def test_what_cannot_be_composed_is_refused(tmp_path, change, words):
         sentence_trainer(tmp_path, **change).train()
 
 
-def test_an_order_that_composed_batches_replace_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "asked", "usual"),
+    [("train_sampling_strategy", "group_by_length", "random"), ("group_by_length", True, False)],
+)
+def test_an_order_that_composed_batches_replace_is_refused(tmp_path, name, asked, usual):
     trainer = bert_trainer(tmp_path)
-    trainer.args.train_sampling_strategy = "group_by_length"
-    with pytest.raises(ValueError, match=r'train_sampling_strategy=.group_by_length. .* Leave it at "random"'):
+    setattr(trainer.args, name, asked)
+    with pytest.raises(ValueError, match=f"{name}={asked!r} cannot be combined .* Leave it at {usual!r}"):
         trainer.train()
 
 

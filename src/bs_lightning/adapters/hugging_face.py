@@ -120,13 +120,13 @@ class ComposedBatchesTrainer(Trainer):
             raise ValueError(
                 "split_batches=True is not supported: per_device_train_batch_size is each process's share."
             )
-        # Before version 5 of transformers, the argument was `group_by_length`.
-        strategy = getattr(self.args, "train_sampling_strategy", "random")
-        if strategy != "random" or getattr(self.args, "group_by_length", False):
-            raise ValueError(
-                f"train_sampling_strategy={strategy!r} cannot be combined with composed batches, which replace it. "
-                'Leave it at "random".'
-            )
+        for name, usual in (("train_sampling_strategy", "random"), ("group_by_length", False)):  # transformers 5, and 4
+            asked = getattr(self.args, name, usual)
+            if asked != usual:
+                raise ValueError(
+                    f"{name}={asked!r} cannot be combined with composed batches, which replace it. Leave it at "
+                    f"{usual!r}."
+                )
         own = super().get_train_dataloader()
         dataset: Any = own.dataset
         check_map_style(dataset, "train_dataset")
