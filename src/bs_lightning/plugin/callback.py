@@ -329,10 +329,7 @@ class BatchSamplerCallback(Callback):
         once = "serves instances more than once, but a stream's instances come once. Leave it out."
         by_index = "finds embeddings by the index of an instance, and a stream has none. Leave it out."
         refusals = [
-            (
-                is_share,
-                f"pool_size={size!r} needs the length of the dataset. Give a number of instances.",
-            ),
+            (is_share, f"pool_size={size!r} needs the length of the dataset. Give a number of instances."),
             (self.refresh_every is not None, f"refresh_every={self.refresh_every} {once}"),
             (self.composer.replacement, f"replacement=True {once}"),
             (self.recycle, f"recycle=True {by_index}"),
@@ -458,17 +455,18 @@ class BatchSamplerCallback(Callback):
         if type(self).should_plan is not BatchSamplerCallback.should_plan or trainer.fast_dev_run:
             return
         last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        is_endless = math.isinf(trainer.num_training_batches)  # as far as is known
-        n_steps = math.inf if is_endless else -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-        if is_endless and self.warmup_epochs and trainer.max_steps > 0:
-            rank_zero_warn(
-                f"BatchSamplerCallback composes no batch in the first warmup_epochs={self.warmup_epochs} passes over "
-                f"the stream, whose length is not known. If max_steps={trainer.max_steps} end training before, none is "
-                "composed. Give limit_train_batches, which makes epochs shorter, or warmup_epochs=0."
-            )
-            return
+        n_steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # of an epoch
         if last <= self.warmup_epochs:
             what = f"max_epochs={trainer.max_epochs} are"
+        elif math.isinf(trainer.num_training_batches):  # a stream of unknown length
+            if trainer.current_epoch < self.warmup_epochs and trainer.max_steps > 0:
+                rank_zero_warn(
+                    f"BatchSamplerCallback composes no batch in the first warmup_epochs={self.warmup_epochs} passes "
+                    f"over the stream, whose length is not known. If max_steps={trainer.max_steps} end training "
+                    "before, none is composed. Give limit_train_batches, which makes epochs shorter, or "
+                    "warmup_epochs=0."
+                )
+            return
         elif steps_are_batches and 0 < trainer.max_steps <= self.warmup_epochs * n_steps:
             what = f"max_steps={trainer.max_steps}, with {n_steps} an epoch, are"
         else:
