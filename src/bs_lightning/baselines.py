@@ -128,9 +128,8 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
         while taken[order[position]]:
             position += 1
         root = order[position]
-        similarity = (
-            products(left[root][None], right)[0].masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
-        )
+        similarity = products(left[root][None], right)[0]
+        similarity.masked_fill_(isolated, BELOW_ANY_COSINE).masked_fill_(used, -torch.inf)
         similarity[root] = torch.inf
         nearest = similarity.topk(batch_size).indices
         used[nearest] = True

@@ -282,7 +282,9 @@ class BankedEmbeddings(EmbeddingSource):
             rows = self._restored["rows"]
             rows = None if rows is None else rows.to(self._trainer.strategy.root_device)
             self._bank.load_state_dict(self._restored | {"rows": rows})
-        self._restored = None  # the rows of a dataset of another length may belong to other instances
+        else:
+            self.version = None  # the rows of a dataset of another length may belong to other instances
+        self._restored = None
 
 
 class KeptEmbeddings(BankedEmbeddings):
@@ -344,11 +346,6 @@ class KeptEmbeddings(BankedEmbeddings):
         self.version, self._last_read = state_dict.get("version"), None
         if self.version is not None:  # else nothing was embedded yet, or not by this source
             super().load_state_dict(state_dict)
-
-    def _restore(self) -> None:
-        if self._bank is not None and self._restored and self._restored["n_instances"] != self._bank.n_instances:
-            self.version = None
-        super()._restore()
 
     def _encode(self, n_instances: int) -> Tensor:
         """Embed the whole dataset. Processes embed equal parts, so the first instances may come twice."""
