@@ -32,7 +32,7 @@ def clusters(size, n_clusters=20, dim=32):
     return centers[torch.arange(size) % n_clusters] + 0.5 * gaussian(size, dim, seed=1)
 
 
-def nearest(embeddings, k):
+def naive_nearest(embeddings, k):
     x = embeddings.double().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     similarity = x @ x.T
@@ -220,7 +220,7 @@ def test_refuses_less_than_one_neighbor(graph, n_neighbors):
 def test_exact_equals_naive_across_blocks(monkeypatch, rows_per_block):
     monkeypatch.setattr(_embeddings, "_BLOCK_ENTRIES_ON_CPU", rows_per_block * 60 + 3)
     embeddings = gaussian(60)
-    assert np.array_equal(ExactGraph(7)(embeddings), nearest(embeddings, 7))
+    assert np.array_equal(ExactGraph(7)(embeddings), naive_nearest(embeddings, 7))
 
 
 def test_exact_never_holds_all_pairs(monkeypatch):
@@ -340,7 +340,7 @@ def test_refuses_fewer_candidates_than_neighbors():
 def test_exact_compares_the_first_sides_with_the_second_sides():
     sides = two_sides(300)
     assert np.array_equal(ExactGraph(10)(sides), naive_two_sides(sides, 10))
-    of_one_side = nearest(sides.sum(dim=1), 10)
+    of_one_side = naive_nearest(sides.sum(dim=1), 10)
     assert (np.sort(ExactGraph(10)(sides)) != np.sort(of_one_side)).mean() > 0.1
 
 

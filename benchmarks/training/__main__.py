@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     ):
         command = commands.add_parser(name, help=words)
         command.add_argument("--results", required=True, type=Path, nargs="+")
-        if name in ("table", "overview", "worth"):
+        if name in TEXTS:
             command.add_argument(
                 "--compare-with",
                 default=report.UNIFORM,

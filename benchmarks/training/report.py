@@ -158,43 +158,42 @@ def cell(rows: list[dict[str, str]], arm: str, measure: str, other: str) -> str:
 
 def plot(paths: Sequence[Path]) -> "Figure":
     """Draw every arm's differences with their intervals, a panel for each task at its default settings."""
-    from matplotlib import pyplot as plt
-
-    plt.switch_backend("Agg")
-    shown, arms = drawn(paths)
-    arms_of = {
-        settings["task"]: [
-            arm for arm in arms if drawn_difference(rows, arm, f"result/{TASKS[settings['task']].main[-1]}")
-        ]
-        for settings, rows in shown
-    }
+    shown, _ = drawn(paths)
+    arms_of = {settings["task"]: drawn_arms(settings, rows) for settings, rows in shown}
     rows_of = {settings["task"]: rows for settings, rows in shown}
-    columns: tuple[list[str], list[str]] = ([], [])  # of about the same number of arms
-    for task in sorted(arms_of, key=lambda task: -len(arms_of[task])):
-        min(columns, key=lambda column: sum(len(arms_of[each]) + 4 for each in column)).append(task)
-    heights = [[len(arms_of[task]) + 4 for task in column] for column in columns if column]
-    figure = plt.figure(figsize=(5.2 * len(heights), 0.2 * max(map(sum, heights))), layout="constrained")
+    heights_of = {task: len(arms) + 4 for task, arms in arms_of.items()}  # with the title and the axis
+    columns: tuple[list[str], list[str]] = ([], [])  # of about the same height
+    for task in sorted(heights_of, key=lambda task: -heights_of[task]):
+        min(columns, key=lambda column: sum(heights_of[each] for each in column)).append(task)
+    heights = [[heights_of[task] for task in column] for column in columns if column]
+    figure = pyplot().figure(figsize=(5.2 * len(heights), 0.2 * max(map(sum, heights))), layout="constrained")
     parts = figure.subfigures(1, len(heights), squeeze=False)[0]
     for part, column, ratios in zip(parts, columns, heights, strict=False):
         panels = part.subplots(len(column), 1, height_ratios=ratios, squeeze=False)[:, 0]
         for axes, task in zip(panels, column, strict=True):
-            axes.axvline(0, color="0.6", linewidth=1)
-            for number, name in enumerate(TASKS[task].main):
-                found = [
-                    (drawn_difference(rows_of[task], arm, f"result/{name}"), y) for y, arm in enumerate(arms_of[task])
-                ]
-                x, half, y = np.array([(*each, y) for each, y in found if each]).T
-                axes.errorbar(
-                    100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4
-                )
-            axes.set_title(task, fontsize="medium", loc="left")
-            axes.set_xlabel(f"points above {UNIFORM}")
-            beside_title = {"loc": "lower right", "bbox_to_anchor": (1.03, 0.97), "ncols": 2, "columnspacing": 0.5}
-            axes.legend(frameon=False, fontsize="small", handletextpad=0.1, **beside_title)
-            axes.grid(axis="y", alpha=0.3)
-            axes.set_yticks(range(len(arms_of[task])), arms_of[task])
-            axes.set_ylim(len(arms_of[task]) - 0.5, -0.5)
+            plot_task(axes, task, rows_of[task], arms_of[task])
     return figure
+
+
+def plot_task(axes: "Axes", task: str, rows: list[dict[str, str]], arms: list[str]) -> None:
+    """Draw the differences of arms in a task."""
+    axes.axvline(0, color="0.6", linewidth=1)
+    for number, name in enumerate(TASKS[task].main):
+        found = [(drawn_difference(rows, arm, f"result/{name}"), y) for y, arm in enumerate(arms)]
+        x, half, y = np.array([(*each, y) for each, y in found if each]).T
+        axes.errorbar(100 * x, y + 0.2 * number - 0.1, xerr=100 * half, fmt="os"[number], label=name, markersize=4)
+    axes.set_title(task, fontsize="medium", loc="left")
+    axes.set_xlabel(f"points above {UNIFORM}")
+    beside_title: dict[str, Any] = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1.03, 0.97),
+        "ncols": 2,
+        "columnspacing": 0.5,
+    }
+    axes.legend(frameon=False, fontsize="small", handletextpad=0.1, **beside_title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
 
 
 def plot_uniformity(paths: Sequence[Path]) -> "Figure":
@@ -266,10 +265,7 @@ def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
         SystemExit: If no arm has enough seeds.
     """
     shown = [(settings, rows) for settings, rows in studies(paths) if has_defaults(settings)]
-    known = [
-        {arm for arm in ARMS if drawn_difference(rows, arm, f"result/{TASKS[settings['task']].main[-1]}")}
-        for settings, rows in shown
-    ]
+    known = [drawn_arms(settings, rows) for settings, rows in shown]
     shown = [study for study, of_study in zip(shown, known, strict=True) if of_study]
     arms = [arm for arm in ARMS if any(arm in of_study for of_study in known)]
     if not shown:
@@ -279,13 +275,24 @@ def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
     return shown, arms
 
 
-def figure_of(shown: list[Study], size: tuple[float, float], **options: Any) -> "tuple[Figure, list[Axes]]":
+def drawn_arms(settings: dict[str, str], rows: list[dict[str, str]]) -> list[str]:
+    """Return the arms of a study that have enough seeds to draw."""
+    measure = f"result/{TASKS[settings['task']].main[-1]}"
+    return [arm for arm in ARMS if drawn_difference(rows, arm, measure)]
+
+
+def figure_of(shown: list[Study], size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
     """Return a figure with a panel for each study."""
+    figure, panels = pyplot().subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
+    return figure, list(panels[0])
+
+
+def pyplot() -> Any:
+    """Return matplotlib's ``pyplot``, which draws into files."""
     from matplotlib import pyplot as plt
 
     plt.switch_backend("Agg")
-    figure, panels = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained", **options)
-    return figure, list(panels[0])
+    return plt
 
 
 def drawn_difference(rows: list[dict[str, str]], arm: str, measure: str) -> tuple[float, float] | None:
