@@ -140,6 +140,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    # End gloo's threads, which may abort a process as Python exits. DistributedDataParallel keeps them: free it, too.
-    torch.distributed.destroy_process_group()
+    # Gloo's threads may abort a process as Python exits, so end them. DistributedDataParallel keeps the group: free it
+    # first. Were it freed last, it would wait for gloo's threads, and those for Python.
     gc.collect()
+    torch.distributed.destroy_process_group()

@@ -355,6 +355,7 @@ from pathlib import Path
 
 sampler.set_epoch(7)
 Path(f"rank{fabric.global_rank}.txt").write_text(repr((list(sampler), float(encoder[1].weight.sum()))))
+del model
 torch.distributed.destroy_process_group()
 """
 
