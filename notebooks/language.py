@@ -199,7 +199,7 @@ transformer = BertModel(
 )
 start = DualEncoder(transformer, learning_rate=3e-3)
 start_log = fit(start, 3)
-loss = column(start_log, "loss")
+loss = column(start_log, "train/loss")
 print(f"loss of the first 20 batches {loss[:20].mean():.2f}, of the last 20 {loss[-20:].mean():.2f}")
 print(f"held-out functions: R@1 {column(start_log, 'val/r1')[-1]:.3f}, MRR {column(start_log, 'val/mrr')[-1]:.3f}")
 
@@ -314,7 +314,7 @@ for name, batches in first_epoch.items():
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 colors = {"uniform": "tab:gray", "all": "tab:red", "auto": "tab:blue"}
 for name, log in logs.items():
-    loss = column(log, "loss")
+    loss = column(log, "train/loss")
     loss = loss[: len(loss) // 20 * 20].reshape(-1, 20).mean(axis=1)
     axes[0].plot(20 * np.arange(1, len(loss) + 1), loss, color=colors[name], label=name)
 axes[0].set(title="training loss", xlabel="step", ylim=(0, None))

@@ -76,7 +76,7 @@ class Losses(Callback):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(trainer.callback_metrics["loss"].item())
+        self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
 def train(recipe: str, folder: Path, batch_size: int = 8, **kwargs: Any) -> dict[str, Any]:

@@ -96,8 +96,8 @@ class CLIP(LightningModule):
             masked=self.trainer.datamodule.likely_false_negatives(),
             gather=True,
         )
-        self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
-        self.log("scale", self.log_scale.detach().exp())
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.log("train/scale", self.log_scale.detach().exp())
         return loss
 
     def on_validation_epoch_start(self) -> None:

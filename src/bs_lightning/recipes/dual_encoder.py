@@ -68,7 +68,7 @@ class DualEncoder(EvaluatedModule):
         """Compare queries with documents in both directions."""
         queries, documents = self.embed(batch)
         loss: Tensor = self.loss(queries, documents, self.trainer.datamodule.likely_false_negatives())
-        self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(queries))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(queries))
         return loss
 
     def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:

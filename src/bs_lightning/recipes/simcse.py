@@ -75,7 +75,7 @@ class SimCSE(EvaluatedModule):
         twice = {name: torch.cat([values, values]) for name, values in tokens.items()}
         first, second = self.embed(twice).chunk(2)
         loss: Tensor = self.loss(first, second, self.trainer.datamodule.likely_false_negatives())
-        self.log("loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
         return loss
 
     def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
