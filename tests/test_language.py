@@ -190,7 +190,7 @@ def test_lightning_cli(recipe, tmp_path, monkeypatch):
 
     made = LightningCLI(args=["fit", "--config", "config.yaml"], save_config_callback=None).trainer
     assert made.global_step == 20
-    assert {"loss", "batch_sampler/walk_seconds"} <= made.callback_metrics.keys()
+    assert {"train/loss", "batch_sampler/walk_seconds"} <= made.callback_metrics.keys()
     assert {"clip": "image_to_text/r1"}.get(recipe, "val/mrr") in made.callback_metrics
 
 
@@ -434,14 +434,18 @@ def test_spearman():
 
 
 def test_retrieval():
+    """A document is right for the queries that a pair names with it, ranked once, and never a rival of itself."""
     queries, documents = torch.randn(2, 1500, 3)
-    groups = torch.arange(1500) % 700
-    found = retrieval(queries, documents, groups)
-    cosines = torch.cosine_similarity(queries[:, None], documents[None], dim=2)
-    ranks = [
-        1 + (groups[row.argsort(descending=True)] == group).nonzero()[0].item()
-        for row, group in zip(cosines, groups, strict=True)
-    ]
+    documents = documents[:700].repeat(3, 1)[:1500]
+    pairs = [(row % 1000, row % 700 + 500) for row in range(1500)]  # 500 to 999 are both queries and documents
+    found = retrieval(queries, documents, pairs)
+    cosines = torch.cosine_similarity(queries[:, None], documents[None, :700], dim=2)
+    ranks = []
+    for row, (query, _) in zip(cosines, pairs, strict=True):
+        right = {document for other, document in pairs if other == query}
+        nearest_first = [500 + document for document in row.argsort(descending=True).tolist()]
+        ranked = [document for document in nearest_first if document != query or query in right]
+        ranks.append(1 + [document in right for document in ranked].index(True))
     assert found["r1"] == pytest.approx(np.mean(np.array(ranks) == 1))
     assert found["mrr"] == pytest.approx(np.mean(1 / np.array(ranks)), rel=1e-3)
 
@@ -449,7 +453,8 @@ def test_retrieval():
 @pytest.mark.parametrize("value", [1.0, torch.nan])
 def test_a_model_that_has_collapsed_retrieves_nothing(value):
     embeddings = torch.full((10, 4), value)
-    assert retrieval(embeddings, embeddings, range(10)) == {"r1": 0, "mrr": pytest.approx(0.1)}
+    pairs = [(row, 10 + row) for row in range(10)]
+    assert retrieval(embeddings, embeddings, pairs) == {"r1": 0, "mrr": pytest.approx(0.1)}
 
 
 def test_all_files_are_evaluated(tmp_path):

@@ -28,7 +28,14 @@ from bs_lightning.recipes.text_encoder import (
     model_width,
 )
 from bs_lightning.recipes.text_evaluation import evaluation_loader, retrieval
-from bs_lightning.recipes.text_files import check_columns, is_table, pair_groups, read_pairs, require
+from bs_lightning.recipes.text_files import (
+    check_columns,
+    is_table,
+    pair_groups,
+    read_pairs,
+    require,
+    warn_of_large_groups,
+)
 
 Batch = tuple[Tensor, Tokens]
 """Images, float32 ``[b, 3, height, width]``, and the tokens of their texts."""
@@ -72,6 +79,7 @@ class CLIP(LightningModule):
         weight_decay: float = 0.2,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["image_model", "text_model"])
         self.images = ImageEncoder(image_model, width)
         self.texts = TextEncoder(text_model, pooling)
         self.text_projection = nn.Linear(self.texts.width, width, bias=False)
@@ -112,10 +120,10 @@ class CLIP(LightningModule):
         """Log how well texts are found by images, and images by texts."""
         images, texts = (torch.cat(side) for side in zip(*self.embedded, strict=True))
         self.embedded.clear()
-        groups = self.trainer.datamodule.validation_dataset.groups()[: len(images)]
-        found = retrieval(images, texts, groups)
+        pairs = self.trainer.datamodule.validation_dataset.names()[: len(images)]
+        found = retrieval(images, texts, pairs)
         self.log_dict({f"image_to_text/{name}": value for name, value in found.items()}, sync_dist=True)
-        found = retrieval(texts, images, groups)
+        found = retrieval(texts, images, [(text, image) for image, text in pairs])
         self.log_dict({f"text_to_image/{name}": value for name, value in found.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
@@ -139,7 +147,9 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, model: str | nn.Module, width: int) -> None:
         super().__init__()
-        self.model = load_model(model)
+        # A module that gives embeddings itself keeps its mode: parts of it may be frozen.
+        gives_embeddings = isinstance(model, nn.Module) and getattr(model, "config", None) is None
+        self.model: Any = model if gives_embeddings else load_model(model)
         self.projection: nn.Linear | None = None
         if getattr(self.model, "config", None) is not None:
             self.projection = nn.Linear(model_width(self.model, "transformers.CLIPVisionModel"), width, bias=False)
@@ -159,7 +169,9 @@ class ImageEncoder(nn.Module):
 class ImageTextData(BatchSamplerDataModule):
     """Images with captions, to train on and to validate on.
 
-    Two pairs with the same image file or caption, directly or through other pairs, are not each other's negatives.
+    Two pairs with the same image or caption, directly or through other pairs, are not each other's negatives. Images
+    are the same if they have one path, or are one object of a list. The images of a ``datasets.Dataset`` all count as
+    different: where one has several captions, override :meth:`train_groups`.
     Images are cut to squares: at random along the longer side in training, in the middle for encoding and validation.
 
     Args:
@@ -224,8 +236,8 @@ class ImageTextData(BatchSamplerDataModule):
         return self.images_with_texts
 
     def train_groups(self) -> Tensor:
-        """Return the same number for pairs with a common image file or caption."""
-        return self.images_with_texts.groups()
+        """Return the same number for pairs with a common image or caption."""
+        return warn_of_large_groups(self.images_with_texts.groups())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the pairs to validate on, all of them in every process."""
@@ -288,11 +300,22 @@ class ImageTexts(Dataset[tuple[Tensor, str]]):
         """Return the same pairs with images cut at random."""
         return ImageTexts(self.rows, self.key, self.texts, self.to_pixels, at_random=True)
 
+    def names(self) -> list[tuple[Any, str]]:
+        """Return what tells pairs apart: the image, by its path or as an object, and the text."""
+        images: list[Any] = list(range(len(self)))  # a table would decode its images
+        if self.key == 0:
+            # A sequence that is no list may make each image anew, and so give the same `id` twice.
+            lasts = isinstance(self.rows, list | tuple)
+            for number, (image, _) in enumerate(self.rows):
+                if isinstance(image, str | Path):
+                    images[number] = str(image)
+                elif lasts:
+                    images[number] = id(image)
+        return [(("image", image), text) for image, text in zip(images, self.texts, strict=True)]
+
     def groups(self) -> Tensor:
-        """Return the same number for pairs with a common path of an image or a common text, int64 ``[N]``."""
-        known = [row[0] for row in self.rows] if self.key == 0 else range(len(self))
-        images = [("image", str(image) if isinstance(image, str | Path) else row) for row, image in enumerate(known)]
-        return pair_groups(list(zip(images, self.texts, strict=True)))
+        """Return the same number for pairs with a common image or a common text, int64 ``[N]``."""
+        return pair_groups(self.names())
 
 
 class ToPixels:

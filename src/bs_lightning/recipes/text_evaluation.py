@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from numpy.typing import ArrayLike
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.recipes.text_encoder import Tokenize, Tokens, load_tokenizer
-from bs_lightning.recipes.text_files import EvaluationPairs, pair_groups, read_evaluation, require
+from bs_lightning.recipes.text_files import EvaluationPairs, read_evaluation, require
 
 
 class TextDataModule(BatchSamplerDataModule):
@@ -104,7 +105,7 @@ def evaluate(evaluation: Sequence[EvaluationPairs], embedded: Embedded) -> dict[
         file = evaluation[number]
         first, second = (torch.cat(side) for side in zip(*batches, strict=True))
         if file.scores is None:
-            found = retrieval(first, second, pair_groups(file.pairs)[: len(first)])
+            found = retrieval(first, second, file.pairs[: len(first)])
         else:
             found = {"spearman": spearman(first, second, file.scores[: len(first)])}
         logged |= {f"{file.name}/{name}": value for name, value in found.items()}
@@ -136,16 +137,17 @@ def spearman(first: Tensor, second: Tensor, scores: ArrayLike) -> float:
     return float(require("scipy.stats").spearmanr(similarity.detach().cpu().numpy(), scores).statistic)
 
 
-def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor) -> dict[str, float]:
-    """Return how well queries find their documents among all documents, by cosine similarity.
+def retrieval(queries: Tensor, documents: Tensor, pairs: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+    """Return how well queries find their documents among all different documents, by cosine similarity.
 
-    A document of the query's group is right, and the best of them counts. A wrong document that is equally similar
-    is ranked before it. So a model that has collapsed finds nothing.
+    A document is right if any pair names it with the query, and the best of these counts. A wrong document that is
+    equally similar is ranked before it. So a model that has collapsed finds nothing. A document of several pairs is
+    ranked once. A document that equals the query is not ranked, unless a pair names it with the query.
 
     Args:
         queries: Floats ``[n, d]``.
         documents: Floats ``[n, d]``; row ``i`` is the document of query ``i``.
-        groups: The group of each pair, ``n`` integers; see :func:`pair_groups`.
+        pairs: What query and document ``i`` are: ``n`` pairs of hashable values, such as the texts.
 
     Returns:
         ``"r1"``, the share of queries whose first document is right, and ``"mrr"``, the mean of 1 / rank of the first
@@ -154,17 +156,25 @@ def retrieval(queries: Tensor, documents: Tensor, groups: Sequence[int] | Tensor
     Example:
         >>> import torch
         >>> from bs_lightning.recipes.text_evaluation import retrieval
-        >>> retrieval(torch.eye(2), torch.tensor([[1.0, 0], [1, 0.5]]), [0, 1])
+        >>> retrieval(torch.eye(2), torch.tensor([[1.0, 0], [1, 0.5]]), [("a", "x"), ("b", "y")])
         {'r1': 1.0, 'mrr': 1.0}
     """
+    numbers: dict[Any, int] = {}
+    query, document = np.array([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs]).T
+    different, first, column = np.unique(document, return_index=True, return_inverse=True)
+    named = require("scipy.sparse").csr_array(
+        (np.ones(len(pairs), dtype=bool), (query, column)), shape=(len(numbers), len(different))
+    )
+    documents = documents[torch.from_numpy(first).to(documents.device)]
     queries, documents = (torch.nn.functional.normalize(side.float(), dim=1) for side in (queries, documents))
-    group = torch.as_tensor(groups, device=queries.device)
     ranks = []
-    for rows, of_rows in zip(queries.split(1024), group.split(1024), strict=True):
-        similarity = rows @ documents.T
-        is_right = of_rows[:, None] == group
+    for start in range(0, len(queries), 1024):
+        rows = query[start : start + 1024]
+        is_right = torch.from_numpy(named[rows].toarray()).to(queries.device)
+        is_itself = torch.from_numpy(rows[:, None] == different).to(queries.device)
+        similarity = queries[start : start + 1024] @ documents.T
         best = similarity.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + (~is_right & ~(similarity < best)).sum(dim=1))  # NaN is a loss too
+        ranks.append(1 + (~is_right & ~is_itself & ~(similarity < best)).sum(dim=1))  # NaN is a loss too
     rank = torch.cat(ranks).double()
     return {"r1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
 
