@@ -15,7 +15,7 @@ from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.steps import with_decay
 from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
 from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
-from bs_lightning.recipes.text_files import pair_groups, read_pairs
+from bs_lightning.recipes.text_files import pair_groups, read_pairs, warn_of_large_groups
 
 
 class DualEncoder(EvaluatedModule):
@@ -54,6 +54,7 @@ class DualEncoder(EvaluatedModule):
         learning_rate: float = 2e-5,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["model", "document_model"])
         self.queries = TextEncoder(model, pooling)
         self.documents = self.queries if document_model is None else TextEncoder(document_model, pooling)
         self.loss = InfoNCELoss(temperature=temperature, gather=True)
@@ -135,4 +136,4 @@ class PairData(TextDataModule):
 
     def train_groups(self) -> Tensor:
         """Return the same number for pairs with a common text."""
-        return pair_groups(self.pairs)
+        return warn_of_large_groups(pair_groups(self.pairs))

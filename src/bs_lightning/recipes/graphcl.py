@@ -45,7 +45,8 @@ class GraphCL(LightningModule):
         >>> from bs_lightning.losses import DebiasedLoss
         >>> from bs_lightning.recipes.graphcl import GraphCL
         >>> model = GraphCL(n_features=7)
-        >>> debiased = GraphCL(7, loss=DebiasedLoss(temperature=0.2, class_prior=0.1, negatives="second"))
+        >>> debiased = DebiasedLoss(temperature=0.2, class_prior=0.1, negatives="second", gather=True)
+        >>> model = GraphCL(n_features=7, loss=debiased)
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class GraphCL(LightningModule):
         learning_rate: float = 0.01,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore="loss")
         self.n_features = n_features
         self.loss = GraphCLLoss(gather=True) if loss is None else loss
         self.learning_rate = learning_rate

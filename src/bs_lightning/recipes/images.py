@@ -1,6 +1,7 @@
 """Images as data: folders, parquet files and other datasets; two views to train on, one clean image to embed."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,8 @@ class ImageFolder(Dataset[Any]):
 
     def __init__(self, folder: str | Path) -> None:
         endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-        images = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+        found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+        images = sorted(path for path in found if path.suffix.lower() in endings)
         parts_of = {path: path.relative_to(folder).parts for path in images}
         self.paths = [path for path in images if not any(part.startswith(".") for part in parts_of[path])]
         if not self.paths:

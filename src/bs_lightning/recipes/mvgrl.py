@@ -51,6 +51,7 @@ class MVGRL(LightningModule):
         learning_rate: float = 0.001,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.n_features = n_features
         self.teleport = teleport
         self.learning_rate = learning_rate
@@ -74,6 +75,11 @@ class MVGRL(LightningModule):
         """Return the graphs' representations, ``[B, width]``. The callback composes batches from them."""
         (_, first), (_, second) = self.views(graphs)
         representations: Tensor = self.graph_head(first) + self.graph_head(second)
+        return representations
+
+    def embed(self, graphs: Batch) -> Tensor:
+        """Return the graphs' representations, from which batches are composed."""
+        representations: Tensor = self(graphs)
         return representations
 
     def training_step(self, graphs: Batch, batch_idx: int) -> Tensor:

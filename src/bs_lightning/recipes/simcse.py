@@ -15,7 +15,7 @@ from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.steps import with_decay
 from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
 from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
-from bs_lightning.recipes.text_files import read_sentences, text_groups
+from bs_lightning.recipes.text_files import read_sentences, text_groups, warn_of_large_groups
 
 
 class SimCSE(EvaluatedModule):
@@ -55,6 +55,7 @@ class SimCSE(EvaluatedModule):
         learning_rate: float = 3e-5,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore="model")
         self.encoder = TextEncoder(model, pooling)
         self.head = nn.Sequential(nn.Linear(self.encoder.width, self.encoder.width), nn.Tanh())
         self.loss = InfoNCELoss(temperature=temperature, symmetric=False, gather=True)
@@ -138,4 +139,4 @@ class SentenceData(TextDataModule):
 
     def train_groups(self) -> Tensor:
         """Return the same number for equal sentences."""
-        return text_groups(self.sentences)
+        return warn_of_large_groups(text_groups(self.sentences))

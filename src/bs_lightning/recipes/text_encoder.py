@@ -126,10 +126,15 @@ class TextEncoder(nn.Module):
 
 
 def load_model(model: str | nn.Module) -> Any:
-    """Return a model in training mode: itself, or loaded by its Hugging Face name or from its folder, in float32."""
+    """Return a model: itself, or loaded by its Hugging Face name or from its folder, in float32.
+
+    It is in training mode, but a frozen model keeps the mode that it has.
+    """
     if not isinstance(model, nn.Module):
         # Saved weights may be in half precision, in which optimizers lose small steps.
         return load_model(require("transformers").AutoModel.from_pretrained(model).float())
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
     return model.train()  # `from_pretrained` returns a model without dropout, and Lightning leaves it so
 
 

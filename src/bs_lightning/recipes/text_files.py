@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 
@@ -204,6 +204,12 @@ def _rows(source: Any, columns: Sequence[str]) -> list[Any]:
 
 
 def _lines(path: str | Path) -> list[str]:
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(Path(path).suffix)
+    if kind is not None:
+        raise ValueError(
+            f"{path} holds no plain lines of text. Give datasets.load_dataset({kind!r}, data_files={str(path)!r})"
+            "['train'] instead of the path."
+        )
     # Not `splitlines`, nor the default newlines: both also split at characters of a text.
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         return [line.removesuffix("\n").removesuffix("\r") for line in file]
@@ -265,3 +271,23 @@ def pair_groups(pairs: Sequence[tuple[Any, Any]]) -> Tensor:
     links = sparse.coo_array((np.ones(len(pairs)), ends.T), shape=(len(numbers), len(numbers)))
     _, groups = graphs.connected_components(links, directed=False)
     return torch.from_numpy(groups[ends[:, 0]].astype(np.int64))
+
+
+def warn_of_large_groups(groups: Tensor) -> Tensor:
+    """Warn if more than a tenth of all negatives are of one group, so that the loss leaves them out.
+
+    Args:
+        groups: int64 of shape ``[N]``.
+
+    Returns:
+        ``groups``.
+    """
+    sizes = groups.bincount().double()
+    left_out = float((sizes * (sizes - 1)).sum()) / max(len(groups) * (len(groups) - 1), 1)
+    if left_out > 0.1:
+        rank_zero_warn(
+            f"{int(sizes.max())} of the {len(groups)} instances share a text or image, directly or through others, and "
+            f"so are not each other's negatives. The loss leaves out {left_out:.0%} of all negatives. Remove what many "
+            "instances share, or override train_groups()."
+        )
+    return groups
