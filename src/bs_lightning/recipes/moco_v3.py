@@ -1,6 +1,6 @@
 """MoCo v3: queries with a predictor, keys of a momentum encoder, and a symmetric loss without a queue.
 
-Run it as ``python -m bs_lightning.recipes.moco_v3 fit --config examples/moco_v3.yaml``.
+Run it as ``python -m bs_lightning.recipes moco_v3 fit --config examples/moco_v3.yaml``.
 """
 
 import copy
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bs_lightning._checks import check_number
 from bs_lightning.losses import InfoNCELoss
-from bs_lightning.recipes.images import ImageData
 from bs_lightning.recipes.probes import ProbedModule
 from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
 from bs_lightning.recipes.steps import cosine, n_steps
@@ -157,14 +156,3 @@ def _perceptron(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(n_hidden, n_out, bias=False),
     )
-
-
-def main(args: list[str] | None = None) -> None:
-    """Train or test with LightningCLI; ``args`` is the command line, by default this process's."""
-    from lightning.pytorch.cli import LightningCLI
-
-    LightningCLI(MoCoV3, ImageData, args=args)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """SimCLR: two views of each image, an encoder and a projector, and the NT-Xent loss.
 
-Run it as ``python -m bs_lightning.recipes.simclr fit --config examples/simclr.yaml``.
+Run it as ``python -m bs_lightning.recipes simclr fit --config examples/simclr.yaml``.
 """
 
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from bs_lightning.losses import NTXentLoss
-from bs_lightning.recipes.images import ImageData
 from bs_lightning.recipes.probes import ProbedModule
 from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
 
@@ -88,14 +87,3 @@ class SimCLR(ProbedModule):
         """Return Adam."""
         rates = {"lr": self.hparams.learning_rate, "weight_decay": self.hparams.weight_decay}
         return torch.optim.Adam(self.parameters(), **rates)
-
-
-def main(args: list[str] | None = None) -> None:
-    """Train or test with LightningCLI; ``args`` is the command line, by default this process's."""
-    from lightning.pytorch.cli import LightningCLI
-
-    LightningCLI(SimCLR, ImageData, args=args)
-
-
-if __name__ == "__main__":
-    main()
