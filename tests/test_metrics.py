@@ -272,6 +272,29 @@ def test_hardness_of_true_negatives_is_nan_where_there_are_none():
     assert math.isnan(InBatchHardness()(X[0], torch.zeros(SIZE, dtype=torch.int64)))
 
 
+@cases
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_in_half_precision_sums_as_exactly(case, dtype):
+    make, _, inputs, _ = CASES[case]
+    module = torch.nn.ModuleList([make()]).to(dtype)  # as Lightning does for precision="bf16-true"
+    for _ in range(2):
+        module[0].reset()
+        for _ in range(30):
+            updated(module[0], inputs)
+        assert module[0].compute().item() == pytest.approx(updated(make(), inputs).compute().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("make", [InBatchAccuracy, NegativesAbovePositive])
+def test_counts_are_exact_however_large(make):
+    metric = make()
+    metric.update(TWO_SIDES[0])
+    once = dict(metric.metric_state)
+    for name in once.keys() - {"not_finite"}:
+        setattr(metric, name, torch.tensor(2**25))  # float32 holds no odd numbers there
+    metric.update(TWO_SIDES[0])
+    assert all(metric.metric_state[name] == 2**25 + once[name] for name in once.keys() - {"not_finite"})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_takes_any_floats(dtype):
     assert InBatchHardness()(X.to(dtype)).item() == pytest.approx(InBatchHardness()(X).item(), abs=0.01)

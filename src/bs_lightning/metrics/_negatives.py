@@ -200,7 +200,8 @@ class InBatchHardness(Metric):
             ValueError: If ``embeddings`` or ``labels`` has a different shape.
         """
         similarity, pairs = _hardness_update(embeddings, labels)
-        self.similarity += similarity
+        # Not in place: a sum in float32, even where the state is in the half precision of a module that holds it.
+        self.similarity = self.similarity + similarity
         self.pairs += pairs
 
     def compute(self) -> Tensor:

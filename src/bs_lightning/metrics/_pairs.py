@@ -86,21 +86,24 @@ class InBatchAccuracy(Metric):
 
     won: Tensor
     anchors: Tensor
+    not_finite: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("won", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("anchors", torch.tensor(0), dist_reduce_fx="sum")
+        # Integers are exact, and stay integers in a module that is moved to half precision.
+        for name in ("won", "anchors", "not_finite"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, embeddings: Tensor | NDArray[Any]) -> None:
         """Add the anchors of one or more batches."""
         counts = _count(embeddings)
         self.won += counts.won
         self.anchors += counts.anchors
+        self.not_finite += counts.not_finite
 
     def compute(self) -> Tensor:
         """Return the share of anchors so far whose positive won."""
-        return self.won / self.anchors
+        return _share(self.won, self.anchors, self.not_finite)
 
 
 def negatives_above_positive(embeddings: Tensor | NDArray[Any]) -> Tensor:
@@ -166,27 +169,33 @@ class NegativesAbovePositive(Metric):
 
     above: Tensor
     negatives: Tensor
+    not_finite: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("above", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("negatives", torch.tensor(0), dist_reduce_fx="sum")
+        # Integers are exact, and stay integers in a module that is moved to half precision.
+        for name in ("above", "negatives", "not_finite"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, embeddings: Tensor | NDArray[Any]) -> None:
         """Add the negatives of one or more batches."""
         counts = _count(embeddings)
         self.above += counts.above
         self.negatives += counts.negatives
+        self.not_finite += counts.not_finite
 
     def compute(self) -> Tensor:
         """Return the share of negatives so far that are above their positive."""
-        return self.above / self.negatives
+        return _share(self.above, self.negatives, self.not_finite)
 
 
 def accuracy_and_negatives_above(embeddings: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor]:
     """Compute :func:`in_batch_accuracy` and :func:`negatives_above_positive` from the same similarities."""
     counts = _count(embeddings)
-    return counts.won / counts.anchors, counts.above / counts.negatives
+    return (
+        _share(counts.won, counts.anchors, counts.not_finite),
+        _share(counts.above, counts.negatives, counts.not_finite),
+    )
 
 
 class _Counts(NamedTuple):
@@ -194,20 +203,26 @@ class _Counts(NamedTuple):
     anchors: int
     above: Tensor  # negatives above their positive
     negatives: int
+    not_finite: Tensor  # 1 if an embedding is not finite, else 0
 
 
 def _count(embeddings: Tensor | NDArray[Any]) -> _Counts:
     """Compare the positives of all batches with the negatives."""
     batches = _unit_batches(embeddings)
     n_batches, size = batches.shape[:2]
-    won, above = batches.new_zeros(()), batches.new_zeros(())
+    won, above = (batches.new_zeros((), dtype=torch.int64) for _ in range(2))
     for similarity, positive in _similarities(batches):
         # The positive itself is the only entry that is not clearly below the positive.
         won += ((similarity >= positive - TIE).sum(dim=2) == 1).sum()
         above += (similarity > positive + TIE).sum()
     # Comparisons with NaN are false, and would hide an embedding that is not finite.
-    unknown = torch.where(batches.isfinite().all(), 0, torch.nan)
-    return _Counts(won + unknown, n_batches * size, above + unknown, n_batches * size * (size - 1))
+    not_finite = (~batches.isfinite().all()).long()
+    return _Counts(won, n_batches * size, above, n_batches * size * (size - 1), not_finite)
+
+
+def _share(part: Tensor, whole: Tensor | int, not_finite: Tensor) -> Tensor:
+    """Return a share, or NaN after an embedding that is not finite."""
+    return torch.where(not_finite == 0, part / whole, torch.nan).float()
 
 
 def _unit_batches(embeddings: Tensor | NDArray[Any]) -> Tensor:
