@@ -244,6 +244,26 @@ def test_rows_of_any_length_have_the_same_loss(function, scale):
     assert torch.isclose(call(function, scale * first, scale * second), call(function, first, second))
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+@every_function
+def test_rows_of_any_length_in_float64(function, scale):
+    first, second = sides()
+    assert torch.isclose(call(function, scale * first, scale * second), call(function, first, second))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@every_loss
+def test_a_row_that_is_not_finite_shows_even_where_it_is_masked(case, side, value):
+    function, _, options = CASES[case]
+    both = sides()
+    both[side].data[0, 1] = value
+    masked = torch.zeros(B, B, dtype=torch.bool)
+    masked[0] = masked[:, 0] = True
+    for mask in (None, masked, torch.ones_like(masked)):
+        assert not function(*both, temperature=T, masked=mask, **options).isfinite()
+
+
 def test_a_modules_temperature_is_a_parameter():
     loss = losses.InfoNCELoss(temperature=nn.Parameter(torch.tensor([0.5])))
     assert [name for name, _ in loss.named_parameters()] == ["temperature"]
@@ -455,6 +475,13 @@ def _on_rank(rank, folder):
             losses.nt_xent(side, side, temperature=T, masked=mask, gather=True)
         except ValueError as error:
             refused[name] = str(error)
+    side = own_part[0].clone().requires_grad_()
+    loss = losses.nt_xent(side, own_part[1], temperature=T, gather=True)
+    (gradient,) = torch.autograd.grad(loss, side, create_graph=True)
+    try:
+        gradient.square().sum().backward()
+    except RuntimeError as error:
+        refused["second derivative"] = str(error)
     with torch.no_grad():
         one_row = losses.info_nce(both[0, rank : rank + 1], both[1, rank : rank + 1], temperature=T, gather=True)
     alone = losses.nt_xent(*own_part, temperature=T)  # without gather
@@ -487,6 +514,7 @@ def test_two_processes_train_as_one(tmp_path):
     for each in (refused, rest[0]):
         assert "one width, got widths [4, 3]" in each["width"]
         assert "masked must have shape [8, 8], got [4, 4]" in each["mask"]
+        assert "differentiate twice" in each["second derivative"]
     torch.testing.assert_close((one_row + rest[1]) / 2, losses.info_nce(*both[:, :2], temperature=T))
     torch.testing.assert_close(alone, losses.nt_xent(*both[:, :4], temperature=T))
 

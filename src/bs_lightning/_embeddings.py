@@ -219,7 +219,8 @@ def _scales(rows: Tensor) -> Tensor:
     Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
     """
     largest = _largest(rows)
-    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-126, 126))
+    most = 1022 if rows.dtype == torch.float64 else 126  # 2 to this power, and its inverse, are normal numbers
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-most, most))
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ a negative adds zero to the loss and has no gradient, but counts in the mean. Wi
 on. Each process returns its own anchors' part, so that the *mean over processes* is the loss of the global batch. DDP
 takes the same mean of the gradients. So the weights get the gradient of one process that has the global batch, also
 where the processes have different numbers of instances. All processes must call the loss, and ``backward``, equally
-often. To log the loss, take the mean: ``self.log("loss", loss, sync_dist=True)``. Without ``torch.distributed``,
-``gather=True`` changes nothing.
+often. There is no second derivative. To log the loss, take the mean: ``self.log("loss", loss, sync_dist=True)``.
+Without ``torch.distributed``, ``gather=True`` changes nothing.
 
 **Precision.** The losses compute in float32, or in float64 where a side is float64. Autocast does not change this.
 Inputs that are not finite give a loss that is not finite.

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bs_lightning._checks import check_number
 from bs_lightning._embeddings import unit_rows_with_gradient
@@ -51,8 +52,11 @@ class AnchorRows:
         return self.mean(torch.nn.functional.softplus(log_negatives - self.positive))
 
     def mean(self, losses: Tensor) -> Tensor:
-        """Return the mean of the anchors' losses ``[R]``. An anchor without negatives counts as 0."""
-        return losses.masked_fill(~self.is_negative.any(dim=1), 0).sum() * self.share
+        """Return the mean of the anchors' losses ``[R]``. An anchor without negatives counts as 0.
+
+        Multiplied, not filled: an anchor that is not finite makes the mean NaN, with or without negatives.
+        """
+        return (losses * self.is_negative.any(dim=1)).sum() * self.share
 
 
 def anchor_rows(
@@ -148,6 +152,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
