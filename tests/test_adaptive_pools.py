@@ -83,6 +83,15 @@ def test_a_pool_is_never_larger_than_the_epoch():
     assert pools.n_batches == 10
 
 
+def test_pools_shrink_though_a_resumed_runs_epochs_are_shorter():
+    pools = AdaptivePools(0.1)
+    pools.n_batches = 64.0  # as load_state_dict sets it
+    for _ in range(2):
+        pools.next_pool(0, 10, LAYOUT)
+        pools.observe(torch.tensor(5.0))
+    assert pools.next_pool(0, 10, LAYOUT) == (slice(0, 2), 2)  # 64, 10, 2.5
+
+
 @pytest.mark.parametrize(
     ("target", "error", "words"),
     [

@@ -174,8 +174,9 @@ class AdaptivePools(Cut):
 
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
         """Choose the next pool's size from the loss, and cut it off, as :class:`Cut` says."""
-        # A pool that the epoch's end made much smaller says nothing of the pools of this size.
-        if self._n_observed and (not self.composes or self._n_served > self.n_batches / 2):
+        # A pool that the epoch's end made much smaller says nothing of the pools of this size. The epochs of a resumed
+        # run may be shorter than such a pool, though.
+        if self._n_observed and (not self.composes or self._n_served > min(self.n_batches, stop) / 2):
             loss = self.loss
             if math.isfinite(loss):
                 factor = min(max((self.target_loss / max(loss, 1e-12)) ** 2, 1 / _MOST), _MOST)
