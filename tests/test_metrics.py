@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torchmetrics import MetricCollection
 
 from bs_lightning.metrics import (
     Alignment,
@@ -203,6 +204,18 @@ def test_large_batches_are_compared_in_parts(monkeypatch):
     expected = in_batch_accuracy(TWO_SIDES), negatives_above_positive(TWO_SIDES)
     monkeypatch.setattr("bs_lightning.metrics._pairs.BLOCK_ENTRIES", 2 * SIZE**2)
     assert (in_batch_accuracy(TWO_SIDES), negatives_above_positive(TWO_SIDES)) == expected
+
+
+def test_a_collection_keeps_metrics_of_other_options_apart():
+    equal = torch.ones(4, 3)
+    for make, inputs in ((Alignment, (X[0], Y[0])), (Uniformity, (X[0],))):
+        alone = {"1": make(1.0), "2": make(2.0)}
+        together = MetricCollection({name: metric.clone() for name, metric in alone.items()})
+        for batch in ([equal] * len(inputs), inputs):  # the first is the same for all options
+            together.update(*batch)
+            for metric in alone.values():
+                metric.update(*batch)
+        assert together.compute() == {name: metric.compute() for name, metric in alone.items()}
 
 
 def test_two_equal_sides_are_as_hard_as_one():

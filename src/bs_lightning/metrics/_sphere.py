@@ -81,6 +81,7 @@ class Alignment(Metric):
         self.alpha = check_positive("alpha", alpha)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        _add_option(self, "power", self.alpha)
 
     def update(self, x: Tensor | NDArray[Any], y: Tensor | NDArray[Any]) -> None:
         """Add a batch of positive pairs.
@@ -177,6 +178,7 @@ class Uniformity(Metric):
         self.t = _check_scale(t)
         self.add_state("potential", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
+        _add_option(self, "scale", self.t)
 
     def update(self, x: Tensor | NDArray[Any]) -> None:
         """Add the pairs of a batch.
@@ -230,6 +232,15 @@ def _uniformity_update(x: Tensor | NDArray[Any], t: float) -> tuple[Tensor, int]
 
 def _uniformity_compute(potential: Tensor, pairs: Tensor | int) -> Tensor:
     return (potential / pairs).log().float()
+
+
+def _add_option(metric: Metric, name: str, value: float) -> None:
+    """Make an option of a metric one of its states.
+
+    ``MetricCollection`` lets metrics share their sums from then on if all states are equal after the first batch. The
+    sums are, whatever the option is, where all rows are equal.
+    """
+    metric.add_state(name, torch.tensor(value), dist_reduce_fx="max")
 
 
 def _check_scale(t: float) -> float:

@@ -1,6 +1,6 @@
 """The command line of the recipes: LightningCLI with a recipe's module and DataModule.
 
-    python -m bs_lightning.recipes simclr fit --config examples/simclr.yaml
+python -m bs_lightning.recipes simclr fit --config examples/simclr.yaml
 """
 
 import importlib
