@@ -77,6 +77,11 @@ class Returns(Model):
         return {"loss": super().training_step(batch, batch_idx), "embeddings": self(batch).detach()}
 
 
+def two_sides(module: Any, batch: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Embed a batch as two sides, with the annotation that the documentation gives."""
+    return module(batch), module(batch)
+
+
 class TooFewRows(ExactGraph):
     """A graph that lacks the first row."""
 

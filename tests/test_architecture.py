@@ -107,6 +107,20 @@ def test_what_lightning_is_asked_for_is_there(path, change):
     attribute(trainer(), path, change)
 
 
+def test_lightning_says_which_hook_runs():
+    names = []
+
+    class Notes(Callback):
+        def on_train_start(self, trainer, module):
+            names.append(module._current_fx_name)
+
+        def on_train_epoch_start(self, trainer, module):
+            names.append(module._current_fx_name)
+
+    fit(Model(), Data(), Notes())
+    assert names[:2] == ["on_train_start", "on_train_epoch_start"], "change loops.in_start_hook"
+
+
 def test_what_lightnings_loops_count():
     """Lightning's counters give the batch being trained and its epoch, as the plan assumes."""
 

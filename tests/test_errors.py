@@ -182,6 +182,25 @@ def test_what_cannot_be_embedded_fails_before_the_warmup():
     assert "embedding a batch of pool_dataset(), a list" in error.value.__notes__[0]
 
 
+def test_a_function_that_cannot_embed_is_named():
+    def embed(module, batch):
+        return module.encoder(batch)  # of indices and points
+
+    with pytest.raises(TypeError) as error:
+        fit(Model(), Data(), walker(embed=embed))
+    assert "let the function that you gave as embed take batch[0]" in error.value.__notes__[0]
+
+
+def test_items_that_cannot_be_collated_are_said_to_be_those_of_pool_dataset():
+    class Uneven(Data):
+        def pool_dataset(self):
+            return [torch.zeros(i + 1) for i in range(self.n)]
+
+    with pytest.raises(RuntimeError, match="equal size") as error:
+        fit(Model(), Uneven(), walker())
+    assert "loading a batch of pool_dataset()" in error.value.__notes__[0]
+
+
 def test_more_roots_than_instances_before_the_warmup():
     with pytest.raises(ValueError, match="n_roots must be at most the 8 instances of a batch, got 9"):
         fit(Model(), Data(8), walker(composer=RWRComposer(ExactGraph(5), n_roots=9), warmup_epochs=1))

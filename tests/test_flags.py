@@ -1,8 +1,10 @@
 """Every flag of the Trainer keeps the number of steps and each index at most once an epoch, without unused encoding."""
 
+import parts
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
@@ -10,7 +12,7 @@ from parts import Data, Model, assert_equal, fit, pool_order, rng_states, same_c
 from streams import StreamData
 from torch.utils.data import DataLoader
 
-from bs_lightning import BatchSamplerCallback
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule
 
 
 class Counts(Callback):
@@ -420,6 +422,42 @@ def test_a_second_trainer_may_evaluate_while_a_first_one_fits(composes):
     assert all(evaluates.seen)
     assert epochs[0] == epochs[1]
     assert same_cluster_share(epochs[1][3]) > 0.2
+
+
+def test_a_second_trainer_that_loads_a_checkpoint_does_not_change_where_a_fit_resumed(tmp_path):
+    states = []
+
+    class LoadsAnother(Callback):
+        def on_train_epoch_end(self, first, module):
+            trainer().validate(Validated(), datamodule=first.datamodule, ckpt_path=tmp_path / "step=5.ckpt")
+            states.append(first.datamodule.restored_state())
+
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(Validated(), ValidatedData(seed=1), saves, walker(), max_epochs=1, enable_checkpointing=True)
+    fit(Validated(), ValidatedData(seed=1), LoadsAnother(), walker(), ckpt_path=tmp_path / "step=10.ckpt", max_epochs=1)
+    assert [state.served for state in states] == [10]
+
+
+def test_lightning_cli_takes_a_function_that_embeds_two_sides():
+    parser = ArgumentParser()
+    parser.add_class_arguments(BatchSamplerCallback, "callback")
+    made = parser.instantiate_classes(parser.parse_args(["--callback.embed=parts.two_sides"]))
+    assert made.callback.embed is parts.two_sides
+
+
+def test_a_datamodule_may_inherit_from_one_that_needs_arguments():
+    class Theirs(LightningDataModule):
+        def __init__(self, root):
+            super().__init__()
+            self.root = root
+
+    class Mine(BatchSamplerDataModule, Theirs):
+        def __init__(self, root, batch_size):
+            Theirs.__init__(self, root)
+            BatchSamplerDataModule.__init__(self, batch_size)
+
+    data = Mine("images", 8)
+    assert (data.root, data.batch_size, data.seed) == ("images", 8, None)
 
 
 def test_a_second_fit_within_a_fit_is_refused():

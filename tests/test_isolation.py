@@ -216,6 +216,7 @@ class Holds(nn.Module):
         self.plain = torch.ones(3)
         self.hidden = [nn.BatchNorm1d(3)]
         self.nested = {0: (torch.ones(3), deque([torch.ones(3)])), "0": (torch.ones(3), set())}
+        self.strided = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
         self.meta = nn.Linear(3, 3, device="meta")
         self.me = (self,)
 

@@ -204,6 +204,20 @@ def test_a_graph_that_lacks_rows_is_refused():
         fit(Counts(), Data(8, 100), callback)
 
 
+@pytest.mark.parametrize("kept", [{"encode_every": 9}, {"recycle": True}], ids=str)
+def test_a_checkpoint_that_is_saved_before_training_starts_holds_what_was_restored(kept, tmp_path):
+    class SavesEarly(Callback):
+        def on_fit_start(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    settings = {"max_epochs": 2, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    fit(Returns(), Data(8, 96), walker(**kept), ModelCheckpoint(tmp_path, save_last=True), **settings)
+    resumed = walker(**kept)
+    fit(Returns(), Data(8, 96), resumed, SavesEarly(), ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+    saved, early = (torch.load(tmp_path / f"{name}.ckpt")["callbacks"] for name in ("last", "early"))
+    assert torch.equal(early[resumed.state_key]["rows"], saved[resumed.state_key]["rows"])
+
+
 def test_another_fit_embeds_anew():
     callback = walker(encode_every=9)
     for _ in range(2):

@@ -142,6 +142,20 @@ def test_looking_into_the_loader_while_an_epoch_is_trained_disturbs_nothing(step
         assert run(Exact(), each_epoch, tmp_path / f"step={start}.ckpt") == whole[start:]
 
 
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start"])
+@pytest.mark.parametrize("saves", [every_step, SavesAtBatchEnd, after_validation], ids=lambda saves: saves.__name__)
+def test_looking_into_the_loader_before_the_first_step_of_a_resumed_run_disturbs_nothing(saves, hook, tmp_path):
+    flags = {"val_check_interval": 6} if saves is after_validation else {}
+    torch.manual_seed(0)
+    whole = Exact()
+    train(whole, tmp_path, saves, **flags)
+    looks = type("Looks", (Exact,), {hook: lambda self: list(self.trainer.train_dataloader)})
+    for step in (12, 18, 24) if flags else (12, 14, 17, 24):
+        resumed = looks()
+        train(resumed, tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt", **flags)
+        assert resumed.batches == whole.batches[step:], f"from step {step}"
+
+
 LOADERS = [
     {"num_workers": 2, "prefetch_factor": 2},
     {"num_workers": 2, "prefetch_factor": 8},

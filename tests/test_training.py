@@ -313,6 +313,19 @@ def test_labels_come_from_targets_or_the_hook():
     assert made.callback_metrics["batch_sampler/false_negative_rate"] == 1
 
 
+@pytest.mark.parametrize("targets", [[0.5] * 96, [{"boxes": []}] * 96, ["cat"] * 96, [[1], [1, 2]] * 48], ids=str)
+def test_targets_that_are_no_classes_are_no_labels(targets):
+    class Detection(Data):
+        def train_dataset(self):
+            dataset = super().train_dataset()
+            dataset.targets = targets
+            return dataset
+
+    made = fit(Model(), Detection(8, 96), walker(), max_epochs=1)
+    assert "batch_sampler/false_negative_rate" not in made.callback_metrics
+    assert "batch_sampler/hardness" in made.callback_metrics
+
+
 # Freshness
 
 

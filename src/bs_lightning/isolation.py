@@ -180,6 +180,8 @@ def _names(part: nn.Module) -> Callable[[], None]:
 
 def _place(tensor: Tensor) -> Callable[[], None]:
     """Return a function that lets a tensor refer to its current memory again, if ``tensor.data`` has been assigned."""
+    if tensor.is_nested:
+        return lambda: None  # it has no one shape to compare
 
     def place() -> tuple[Any, ...]:
         return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -6,7 +6,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bs_lightning.plan import EpochPlan, Pool
 from bs_lightning.plugin.loader import TrainingData
-from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
+from bs_lightning.plugin.loops import (
+    batch_in_training,
+    count_epoch,
+    epochs_processed,
+    in_epoch,
+    in_start_hook,
+    next_batch,
+)
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
 
@@ -51,7 +58,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._data.trainer
         if trainer is None:
             return super().plan()
-        if not trainer.training or self._data.train_sampler is not self:
+        if not trainer.training or self._data.train_sampler is not self or in_start_hook(trainer):
             return self._uniform_plan()
 
         count_epoch(trainer)

@@ -116,7 +116,7 @@ class BatchSamplerDataModule(LightningDataModule):
         persistent_workers: bool | None = None,
         **dataloader_kwargs: Any,
     ) -> None:
-        super().__init__()
+        LightningDataModule.__init__(self)  # a DataModule that comes second may need arguments
         # Not one of `dataloader_kwargs`: LightningCLI would give those torch's defaults.
         if persistent_workers is None:
             persistent_workers = bool(dataloader_kwargs.get("num_workers"))
@@ -215,20 +215,17 @@ class BatchSamplerDataModule(LightningDataModule):
     def train_labels(self) -> Tensor | Sequence[int] | None:
         """Labels, integers of shape ``[N]``, for the false-negative rate and for composers that ask for them.
 
-        By default they are the dataset's ``targets``, or its ``y`` (as in ``torch_geometric``) if that holds an integer
-        for each instance. Where there are none, return ``None``: the false-negative rate is not logged then. Labels
-        that mean "unknown" count as a class.
+        By default they are the dataset's ``targets``, or its ``y`` (as in ``torch_geometric``), if that holds an
+        integer for each instance. Where there are none, return ``None``: the false-negative rate is not logged then.
+        Labels that mean "unknown" count as a class.
         """
         dataset = self._train_dataset
         if self.streams:
             return None
-        labels = getattr(dataset, "targets", None)
-        if labels is None:
-            y = getattr(dataset, "y", None)
-            per_instance = isinstance(y, Tensor) and not y.is_floating_point() and y.ndim == 1
-            if per_instance and len(y) == len(dataset):  # type: ignore[arg-type]
-                labels = y
-        return labels
+        targets, y = getattr(dataset, "targets", None), getattr(dataset, "y", None)
+        if _are_integers(targets):
+            return targets
+        return y if _are_integers(y) and len(y) == len(dataset) else None  # type: ignore[arg-type]
 
     def train_groups(self) -> Tensor | Sequence[int] | None:
         """Return each instance's group: instances of a group are never each other's negatives.
@@ -424,7 +421,7 @@ class BatchSamplerDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the pool that was being served. Call it where you override it."""
-        if holds_state(state_dict):
+        if holds_state(state_dict) and self.trainer is self._trainer:  # a guest evaluates only
             self._checkpoint = (None if self.trainer is None else self.trainer.ckpt_path, state_dict)
 
     def restored_state(self) -> SamplerState | None:
@@ -523,6 +520,15 @@ class BatchSamplerDataModule(LightningDataModule):
 
 def _is_fitting(trainer: Trainer) -> bool:
     return trainer.state.fn is TrainerFn.FITTING and trainer.state.status is TrainerStatus.RUNNING
+
+
+def _are_integers(values: Any) -> bool:
+    """Return whether these are integers ``[n]``, and not boxes, scores or names, for example."""
+    try:
+        array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    except ValueError:  # rows of different lengths
+        return False
+    return array.ndim == 1 and array.dtype.kind in "iub"
 
 
 class _TrainedBuffer(Dataset[Any]):

@@ -100,6 +100,18 @@ def in_epoch(trainer: Trainer) -> bool:
     return bool(progress.started > progress.processed)
 
 
+def in_start_hook(trainer: Trainer) -> bool:
+    """Return whether a hook ``on_train_start`` runs. In a resumed run, the counters are those of an epoch by then.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        ``True`` if so.
+    """
+    return bool(trainer.lightning_module._current_fx_name == "on_train_start")
+
+
 def count_epoch(trainer: Trainer) -> None:
     """Count an epoch that Lightning has begun without counting it.
 

@@ -26,7 +26,8 @@ from bs_lightning.plugin.progress import progress
 
 _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
 
-ModuleEmbed = Callable[[LightningModule, Any], Tensor | tuple[Tensor, Tensor]]
+# Returns a tensor or a pair. `Any`, because jsonargparse refuses functions that are annotated with such a union.
+ModuleEmbed = Callable[[LightningModule, Any], Any]
 
 
 class EmbeddingSource:
@@ -128,6 +129,7 @@ class EncodedEmbeddings(EmbeddingSource):
 
     def __init__(self, trainer: Trainer, embed: ModuleEmbed | None, batch_size: int | None, per_rank: bool) -> None:
         module = trainer.lightning_module
+        self._is_own_function = embed is not None
         if embed is not None:
             self._embed: Embed = partial(embed, module)
         # Ask the class: a layer of the module may be named `embed`, too.
@@ -224,7 +226,8 @@ class EncodedEmbeddings(EmbeddingSource):
                     return self._embed(batch)
             except Exception as error:
                 how = "give pool_collate_fn a function for" if data.streams else "override pool_dataset() to return"
-                error.add_note(_advice(batch, type(data).pool_dataset is BatchSamplerDataModule.pool_dataset, how))
+                is_training_data = type(data).pool_dataset is BatchSamplerDataModule.pool_dataset
+                error.add_note(_advice(batch, is_training_data, how, self._is_own_function))
                 raise
 
         with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
@@ -236,7 +239,7 @@ class EncodedEmbeddings(EmbeddingSource):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
             embeddings = embed_in_batches(
-                indices.tolist(), lambda _: loading, embed, batch_size=self._size, advance=advance
+                indices.tolist(), lambda _: _noting(loading), embed, batch_size=self._size, advance=advance
             )
         return checked_unit_rows_(embeddings, indices)  # waits for the GPU, which `no_trace` need not do
 
@@ -266,6 +269,8 @@ class BankedEmbeddings(EmbeddingSource):
         self._restore()
 
     def state_dict(self) -> dict[str, Any]:
+        if self._restored:  # loaded, but the data are not attached yet
+            return self._restored
         return {} if self._bank is None else self._bank.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -466,15 +471,33 @@ def default_batch_size(training: int, device: torch.device, n_workers: int) -> i
     return training if n_workers else 4 * training
 
 
-def _advice(batch: Any, is_training_data: bool, how: str) -> str:
+def _noting(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches, and say in an error that they are those of ``pool_dataset()``."""
+    try:
+        yield from batches
+    except Exception as error:
+        error.add_note(
+            "BatchSamplerCallback was loading a batch of pool_dataset(). If its items cannot be collated as training "
+            "items are, give the DataModule pool_collate_fn."
+        )
+        raise
+
+
+def _advice(batch: Any, is_training_data: bool, how: str, is_own_function: bool) -> str:
     """Return what to do after embedding a batch has failed, the likeliest fix first."""
     what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
     if is_training_data and isinstance(batch, (list, tuple)):
+        first = (
+            "let the function that you gave as embed take batch[0]"
+            if is_own_function
+            else "define `def embed(self, batch): return self(batch[0])` in your module"
+        )
         return (
             f"{what} Your DataModule does not override pool_dataset(), so this is a training batch of {len(batch)} "
-            "parts. If the first part is the input, define `def embed(self, batch): return self(batch[0])` in your "
-            f"module. Otherwise {how} one clean view of each instance."
+            f"parts. If the first part is the input, {first}. Otherwise {how} one clean view of each instance."
         )
+    if is_own_function:
+        return f"{what} Give BatchSamplerCallback(embed=...) a function that takes such a batch."
     return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
 
 
