@@ -54,8 +54,20 @@ def test_the_loss_is_a_mean_over_the_last_batches():
     pools = AdaptivePools(0.1)
     for loss in [100.0] * 3 + [0.1] * 400:
         pools.observe(torch.tensor(loss))
+    assert pools.loss == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_restored_state_goes_on_with_the_mean_and_the_size():
+    pools, restored = AdaptivePools(0.1), AdaptivePools(0.1)
+    pools.n_batches = 8.0
     pools.next_pool(0, 1000, LAYOUT)
-    assert pools.n_batches == pytest.approx(1.0, abs=1e-3)
+    for loss in (1.0, 0.0):
+        pools.observe(torch.tensor(loss))
+    restored.load_state_dict(pools.state_dict())
+    for each in (pools, restored):
+        each.observe(torch.tensor(2.0))
+        assert each.loss == 1
+        assert each.next_pool(8, 1000, LAYOUT) == (slice(8, 10), 10)
 
 
 def test_the_end_of_an_epoch_makes_no_small_pool():

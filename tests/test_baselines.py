@@ -226,6 +226,11 @@ def test_b3_batches_are_whole_communities_of_equal_size(size, batch_size):
     assert not np.array_equal(even[0][:, 0], even[1][:, 0])
 
 
+def test_the_nearest_cluster_comes_next_however_far_from_the_centre_it_lies():
+    centers = np.array([[4.0], [2.5], [3.5], [9.0]], dtype=np.float32)
+    assert baselines._nearest_next(centers, 0).tolist() == [0, 2, 1, 3]
+
+
 @pytest.mark.parametrize("packing", ["random", "greedy"])
 def test_cluster_batches_are_cut_from_a_sequence_of_clusters(packing, monkeypatch):
     k_means, found = baselines._k_means, []

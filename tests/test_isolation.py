@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 from parts import Data, Model, assert_equal, fit, pool_order, walker
 from torch import nn
+from torchmetrics import CatMetric
 
 from bs_lightning.isolation import isolated_rng, no_trace
 
@@ -88,6 +89,15 @@ def test_buffers_that_cannot_be_written_to():
     with no_trace(module):
         module.running_mean += 1
     assert module.running_mean.tolist() == [0, 0, 0]
+
+
+def test_a_list_of_a_metric_is_as_long_as_before():
+    module = nn.Module()
+    module.seen = CatMetric()
+    module.seen.update(1.0)
+    with no_trace(module):
+        module.seen.update(2.0)
+    assert len(module.seen.value) == 1
 
 
 def test_buffers_filled_within_are_empty_again():

@@ -258,6 +258,18 @@ def test_clip_takes_a_module_that_gives_embeddings():
     assert torch.equal(model.embed((images, tokens("r0", "g1")))[0], tower(images))
 
 
+def test_clip_is_validated_in_both_directions(tmp_path):
+    model, data = build("clip", tmp_path)
+    (found,) = trainer().validate(model, data, verbose=False)
+    model.eval()
+    embedded = [model.embed(batch) for batch in data.val_dataloader()]
+    images, texts = (torch.cat(side).detach() for side in zip(*embedded, strict=True))
+    groups = data.validation_dataset.groups()
+    assert found["image_to_text/mrr"] == pytest.approx(retrieval(images, texts, groups)["mrr"])
+    assert found["text_to_image/mrr"] == pytest.approx(retrieval(texts, images, groups)["mrr"])
+    assert found["image_to_text/mrr"] != found["text_to_image/mrr"]
+
+
 def test_only_matrices_of_clip_have_weight_decay(tmp_path):
     model, data = build("clip", tmp_path)
     made = trainer(max_steps=1)

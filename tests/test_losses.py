@@ -314,6 +314,13 @@ def test_extreme_similarities_stay_finite(case):
         assert gradient.abs().max() < 1e4  # `normalize` gives an all-zero row a gradient of 1e12
 
 
+def test_a_small_class_prior_is_subtracted_in_full():
+    """At a low temperature the positive's score is so high that even a rare class weighs."""
+    rows, score = torch.eye(3, dtype=torch.float64), math.exp(1 / 0.1)
+    loss = losses.debiased(rows, rows, temperature=0.1, class_prior=1e-5, negatives="second")
+    assert loss.item() == pytest.approx(math.log1p(2 * (1 - 1e-5 * score) / (1 - 1e-5) / score))
+
+
 # Properties
 
 
@@ -349,6 +356,15 @@ def test_a_module_is_its_function(case):
         )
     assert f"temperature={T}" in repr(loss)
     assert all(f"{name}={value!r}" in repr(loss) for name, value in options.items())
+
+
+@every_loss
+def test_a_module_hands_on_whether_to_gather(case):
+    _, module, options = CASES[case]
+    for gather in (False, True):
+        loss = module(temperature=T, gather=gather, **options)
+        loss.function = lambda *sides, **given: given
+        assert loss(*sides())["gather"] is gather
 
 
 def test_every_loss_is_there_twice():
@@ -517,6 +533,28 @@ def test_two_processes_train_as_one(tmp_path):
         assert "differentiate twice" in each["second derivative"]
     torch.testing.assert_close((one_row + rest[1]) / 2, losses.info_nce(*both[:, :2], temperature=T))
     torch.testing.assert_close(alone, losses.nt_xent(*both[:, :4], temperature=T))
+
+
+@every_function
+def test_three_processes_with_unequal_parts_have_the_loss_of_one(function, monkeypatch):
+    both, sizes = torch.randn(2, 7, D, dtype=torch.float64), [3, 2, 2]
+    unit = nn.functional.normalize(both, dim=2).transpose(0, 1)
+
+    def all_gather(received, own):
+        for each, part in zip(received, unit.split(sizes), strict=True):
+            if own.is_floating_point():
+                each[: len(part)] = part
+            else:
+                each.copy_(torch.tensor([len(part), D]))
+
+    for name, value in (("is_initialized", True), ("get_world_size", 3)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    of_ranks = []
+    for rank, part in enumerate(both.split(sizes, dim=1)):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        of_ranks.append(call(function, *part, gather=True))
+    torch.testing.assert_close(sum(of_ranks) / 3, call(function, *both))
 
 
 def test_gather_changes_nothing_in_one_process():

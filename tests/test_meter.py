@@ -117,6 +117,23 @@ def test_at_most_40_batches_are_measured(monkeypatch):
         assert len(counted) == expected
 
 
+def test_early_and_late_batches_of_a_pool_are_measured():
+    """Of the 100 batches of a pool, the first 50 are as hard as can be, and the others not at all."""
+    axes = torch.eye(3)[[0] * 100 + [1, 2] * 50]
+
+    def along_the_axes(embeddings, batch_size, *, seed, epoch):
+        own = embeddings.argmax(dim=1)
+        alike, *others = ((own == axis).nonzero().flatten() for axis in range(3))
+        return torch.cat([alike, torch.stack(others, dim=1).flatten()]).reshape(-1, batch_size).numpy()
+
+    assert 0.2 < measure(axes, 2, pool_sizes=[200], composer=along_the_axes)[0].hardness < 0.8
+
+
+def test_a_composer_whose_batches_share_instances_is_measured():
+    composer = RWRComposer(ExactGraph(5), replacement=True)
+    assert measure(torch.randn(100, 2, 4), 10, pool_sizes=[100], composer=composer)[0].pool_size == 100
+
+
 def test_the_same_seed_gives_the_same_reading():
     def values(seed):
         return [reading._replace(seconds=0) for reading in measure(clusters(512), B, seed=seed)]

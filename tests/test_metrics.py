@@ -241,7 +241,8 @@ def test_a_tie_does_not_win_and_is_not_above():
     lengths = torch.rand(300, 2, 1, generator=generator)  # the cosines of one direction differ by rounding
     collapsed = lengths * torch.randn(7, generator=generator)
     duplicates = lengths * torch.randn(20, 2, 5, generator=generator).repeat(15, 1, 1)
-    for sides in (collapsed, duplicates):
+    twins = lengths * torch.randn(150, 2, 5, generator=generator).repeat(2, 1, 1)
+    for sides in (collapsed, duplicates, twins):
         assert in_batch_accuracy(sides) == 0
     equal_sides = lengths * duplicates[:, :1]
     for sides in (collapsed, equal_sides):

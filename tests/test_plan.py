@@ -203,6 +203,21 @@ def test_pools_are_planned_when_asked_for_each_with_its_own_seed():
     assert len(set(seeds)) == 3
     assert max(seeds) < 2**32
     assert epochs == (5, 5, 5)
+    next(iter(EpochPlan(BatchLayout(90, 10), seed=1, epoch=6, planning=Planning(planner, Pools(30)))))
+    assert calls[-1][1] not in seeds
+
+
+def test_pairs_are_looked_for_in_all_batches_that_may_share_instances(monkeypatch):
+    monkeypatch.setattr("bs_lightning.plan._BATCHES_AT_ONCE", 2)
+    pairs = np.array([[0, 1], [5, 4], [8, 9], [12, 13], [16, 17], [0, 4]])  # all but the last meet
+
+    def planner(indices, *, seed, epoch):
+        return PlannedPool(np.arange(20).reshape(5, 4), pairs)
+
+    planning = Planning(planner, Pools(20), replacement=True)
+    plan = EpochPlan(BatchLayout(20, 4), seed=0, epoch=0, planning=planning)
+    next(iter(plan))
+    assert np.array_equal(plan.pairs(0), permutation(20, 0, 0)[:][pairs[:5]])
 
 
 def test_planned_batches_are_checked():

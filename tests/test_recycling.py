@@ -66,6 +66,17 @@ def test_the_bank_equals_a_plain_assignment_for_each_batch(look_after_each, monk
     torch.testing.assert_close(bank.read(torch.arange(30)), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("restores", [True, False])
+def test_what_replaces_all_of_the_bank_replaces_what_waits_to_be_written(restores):
+    bank, rows = EmbeddingBank(3), torch.eye(3)
+    bank.write(torch.arange(3), -rows)
+    if restores:
+        bank.load_state_dict({"n_instances": 3, "rows": rows.half()})
+    else:
+        bank.fill(rows)
+    assert torch.equal(bank.read(torch.arange(3)), rows)
+
+
 def test_the_bank_refuses():
     bank = EmbeddingBank(5)
     with pytest.raises(ValueError, match=r"one row for each of the batch's 2 instances, got shape \[3, 4\]"):

@@ -59,6 +59,15 @@ def test_takes_the_modules_embed_and_says_how_far_it_is(tmp_path, capsys):
     assert "Encoding: 100%" in capsys.readouterr().err
 
 
+def test_the_function_goes_before_the_modules_embed(tmp_path):
+    class Embeds(torch.nn.Linear):
+        def embed(self, batch):
+            raise AssertionError
+
+    embed = Embeds(4, 2).forward
+    encode_dataset(Embeds(4, 2), torch.randn(9, 4), tmp_path / "r.npy", embed=embed, batch_size=8, progress=False)
+
+
 class OnlyToDevice:
     """A batch that Lightning can move, too."""
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, walker
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, PoolBatchSampler, RWRComposer
+from bs_lightning.baselines import UniformComposer
 from bs_lightning.edges import restricted, without_edges
 from bs_lightning.rules import (
     AbovePositive,
@@ -80,6 +81,13 @@ def test_a_tie_is_marked_neither_in_a_batch_nor_along_an_edge():
     twins = np.arange(400).reshape(2, 200).T
     assert not rule.in_batch(twins.ravel())[torch.arange(0, 400, 2), torch.arange(1, 400, 2)].any()
     assert not rule.along(twins[:, 0], twins[:, 1:])[0].any()
+
+
+def test_rounding_makes_no_similarity_exceed_one():
+    embeddings, everything = sides(400, dim=64)[:, 0].repeat(2, 1), np.arange(800)
+    rule = MoreSimilar(embeddings, AboveSimilarity(1.0))
+    assert not rule.in_batch(everything).any()
+    assert not np.any(rule.along(everything, np.roll(everything, 400)[:, None]))
 
 
 def test_a_mask_is_the_same_under_autocast():
@@ -278,31 +286,52 @@ def test_the_reference_masks_pairs_in_all_batches():
                 assert mask[row, column] == (i != j and literal_above_positive(reference, i, j, margin=0.1))
 
 
-def test_own_rule_masks_the_nearest_that_exceed_the_positive():
+# With 31 neighbours, all others of a pool are. With 5, one of two may be the other's neighbour.
+@pytest.mark.parametrize(("kind", "n_neighbors"), [(RWRComposer, 31), (UniformComposer, 5)])
+def test_own_rule_masks_the_nearest_that_exceed_the_positive(kind, n_neighbors):
     model, pools = TwoSides(), []
 
-    class Keeps(RWRComposer):
+    class Keeps(kind):
         def __call__(self, embeddings, batch_size, *, indices, **kwargs):
-            pools.append((indices, embeddings.clone()))
-            return super().__call__(embeddings, batch_size, **kwargs)
+            batches = super().__call__(embeddings, batch_size, **kwargs)
+            pools.append((indices, embeddings.clone(), [set(row) for row in self.neighbors.tolist()]))
+            return batches
 
-    composer = Keeps(ExactGraph(31))  # all others of a pool are neighbours
+    composer = Keeps(ExactGraph(n_neighbors))
     fit(model, Data(n=96), walker(composer=composer, own_rule=AbovePositive(), warmup_epochs=1))
-    pools = [(indices, embeddings) for indices, embeddings in pools if len(set(indices.tolist())) == 32][-3:]
+    pools = [pool for pool in pools if len(set(pool[0].tolist())) == 32][-3:]
     served = model.seen[-12:]
     marked = 0
-    for indices, embeddings in pools:
+    for indices, embeddings, near in pools:
         where = {int(index): position for position, index in enumerate(indices)}
         for batch, mask in served:
             if int(batch[0]) not in where:
                 continue
             for row, i in enumerate(batch.tolist()):
                 for column, j in enumerate(batch.tolist()):
-                    expected = i != j and literal_above_positive(embeddings, where[i], where[j])
+                    a, b = where[i], where[j]
+                    is_edge = b in near[a] or a in near[b]
+                    expected = i != j and is_edge and literal_above_positive(embeddings, a, b)
                     assert mask[row, column] == expected
                     marked += expected
     assert marked > 10
     assert not any(mask.any() for _, mask in model.seen[:12])  # the uniform epoch
+
+
+def test_walks_avoid_the_edges_of_all_rules():
+    pools = []
+
+    class Keeps(RWRComposer):
+        def __call__(self, embeddings, batch_size, *, indices, likely_false_negatives, **kwargs):
+            everything = np.tile(np.arange(len(indices), dtype=np.int32), (len(indices), 1))
+            pools.append((indices, likely_false_negatives(everything)))
+            return super().__call__(embeddings, batch_size, **kwargs)
+
+    fit(TwoSides(), Grouped(), walker(composer=Keeps(ExactGraph(5)), own_rule=AbovePositive()), max_epochs=1)
+    for indices, marked in pools:
+        same_group = indices[:, None] // 2 == indices // 2
+        assert marked[same_group].all()
+        assert same_group.sum() < marked.sum() < marked.size
 
 
 @pytest.mark.parametrize("data", [Grouped(), Guided()], ids=["groups", "reference"])

@@ -180,6 +180,12 @@ def test_goes_on_after_an_epochs_end_with_other_data(n_instances):
     assert len(list(restored)) == n_instances // 4
 
 
+def test_an_epoch_that_has_ended_goes_on_with_no_batch_of_other_data():
+    made = PoolBatchSampler(96, 4)
+    list(made)
+    assert list(resumed(PoolBatchSampler(200, 4), made.state_dict())) == []
+
+
 def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
     made = sampler()
     list(made)

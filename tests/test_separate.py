@@ -52,6 +52,12 @@ def test_separates_the_remainder_too(drawn, rest, seed):
     assert repetitions(np.array_split(result, range(size, len(result), size)), groups) == 0
 
 
+def test_what_comes_into_the_remainder_shares_no_group_with_it():
+    groups = np.array([1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 1])
+    result = separate_order(np.arange(11), groups, 4, seed=0)
+    assert repetitions(np.split(result, [4, 8]), groups) == 0
+
+
 def test_exchanges_nothing_where_nothing_repeats():
     batches = np.arange(12).reshape(3, 4)
     assert separate(batches, np.arange(12), seed=0) is batches
@@ -116,6 +122,13 @@ def test_refuses_to_go_on_with_other_groups(tmp_path, warmup_epochs):
     run(False)
     with pytest.raises(ValueError, match="in the middle of an epoch with different groups"):
         run(True, ckpt_path=tmp_path / "step=5.ckpt")
+
+
+def test_a_sampler_refuses_to_go_on_with_other_groups():
+    made, other = (PoolBatchSampler(40, 4, groups=np.arange(40) // size) for size in (2, 3))
+    next(iter(made))
+    with pytest.raises(ValueError, match="in the middle of an epoch with different groups"):
+        other.load_state_dict(made.state_dict())
 
 
 def test_instances_that_were_exchanged_are_masked_too():

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
 from processes import batches_by_step, run, run_all
 from streams import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
+from torch.utils.data import IterableDataset
 
 from bs_lightning import BatchFetcher, BatchSamplerCallback, PlannedPool, RWRComposer, StreamLoader, encode
 from bs_lightning.graphs import ExactGraph
@@ -98,6 +99,35 @@ def test_a_known_length_makes_near_equal_pools():
 
         list(StreamLoader(kind(104), 8, pool_size=40, plan_pool=plan))
     assert sizes == {Stream: [40, 40, 24], Sized: [40, 32, 32]}
+
+
+def test_each_pool_of_each_pass_has_its_own_seed():
+    seeds = []
+
+    def plan(indices, *, seed, epoch):
+        seeds.append(seed)
+        return PlannedPool(indices.reshape(-1, 8))
+
+    loader = StreamLoader(Stream(96), 8, pool_size=32, plan_pool=plan)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        list(loader)
+    assert len(set(seeds)) == len(seeds) == 6
+
+
+def test_workers_have_their_own_seed_in_each_pass_and_process(monkeypatch):
+    class Seeds(IterableDataset):
+        def __iter__(self):
+            yield from [torch.initial_seed()] * 8
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda values, value: None)  # as if all were alike
+    seeds = set()
+    for rank in range(2):
+        loader = StreamLoader(Seeds(), 4, pool_size=16, num_workers=1, rank=rank, world_size=2)
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            seeds |= set(torch.cat(list(loader)).tolist())
+    assert len(seeds) == 4
 
 
 def test_plans_when_a_pools_first_batch_is_due_and_reads_no_further():
