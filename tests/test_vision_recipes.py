@@ -19,6 +19,7 @@ from test_docs import printed
 from torch.utils.data import TensorDataset
 from vision import RECIPES, Encoder, Records
 
+from bs_lightning.losses import info_nce
 from bs_lightning.recipes import images as images_module
 from bs_lightning.recipes import probes
 from bs_lightning.recipes.augment import change_colors, crop_and_flip, random_view
@@ -227,6 +228,17 @@ def test_the_momentum_stays_where_the_number_of_steps_is_not_known(monkeypatch):
     monkeypatch.setattr(Trainer, "estimated_stepping_batches", -1)
     fit(vision.model("moco_v3", momentum=0.9), vision.data(), max_epochs=1, limit_train_batches=3)
     assert momenta == pytest.approx([0.9, 0.9, 0.9])
+
+
+def test_queries_of_each_view_are_compared_with_keys_of_the_other(monkeypatch):
+    model = vision.model("moco_v3")
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    first, second = views = torch.rand(2, 8, 3, 8, 8)
+    temperature = model.hparams.temperature
+    expected = 0
+    for one, other in ((first, second), (second, first)):
+        expected += info_nce(model.queries(one), model.keys(other), temperature=temperature, symmetric=False)
+    torch.testing.assert_close(model.training_step(views, 0)["loss"], 2 * temperature * expected)
 
 
 def test_the_momentum_encoder_gets_no_gradient():
