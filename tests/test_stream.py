@@ -385,6 +385,21 @@ def test_resuming_a_stream_without_state_warns(tmp_path):
             file.unlink()
 
 
+class Forgets(StreamData):
+    def state_dict(self):
+        return {}
+
+
+def test_resuming_without_the_state_of_the_datamodule_warns(tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    settings = {"max_epochs": 1, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    fit(Exact(), Forgets(8, 96, "SizedStateful"), walker(32), save, **settings)
+    model = Exact()
+    with pytest.warns(UserWarning, match="Resuming after 5 batches of epoch 0, but the position in the stream is not"):
+        fit(model, Forgets(8, 96, "SizedStateful"), walker(32), ckpt_path=tmp_path / "step=5.ckpt", **settings)
+    assert len(model.batches) == 12 - 5
+
+
 @pytest.mark.parametrize("kind", ["Stream", "Sized"])
 def test_the_mask_is_that_of_the_batch_being_trained(kind):
     class Masked(Model):

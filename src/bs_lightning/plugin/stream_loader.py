@@ -90,7 +90,8 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
             if self._pass is not None and self._pass.epoch == epoch:
                 restored = self._pass.restored  # Lightning asks for an iterator of this epoch a second time
             else:
-                restored = self._readable(state or StreamState(self.seed, 0, epoch, processed, None))
+                unknown = StreamState(self.seed, self.layout.global_batch_size, epoch, processed, None)
+                restored = self._readable(state or unknown)
         if trainer.num_training_batches != float("inf"):
             stop = int(trainer.num_training_batches)
         planning = self._data.planning(self.layout)
