@@ -1,6 +1,6 @@
 """Batch sampler of a Trainer: it serves the epoch and position at which the Trainer is."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -15,19 +15,6 @@ from bs_lightning.plugin.loops import (
     next_batch,
 )
 from bs_lightning.sampler import PoolBatchSampler
-from bs_lightning.state import SamplerState
-
-
-class TrainedData(TrainingData, Protocol):
-    """What the batch sampler asks of the DataModule."""
-
-    def restored_state(self) -> SamplerState | None:
-        """Return the sampler's state of the checkpoint from which this fit resumed.
-
-        Returns:
-            The state; ``None`` if the fit did not resume, or the checkpoint holds no such state.
-        """
-        ...
 
 
 class TrainerBatchSampler(PoolBatchSampler):
@@ -40,7 +27,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         **kwargs: All other arguments of :class:`~bs_lightning.PoolBatchSampler` but ``planning``.
     """
 
-    def __init__(self, data: TrainedData, n_instances: int, batch_size: int, **kwargs: Any) -> None:
+    def __init__(self, data: TrainingData, n_instances: int, batch_size: int, **kwargs: Any) -> None:
         super().__init__(n_instances, batch_size, **kwargs)
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first plan

@@ -8,10 +8,12 @@ from lightning.pytorch import Trainer
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import PoolLoader
 from bs_lightning.plan import Planning
+from bs_lightning.state import SamplerState
+from bs_lightning.stream_state import StreamState
 
 
 class TrainingData(Protocol):
-    """What loaders and samplers ask of the DataModule."""
+    """What the batch sampler and the loader of a stream ask of the DataModule."""
 
     @property
     def trainer(self) -> Trainer | None:
@@ -32,6 +34,18 @@ class TrainingData(Protocol):
         Returns:
             The planning; ``None`` for uniform batches.
         """
+        ...
+
+    def instances_per_pool(self, layout: BatchLayout) -> int | None:
+        """Return the pool size in instances, also where batches are uniform; ``None`` without a callback."""
+        ...
+
+    def restored_state(self) -> SamplerState | None:
+        """Return our state of the checkpoint from which this fit resumed, or ``None``."""
+        ...
+
+    def restored_stream_state(self) -> StreamState | None:
+        """Return our state of a stream of the checkpoint from which this fit resumed, or ``None``."""
         ...
 
 

@@ -1,26 +1,13 @@
 """Stream loader of a Trainer: serves a stream at the epoch and position at which the Trainer is."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from bs_lightning.layout import BatchLayout
 from bs_lightning.plugin.loader import LightningLoader, TrainingData
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, position, restarting
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
-
-
-class StreamedData(TrainingData, Protocol):
-    """What the loader asks of the DataModule."""
-
-    def instances_per_pool(self, layout: BatchLayout) -> int | None:
-        """Return the pool size in instances, also where batches are uniform; ``None`` without a callback."""
-        ...
-
-    def restored_stream_state(self) -> StreamState | None:
-        """Return our state of the checkpoint from which this fit resumed, or ``None``."""
-        ...
 
 
 class TrainerStreamLoader(LightningLoader, StreamLoader):
@@ -35,7 +22,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
 
     groups_digest = 0  # a stream has no groups
 
-    def __init__(self, data: StreamedData, stream: IterableDataset[Any], batch_size: int, **kwargs: Any) -> None:
+    def __init__(self, data: TrainingData, stream: IterableDataset[Any], batch_size: int, **kwargs: Any) -> None:
         super().__init__(stream, batch_size, **kwargs)
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first pass
