@@ -14,8 +14,7 @@ from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RW
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import PlannedPool, Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
-from bs_lightning.plugin.datamodule import BatchSamplerDataModule
-from bs_lightning.plugin.loops import check_trainer
+from bs_lightning.plugin.datamodule import BatchSamplerDataModule, check_trainer
 from bs_lightning.plugin.planner import TrainerPlanner
 from bs_lightning.plugin.processes import check_equal
 from bs_lightning.plugin.sources import (

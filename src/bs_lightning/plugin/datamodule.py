@@ -20,7 +20,6 @@ from bs_lightning.loader import PoolLoader, check_dataloader_kwargs, check_map_s
 from bs_lightning.plan import Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
 from bs_lightning.plugin.loader import TrainerLoader
-from bs_lightning.plugin.loops import check_trainer
 from bs_lightning.plugin.stream_loader import TrainerStreamLoader
 from bs_lightning.pools import Cut, Pools
 from bs_lightning.rules import AbovePositive, AboveSimilarity, MoreSimilar, Rule, SameGroup, check_reference
@@ -516,6 +515,22 @@ class BatchSamplerDataModule(LightningDataModule):
         if self._seed_of_fit is None:  # later calls may come from one process alone, in a hook
             self._seed_of_fit = int(trainer.strategy.broadcast(seed))
         return self._seed_of_fit
+
+
+def check_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the package ``pytorch_lightning``, whose classes differ from those of ``lightning``.
+
+    Args:
+        trainer: The Trainer, or ``None`` where there is none yet.
+
+    Raises:
+        TypeError: If the Trainer is not of ``lightning``. The message says what to import.
+    """
+    if trainer is not None and not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"This Trainer is of {type(trainer).__module__}, but bs_lightning uses the package lightning: "
+            "write `from lightning import Trainer, LightningModule`."
+        )
 
 
 def _is_fitting(trainer: Trainer) -> bool:

@@ -126,19 +126,3 @@ def count_epoch(trainer: Trainer) -> None:
     if trainer.fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
         progress.increment_ready()
         progress.increment_started()
-
-
-def check_trainer(trainer: object) -> None:
-    """Refuse a Trainer of the package ``pytorch_lightning``, whose classes differ from those of ``lightning``.
-
-    Args:
-        trainer: The Trainer, or ``None`` where there is none yet.
-
-    Raises:
-        TypeError: If the Trainer is not of ``lightning``. The message says what to import.
-    """
-    if trainer is not None and not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"This Trainer is of {type(trainer).__module__}, but bs_lightning uses the package lightning: "
-            "write `from lightning import Trainer, LightningModule`."
-        )
