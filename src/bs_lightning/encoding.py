@@ -17,7 +17,12 @@ Embed = Callable[[Any], Tensor | tuple[Tensor, Tensor]]
 
 
 def encode(
-    indices: Sequence[int], load: Load, embed: Embed, *, batch_size: int, advance: Callable[[], None] | None = None
+    indices: Sequence[int] | Indices,
+    load: Load,
+    embed: Embed,
+    *,
+    batch_size: int,
+    advance: Callable[[], None] | None = None,
 ) -> Tensor:
     """Embed a pool without gradients, and scale each embedding to length 1.
 
@@ -25,7 +30,7 @@ def encode(
     before the whole pool is embedded.
 
     Args:
-        indices: Dataset indices, ``P`` of them.
+        indices: Dataset indices, integers ``[P]``.
         load: Loads batches of indices, as :class:`bs_lightning.BatchFetcher` does.
         embed: A batch as loaded -> floats of shape ``[b, d]``. For two sides: a pair of such tensors, or ``[b, 2, d]``.
             The function moves the batch to the device itself.
@@ -54,7 +59,12 @@ def encode(
 
 @torch.no_grad()
 def embed_in_batches(
-    indices: Sequence[int], load: Load, embed: Embed, *, batch_size: int, advance: Callable[[], None] | None = None
+    indices: Sequence[int] | Indices,
+    load: Load,
+    embed: Embed,
+    *,
+    batch_size: int,
+    advance: Callable[[], None] | None = None,
 ) -> Tensor:
     """Embed a pool as :func:`encode` does, without waiting for the device.
 

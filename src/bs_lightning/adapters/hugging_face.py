@@ -227,7 +227,7 @@ class ComposedBatchesTrainer(Trainer):
 
         size = self._default_encode_batch_size() if self.encode_batch_size is None else self.encode_batch_size
         with no_trace(self.model):
-            return encode(indices.tolist(), self._load, embed, batch_size=size)
+            return encode(indices, self._load, embed, batch_size=size)
 
     def _default_encode_batch_size(self) -> int:
         """Return how many instances are embedded at a time. ``eval_batch_size`` is 8, which keeps no GPU busy."""

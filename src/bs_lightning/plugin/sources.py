@@ -239,7 +239,7 @@ class EncodedEmbeddings(EmbeddingSource):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
             embeddings = embed_in_batches(
-                indices.tolist(), lambda _: _noting(loading), embed, batch_size=self._size, advance=advance
+                indices, lambda _: _noting(loading), embed, batch_size=self._size, advance=advance
             )
         return checked_unit_rows_(embeddings, indices)  # waits for the GPU, which `no_trace` need not do
 
