@@ -462,14 +462,14 @@ def test_refuses_other_shapes(metric, inputs, words):
 @pytest.mark.parametrize(
     ("metric", "inputs", "words"),
     [
-        (InBatchFalseNegativeRate, [[0, 1]], "labels must be a dense tensor or NumPy array of real numbers, got list"),
+        (InBatchFalseNegativeRate, [[0, 1]], "labels must be a dense tensor or NumPy array of real .*, got a list"),
         (InBatchFalseNegativeRate, [np.array(["a", "b"])], "labels must be .*, got an array of dtype <U1"),
         (InBatchFalseNegativeRate, [torch.tensor([0.0, math.nan])], "labels must hold integers, got dtype torch.float"),
         (InBatchHardness, [X[0], torch.zeros(SIZE)], "labels must hold integers, .* Convert them, e.g. labels.long()"),
-        (InBatchHardness, [X[0].tolist()], "embeddings must be a dense tensor or NumPy array of real .*, got list"),
+        (InBatchHardness, [X[0].tolist()], "embeddings must be a dense tensor or NumPy array of real .*, got a list"),
         (InBatchHardness, [X[0].to_sparse()], "embeddings must be .*, got a tensor of .* layout torch.sparse_coo"),
-        (InBatchAccuracy, [TWO_SIDES.tolist()], "embeddings must be a dense tensor or NumPy array of .*, got list"),
-        (Alignment, [X[0], X[0].tolist()], "y must be .*, got list"),
+        (InBatchAccuracy, [TWO_SIDES.tolist()], "embeddings must be a dense tensor or NumPy array of .*, got a list"),
+        (Alignment, [X[0], X[0].tolist()], "y must be .*, got a list"),
         (Uniformity, [X[0] * 1j], "x must be .*, got a tensor of dtype torch.complex64"),
     ],
 )

@@ -109,12 +109,17 @@ def check_tensor(name: str, value: Any) -> Tensor:
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
         return value
-    found = type(value).__name__
+    raise TypeError(f"{name} must be a dense tensor or NumPy array of real numbers, got {kind_of(value)}.")
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, for an error: its type, and of a tensor or an array the dtype."""
+    if isinstance(value, Tensor):
+        dense = value.layout is torch.strided
+        return f"a tensor of dtype {value.dtype}{'' if dense else f' and layout {value.layout}'}"
     if isinstance(value, np.ndarray):
-        found = f"an array of dtype {value.dtype}"
-    elif isinstance(value, Tensor):
-        found = f"a tensor of dtype {value.dtype} and layout {value.layout}"
-    raise TypeError(f"{name} must be a dense tensor or NumPy array of real numbers, got {found}.")
+        return f"an array of dtype {value.dtype}"
+    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}"
 
 
 def check_integer_array(name: str, value: ArrayLike) -> NDArray[np.integer[Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bs_lightning._checks import kind_of
 from bs_lightning._types import Embeddings, Indices
 
 # Similarities that `similarity_blocks` holds at a time. On a CPU, 4 MB stay in the cache: in pools of 4,096, graphs
@@ -38,8 +39,8 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
         or not embeddings.is_floating_point()
     ):
         raise TypeError(
-            f"embeddings must be a dense tensor or a NumPy array of floats, got {_kind(embeddings)}. Convert them to a "
-            "float32 tensor of shape [P, d], or [P, 2, d] for two sides."
+            f"embeddings must be a dense tensor or a NumPy array of floats, got {kind_of(embeddings)}. Convert them to "
+            "a float32 tensor of shape [P, d], or [P, 2, d] for two sides."
         )
     is_one_sided = embeddings.ndim == 2
     is_two_sided = embeddings.ndim == 3 and embeddings.shape[1] == 2
@@ -85,7 +86,7 @@ def as_sides(value: Any, what: str) -> Tensor:
         if not isinstance(side, Tensor) or not side.is_floating_point() or side.layout is not torch.strided:
             raise TypeError(
                 f"{what} a float tensor of shape [b, d], or two sides: a pair of such tensors, or [b, 2, d]. Got "
-                f"{_kind(side)}."
+                f"{kind_of(side)}."
             )
     if len(sides) == 2:
         if sides[0].shape != sides[1].shape or sides[0].ndim != 2:
@@ -101,14 +102,6 @@ def as_sides(value: Any, what: str) -> Tensor:
             f"{what} shape [b, d], or [b, 2, d] for two sides, got {list(embeddings.shape)}. Pool or flatten first."
         )
     return embeddings
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of dtype {value.dtype} and layout {value.layout}"
-    if isinstance(value, np.ndarray):
-        return f"an array of dtype {value.dtype}"
-    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}"
 
 
 def check_finite(rows: Tensor, indices: Sequence[int] | Indices | Tensor) -> None:

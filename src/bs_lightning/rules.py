@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_integer_array, check_number, check_positive
+from bs_lightning._checks import check_integer_array, check_number, check_positive, kind_of
 from bs_lightning._embeddings import TIE, first_not_finite, read_rows, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
@@ -321,7 +321,7 @@ def check_reference(embeddings: Embeddings, n_instances: int) -> None:
     if not is_floats:
         raise TypeError(
             "reference_embeddings() must return a dense tensor or a NumPy array of floats, [N, d] or [N, 2, d], got "
-            f"{getattr(embeddings, 'dtype', type(embeddings).__name__)}."
+            f"{kind_of(embeddings)}."
         )
     shape = tuple(embeddings.shape)
     fits = len(shape) == 2 or (len(shape) == 3 and shape[1] == 2)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bs_lightning._checks import check_number
+from bs_lightning._checks import check_number, kind_of
 from bs_lightning._embeddings import unit_rows_with_gradient
 
 Negatives = Literal["views", "other_side", "second"]
@@ -223,8 +223,7 @@ def check_factor(name: str, factor: Any) -> None:
 def _check_sides(first: Any, second: Any, names: tuple[str, str]) -> None:
     for name, side in zip(names, (first, second), strict=True):
         if not isinstance(side, Tensor) or not side.is_floating_point():
-            found = f"a tensor of {side.dtype}" if isinstance(side, Tensor) else type(side).__name__
-            raise TypeError(f"{name} must be a tensor of floats, got {found}.")
+            raise TypeError(f"{name} must be a tensor of floats, got {kind_of(side)}.")
         if side.ndim != 2:
             raise ValueError(f"{name} must have shape [B, d], got shape {list(side.shape)}.")
     if first.shape != second.shape:
@@ -236,8 +235,7 @@ def _check_sides(first: Any, second: Any, names: tuple[str, str]) -> None:
 
 def _check_mask(masked: Any, size: int, gather: bool) -> None:
     if not isinstance(masked, Tensor) or masked.dtype != torch.bool:
-        found = f"a tensor of {masked.dtype}" if isinstance(masked, Tensor) else type(masked).__name__
-        raise TypeError(f"masked must be a bool tensor, got {found}. Convert it, such as masked.bool().")
+        raise TypeError(f"masked must be a bool tensor, got {kind_of(masked)}. Convert it, such as masked.bool().")
     if masked.shape != (size, size):
         whose = "all processes" if gather else "this process; gather=True takes all processes' mask"
         raise ValueError(
