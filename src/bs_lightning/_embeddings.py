@@ -29,22 +29,16 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
         ValueError: If they are not of shape ``[P, d]`` or ``[P, 2, d]`` with ``P >= 2`` and ``d >= 1``, or a row is
             not finite in float32; naming the shape or the first such row.
     """
-    if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # refused below
-            # A copy, as torch cannot share arrays that are read-only, reversed or of foreign byte order.
-            embeddings = torch.from_numpy(embeddings.astype(np.float32))
-    if (
-        not isinstance(embeddings, Tensor)
-        or embeddings.layout is not torch.strided
-        or not embeddings.is_floating_point()
-    ):
+    if not are_floats(embeddings):
         raise TypeError(
             f"embeddings must be a dense tensor or a NumPy array of floats, got {kind_of(embeddings)}. Convert them to "
             "a float32 tensor of shape [P, d], or [P, 2, d] for two sides."
         )
-    is_one_sided = embeddings.ndim == 2
-    is_two_sided = embeddings.ndim == 3 and embeddings.shape[1] == 2
-    if not (is_one_sided or is_two_sided) or len(embeddings) < 2 or embeddings.shape[-1] < 1:
+    if isinstance(embeddings, np.ndarray):
+        with np.errstate(over="ignore"):  # refused below
+            # A copy, as torch cannot share arrays that are read-only, reversed or of foreign byte order.
+            embeddings = torch.from_numpy(embeddings.astype(np.float32))
+    if not have_sides(embeddings) or len(embeddings) < 2:
         raise ValueError(
             "embeddings must have shape [P, d], or [P, 2, d] for two sides, with P >= 2 and d >= 1, got "
             f"{list(embeddings.shape)}. Give one row, or one row a side, for each instance."
@@ -53,6 +47,19 @@ def as_embeddings(embeddings: Embeddings) -> Tensor:
     if row is not None:
         raise ValueError(f"embeddings must be finite, but row {row} is not. Check that instance and the model.")
     return embeddings
+
+
+def are_floats(embeddings: Any) -> bool:
+    """Whether these are a dense tensor or a NumPy array of real floats."""
+    if isinstance(embeddings, Tensor):
+        return embeddings.is_floating_point() and embeddings.layout is torch.strided
+    return isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f"
+
+
+def have_sides(embeddings: Embeddings) -> bool:
+    """Whether the shape is ``[P, d]``, or ``[P, 2, d]`` for two sides, with ``d >= 1``."""
+    shape = embeddings.shape
+    return (len(shape) == 2 or (len(shape) == 3 and shape[1] == 2)) and shape[-1] >= 1
 
 
 def read_rows(embeddings: Embeddings, indices: Indices) -> Tensor:
@@ -83,7 +90,7 @@ def as_sides(value: Any, what: str) -> Tensor:
     """
     sides = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
     for side in sides:
-        if not isinstance(side, Tensor) or not side.is_floating_point() or side.layout is not torch.strided:
+        if not isinstance(side, Tensor) or not are_floats(side):
             raise TypeError(
                 f"{what} a float tensor of shape [b, d], or two sides: a pair of such tensors, or [b, 2, d]. Got "
                 f"{kind_of(side)}."
@@ -96,8 +103,7 @@ def as_sides(value: Any, what: str) -> Tensor:
             )
         value = torch.stack([sides[0], sides[1].to(sides[0].dtype)], dim=1)
     embeddings: Tensor = value
-    fits = embeddings.ndim == 2 or (embeddings.ndim == 3 and embeddings.shape[1] == 2)
-    if not fits or embeddings.shape[-1] < 1:
+    if not have_sides(embeddings):
         raise ValueError(
             f"{what} shape [b, d], or [b, 2, d] for two sides, got {list(embeddings.shape)}. Pool or flatten first."
         )

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_integer_array, check_number, check_positive, kind_of
-from bs_lightning._embeddings import TIE, first_not_finite, read_rows, unit_rows_
+from bs_lightning._embeddings import TIE, are_floats, first_not_finite, have_sides, read_rows, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
 _CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
@@ -313,19 +313,13 @@ def check_reference(embeddings: Embeddings, n_instances: int) -> None:
                 f"reference_embeddings() returned a memmap of {needed} bytes, but {file} has only "
                 f"{Path(file).stat().st_size}. The file was cut off: write it again."
             )
-    is_floats = (
-        embeddings.is_floating_point() and embeddings.layout is torch.strided
-        if isinstance(embeddings, Tensor)
-        else isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f"
-    )
-    if not is_floats:
+    if not are_floats(embeddings):
         raise TypeError(
             "reference_embeddings() must return a dense tensor or a NumPy array of floats, [N, d] or [N, 2, d], got "
             f"{kind_of(embeddings)}."
         )
     shape = tuple(embeddings.shape)
-    fits = len(shape) == 2 or (len(shape) == 3 and shape[1] == 2)
-    if not fits or shape[0] != n_instances or shape[-1] < 1:
+    if not have_sides(embeddings) or shape[0] != n_instances:
         raise ValueError(
             f"reference_embeddings() must have shape [N, d] or [N, 2, d] with N = {n_instances}, the length of "
             f"train_dataset(), got {list(shape)}."
