@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import Data, Model, fit, same_cluster_share, walker
+from parts import Data, Model, clusters, fit, same_cluster_share, walker
 
 from bs_lightning import ExactGraph, RWRComposer, baselines
 from bs_lightning.baselines import (
@@ -15,7 +15,7 @@ from bs_lightning.baselines import (
     knn_batches,
     uniform_batches,
 )
-from bs_lightning.metrics import InBatchHardness
+from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.plan import check_batches
 
 COMPOSERS = {
@@ -36,18 +36,6 @@ SMALL = COMPOSERS | {
 }
 every = pytest.mark.parametrize("name", COMPOSERS)
 hard = pytest.mark.parametrize("name", [name for name in COMPOSERS if not name.startswith("uniform")])
-
-
-def clusters(size=640, n_clusters=20, dim=16):
-    """Embeddings in clusters of equal size, in random order."""
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(n_clusters, dim, generator=generator)
-    points = centers[torch.arange(size) % n_clusters] + 0.3 * torch.randn(size, dim, generator=generator)
-    return points[torch.randperm(size, generator=generator)]
-
-
-def similarity(embeddings, batches):
-    return InBatchHardness()(embeddings[torch.from_numpy(batches)]).item()
 
 
 @every
@@ -107,8 +95,8 @@ def test_refuses_other_seeds(name, seed, error):
 @hard
 def test_is_harder_than_uniform_batches(name):
     embeddings = clusters()
-    uniform = similarity(embeddings, uniform_batches(embeddings, 32, seed=0, epoch=0))
-    assert similarity(embeddings, COMPOSERS[name](embeddings, 32, seed=0, epoch=0)) > uniform + 0.15
+    uniform, harder = (compose(embeddings, 32, seed=0, epoch=0) for compose in (uniform_batches, COMPOSERS[name]))
+    assert in_batch_hardness(embeddings[harder]) > in_batch_hardness(embeddings[uniform]) + 0.15
 
 
 @every

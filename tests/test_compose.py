@@ -3,29 +3,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from parts import clusters
 
 from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, rwr_batches
-from bs_lightning.metrics import InBatchHardness
+from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.plan import check_batches
 
 
-def clusters(size=640, n_clusters=10, dim=16):
-    """Embeddings in clusters of equal size, in random order."""
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(n_clusters, dim, generator=generator)
-    points = centers[torch.arange(size) % n_clusters] + 0.3 * torch.randn(size, dim, generator=generator)
-    return points[torch.randperm(size, generator=generator)]
-
-
-def similarity(embeddings, batches):
-    return InBatchHardness()(embeddings[torch.from_numpy(batches)]).item()
-
-
 def test_composes_harder_batches_than_uniform_ones():
-    embeddings = clusters()
-    uniform = similarity(embeddings, np.arange(640).reshape(-1, 32))
+    embeddings = clusters(n_clusters=10)
+    uniform = in_batch_hardness(embeddings.view(-1, 32, 16))
     for seed in range(3):
-        assert similarity(embeddings, RWRComposer(ExactGraph(10))(embeddings, 32, seed=seed, epoch=0)) > uniform + 0.4
+        batches = RWRComposer(ExactGraph(10))(embeddings, 32, seed=seed, epoch=0)
+        assert in_batch_hardness(embeddings[batches]) > uniform + 0.4
 
 
 @pytest.mark.parametrize("replacement", [False, True])

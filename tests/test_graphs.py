@@ -1,5 +1,4 @@
 import logging
-import random
 import re
 
 import naive
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import assert_equal, rng_states
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bs_lightning import ExactGraph, NNDescentGraph, RandomCandidateGraph, _embeddings, _nndescent, graphs
@@ -553,19 +553,15 @@ def test_nndescent_uses_no_more_threads_than_it_may(monkeypatch):
 
 
 def test_nndescent_leaves_random_states_and_threads_alone():
-    def states():
-        numpy_state = np.random.get_state()
-        return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
-
     NNDescentGraph()(gaussian(100))  # starts numba's threads
     numba.set_num_threads(1)
-    before = states()
+    before = rng_states()
     NNDescentGraph()(gaussian(100))
     assert numba.get_num_threads() == 1
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
     NNDescentGraph()(gaussian(100))
     assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
-    assert states() == before
+    assert_equal(rng_states(), before)
 
 
 def test_nndescent_announces_its_compile_once(monkeypatch, caplog):

@@ -1,7 +1,6 @@
 import ast
 import inspect
 import pickle
-import random
 import re
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parts import assert_equal, rng_states
 from processes import finish
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -125,14 +125,10 @@ def test_state_is_where_training_is_not_where_workers_are(kwargs, served):
 
 @loaders
 def test_draws_nothing_from_the_global_random_states(kwargs):
-    def states():
-        numpy_state = np.random.get_state()
-        return random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()
-
-    before = states()
+    before = rng_states()
     loader = make(**kwargs)
     lists(loader), lists(loader)
-    assert states() == before
+    assert_equal(rng_states(), before)
 
 
 @pytest.mark.parametrize("kwargs", LOADERS[:3])

@@ -7,24 +7,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, SavesAtBatchStart, fit, walker
+from parts import Data, Exact, SavesAtBatchStart, fit, walker
 from processes import batches_by_step, run, run_all
 from torch.utils.data import DataLoader
 
 # Each epoch has 12 batches of 8, in pools of 4 batches. The first epoch is uniform.
 EPOCHS = 3
-
-
-class Exact(Model):
-    """Trains without randomness of its own, because Lightning does not restore random states."""
-
-    def training_step(self, batch, batch_idx):
-        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
-        z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
-        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
-
-    def validation_step(self, batch, batch_idx):
-        pass
 
 
 class Estimates(Exact):

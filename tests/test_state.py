@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, walker
+from parts import Data, Exact, fit, walker
 
 from bs_lightning import ExactGraph, PlannedPool, Planning, PoolBatchSampler, Pools, RWRComposer
 from bs_lightning.state import SamplerState
@@ -104,15 +104,6 @@ def test_numpys_integers_are_saved_as_plain_ones():
 
 
 # Under the Trainer
-
-
-class Exact(Model):
-    """Trains without randomness of its own."""
-
-    def training_step(self, batch, batch_idx):
-        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
-        z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
-        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
 
 
 class Saves(Callback):

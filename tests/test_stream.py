@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
+from parts import Exact, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
 from processes import batches_by_step, run, run_all
 from streams import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
 from torch.utils.data import IterableDataset
@@ -278,15 +278,6 @@ def test_pairs_of_other_integers_are_saved_and_restored():
 
 
 # With Lightning
-
-
-class Exact(Model):
-    """Trains without randomness of its own, because Lightning does not restore random states."""
-
-    def training_step(self, batch, batch_idx):
-        self.epochs.setdefault(self.current_epoch, []).append(batch[0].tolist())
-        z = torch.nn.functional.normalize(self.encoder(batch[1]), dim=1)
-        return torch.nn.functional.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
 
 
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 2}, {"num_workers": 1, "persistent_workers": False}], ids=str)
