@@ -1,7 +1,15 @@
-"""Parts of the tests of the graph recipes: tiny graphs, and a folder of TUDataset's raw files."""
+"""Parts of the tests of the graph recipes: tiny graphs, and a folder of TUDataset's raw files.
+
+``python graph_parts.py FOLDER`` trains each recipe in two processes. Each rank writes what it saw to ``FOLDER``.
+"""
+
+import json
+import sys
+from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import seed_everything
+from parts import Records, trainer, walker
 from torch_geometric.data import Data
 
 from bs_lightning.recipes.graph_data import GraphDataModule
@@ -39,17 +47,6 @@ def tiny_graphs(n=40):
     return graphs
 
 
-class Indices(Callback):
-    """Records the indices of every batch by epoch."""
-
-    def __init__(self):
-        self.epochs = {}
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        batches = self.epochs.setdefault(trainer.current_epoch, [])
-        batches.append(trainer.datamodule.trained_batch().tolist())
-
-
 def write_tu(folder, graphs, n_node_labels=7):
     """Write graphs as TUDataset's raw files; nodes get labels from 0 to ``n_node_labels - 1``, in turn."""
     name = folder.name
@@ -64,3 +61,22 @@ def write_tu(folder, graphs, n_node_labels=7):
         lines["node_labels"] = [i % n_node_labels for i in range(len(owners))]
     for kind, values in lines.items():
         (folder / "raw" / f"{name}_{kind}.txt").write_text("".join(f"{value}\n" for value in values))
+
+
+def train(folder):
+    """Train each recipe in two processes, and write what this process saw."""
+    saw = {}
+    for name, (model, data) in RECIPES.items():
+        seed_everything(0)
+        module, records = model(), Records()
+        made = trainer(walker(16), records, strategy="ddp", devices=2)
+        made.fit(module, datamodule=data(tiny_graphs(), batch_size=4))
+        weights = [float(p.sum()) for p in module.parameters()]
+        saw[name] = {"epochs": records.epochs, "weights": weights, "loss": float(made.callback_metrics["train/loss"])}
+    (folder / f"rank{made.global_rank}.json").write_text(json.dumps(saw))
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))
+    torch.distributed.barrier()  # gloo's threads may abort a process that leaves while the other is still there
+    torch.distributed.destroy_process_group()

@@ -101,6 +101,18 @@ class TooFewRows(ExactGraph):
         return super().__call__(embeddings, seed=seed)[1:]
 
 
+class Records(Callback):
+    """Records the batches' dataset indices, epoch by epoch, and the losses."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, list[list[int]]] = {}
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.epochs.setdefault(trainer.current_epoch, []).append(trainer.datamodule.trained_batch().tolist())
+        self.losses.append(outputs["loss"].item())
+
+
 class SavesAtBatchStart(Callback):
     """Saves a checkpoint before each step is trained."""
 

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from parts import Data, Model, Points, TooFewRows, fit, pool_order, walker
-from streams import StreamData
+from stream_parts import StreamData
 
 from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, graphs
 from bs_lightning.baselines import uniform_batches

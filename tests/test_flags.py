@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
 from parts import Data, Model, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
-from streams import StreamData
+from stream_parts import StreamData
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule

@@ -6,15 +6,16 @@ import math
 import sys
 from pathlib import Path
 
+import graph_parts
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_parts import RECIPES, Indices, both_directions, cycle, star, tiny_graphs, write_tu
+from graph_parts import RECIPES, both_directions, cycle, star, tiny_graphs, write_tu
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from parts import trainer, walker
+from parts import Records, trainer, walker
 from processes import finish
 from test_docs import printed
 from torch_geometric.data import Batch, Data
@@ -57,16 +58,16 @@ def test_training_lowers_the_loss(recipe, precision):
     module = make()
     losses = []
 
-    class Losses(Indices):
+    class Losses(Records):
         def on_train_epoch_end(self, trainer, module):
             losses.append(float(trainer.callback_metrics["train/loss"]))
 
-    indices = Losses()
-    made = trainer(walker(16), indices, max_epochs=8, precision=precision)
+    records = Losses()
+    made = trainer(walker(16), records, max_epochs=8, precision=precision)
     made.fit(module, datamodule=data(tiny_graphs(), batch_size=8))
     assert math.isfinite(losses[-1])
     assert np.mean(losses[-3:]) < losses[0] - 0.1
-    assert all(sorted(sum(batches, [])) == list(range(40)) for batches in indices.epochs.values())
+    assert all(sorted(sum(batches, [])) == list(range(40)) for batches in records.epochs.values())
     assert {"batch_sampler/hardness", "batch_sampler/false_negative_rate"} <= made.callback_metrics.keys()
 
 
@@ -76,11 +77,11 @@ def test_a_run_resumed_in_mid_epoch_goes_on_with_its_batches(recipe, tmp_path):
 
     def train(ckpt_path=None, **options):
         seed_everything(0, verbose=False)
-        indices = Indices()
+        records = Records()
         saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
-        made = trainer(walker("all"), indices, saves, enable_checkpointing=True, **options)
+        made = trainer(walker("all"), records, saves, enable_checkpointing=True, **options)
         made.fit(make(), datamodule=data(tiny_graphs(), batch_size=8), ckpt_path=ckpt_path)
-        return indices.epochs
+        return records.epochs
 
     whole = train()
     resumed = train(ckpt_path=tmp_path / "step=7.ckpt")
@@ -90,8 +91,7 @@ def test_a_run_resumed_in_mid_epoch_goes_on_with_its_batches(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    script = Path(__file__).with_name("graph_run.py")
-    done = finish([sys.executable, script, tmp_path])
+    done = finish([sys.executable, graph_parts.__file__, tmp_path])
     assert done.returncode == 0, done.error[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     for recipe in RECIPES:

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import language
+import language_parts
 import numpy as np
 import pytest
 import torch
 import yaml
-from language import IMAGES, PAIRS, RECIPES, SENTENCES, Losses, bert, build, tokenizer, train, vit
+from language_parts import IMAGES, PAIRS, RECIPES, SENTENCES, Losses, bert, build, tokenizer, train, vit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from parts import assert_equal, trainer, walker
@@ -55,7 +55,7 @@ def test_training_learns(recipe, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """The losses gather, masks fit, each parameter gets a gradient, and each process validates on all pairs."""
-    done = finish([sys.executable, language.__file__, tmp_path])
+    done = finish([sys.executable, language_parts.__file__, tmp_path])
     assert done.returncode == 0, done.error[-3000:]
     for recipe in RECIPES:
         two = json.loads((tmp_path / recipe / "logged.json").read_text())
@@ -161,7 +161,7 @@ def test_lightning_cli(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bert().save_pretrained("text")
     tokenizer().save_pretrained("text")
-    language.vit().save_pretrained("image")
+    language_parts.vit().save_pretrained("image")
     Path("sentences.txt").write_text("\n".join(SENTENCES))
     Path("pairs.tsv").write_text("\n".join("\t".join(pair) for pair in [("anchor", "positive"), *PAIRS]))
     for number, image in enumerate(IMAGES):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from language import PAIRS, SENTENCES
+from language_parts import PAIRS, SENTENCES
 
 from benchmarks import csv_files
 from benchmarks.recipes import language

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
 from processes import run
-from streams import StreamData
+from stream_parts import StreamData
 
 from bs_lightning import BatchSamplerDataModule, Composer, ExactGraph, RWRComposer
 from bs_lightning.compose import as_composer

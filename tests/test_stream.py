@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Exact, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
 from processes import batches_by_step, run, run_all
-from streams import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
+from stream_parts import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
 from torch.utils.data import IterableDataset
 
 from bs_lightning import BatchFetcher, BatchSamplerCallback, PlannedPool, RWRComposer, StreamLoader, encode

@@ -13,7 +13,7 @@ import torchmetrics
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
-from streams import StreamData
+from stream_parts import StreamData
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
 from bs_lightning.baselines import uniform_batches

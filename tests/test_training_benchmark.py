@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from vision import write_omniglot
+from vision_parts import write_omniglot
 
 from benchmarks import csv_files
 from benchmarks.runs import run_missing, wanted

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from vision import write_cifar10, write_omniglot
+from vision_parts import write_cifar10, write_omniglot
 
 from benchmarks import csv_files
 from benchmarks.recipes import last_epoch, vision

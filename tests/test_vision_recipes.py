@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import vision
+import vision_parts
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import assert_equal, pool_order, trainer, walker
+from parts import Records, assert_equal, fit, pool_order, trainer, walker
 from PIL import Image
 from processes import finish, seen
 from test_docs import printed
 from torch.utils.data import TensorDataset
-from vision import RECIPES, Encoder, Records
+from vision_parts import RECIPES, Encoder
 
 from bs_lightning.losses import info_nce
 from bs_lightning.recipes import images as images_module
@@ -31,12 +31,6 @@ from bs_lightning.recipes.simclr import SimCLR
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def fit(model, data, *callbacks, ckpt_path=None, **kwargs):
-    made = trainer(*callbacks, **kwargs)
-    made.fit(model, datamodule=data, ckpt_path=ckpt_path)
-    return made
 
 
 def assert_each_index_once(records, n=96):
@@ -55,8 +49,8 @@ def test_training_learns(name):
 
     torch.manual_seed(1)
     quick = {"momentum": 0.9} if name == "moco_v3" else {}  # the default suits thousands of steps
-    model, records = vision.model(name, learning_rate=5e-3, temperature=0.2, **quick), Records()
-    data = vision.data(n=256, batch_size=32, augment=noisy)
+    model, records = vision_parts.model(name, learning_rate=5e-3, temperature=0.2, **quick), Records()
+    data = vision_parts.data(n=256, batch_size=32, augment=noisy)
     (before,) = trainer().test(model, datamodule=data, verbose=False)[:1]
     fit(model, data, walker(64), records, max_epochs=10)
     (after,) = trainer().test(model, datamodule=data, verbose=False)[:1]
@@ -69,7 +63,7 @@ def test_training_learns(name):
 )
 def test_bf16(name, precision):
     records = Records()
-    fit(vision.model(name), vision.data(), walker(32), records, precision=precision)
+    fit(vision_parts.model(name), vision_parts.data(), walker(32), records, precision=precision)
     assert np.isfinite(records.losses).all()
     assert_each_index_once(records)
 
@@ -77,7 +71,7 @@ def test_bf16(name, precision):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recycling(name):
     records = Records()
-    made = fit(vision.model(name), vision.data(), walker(32, recycle=True), records)
+    made = fit(vision_parts.model(name), vision_parts.data(), walker(32, recycle=True), records)
     assert "batch_sampler/hardness" in made.callback_metrics
     assert_each_index_once(records)
 
@@ -88,8 +82,8 @@ def test_encoding_leaves_no_trace(name):
     states = []
     for callbacks in [], [walker(32, composer=pool_order)]:
         seed_everything(0)
-        model = vision.model(name)
-        fit(model, vision.data(), *callbacks)
+        model = vision_parts.model(name)
+        fit(model, vision_parts.data(), *callbacks)
         states.append(model.state_dict())
     assert_equal(*states)
 
@@ -98,14 +92,14 @@ def test_encoding_leaves_no_trace(name):
 def test_resumed_in_mid_epoch(name, tmp_path):
     """A resumed run has the batches and the weights of the run that went on."""
     seed_everything(0)
-    whole, batches = vision.model(name), Records()
+    whole, batches = vision_parts.model(name), Records()
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
-    fit(whole, vision.data(), walker(48), batches, save, enable_checkpointing=True)
+    fit(whole, vision_parts.data(), walker(48), batches, save, enable_checkpointing=True)
 
-    resumed, later = vision.model(name), Records()
+    resumed, later = vision_parts.model(name), Records()
     path = tmp_path / "step=14.ckpt"  # after two of twelve batches of the second epoch, within its first pool
     seed_everything(1)  # the views must not depend on it
-    fit(resumed, vision.data(seed=0), walker(48), later, ckpt_path=path)
+    fit(resumed, vision_parts.data(seed=0), walker(48), later, ckpt_path=path)
     assert later.epochs == {1: batches.epochs[1][2:]}
     assert_equal(resumed.state_dict(), whole.state_dict())
 
@@ -117,10 +111,10 @@ def test_views_depend_on_seed_and_step_and_take_no_random_numbers():
             return images
 
         numbers = []
-        model = vision.model("simclr")
+        model = vision_parts.model("simclr")
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        fit(model, vision.data(seed=seed, augment=noting), max_epochs=2)
+        fit(model, vision_parts.data(seed=seed, augment=noting), max_epochs=2)
         assert torch.equal(torch.get_rng_state(), state)
         return numbers
 
@@ -132,7 +126,7 @@ def test_views_depend_on_seed_and_step_and_take_no_random_numbers():
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    done = finish([sys.executable, vision.__file__, tmp_path])
+    done = finish([sys.executable, vision_parts.__file__, tmp_path])
     assert done.returncode == 0, done.error[-4000:]
     # At this temperature all pairs are equally similar. So the loss says how many negatives there are: those of both.
     for name, expected in {"simclr": math.log(2 * 8 - 1), "moco_v3": 2 * 1e4 * 2 * math.log(8)}.items():
@@ -155,18 +149,18 @@ def test_masked_pairs_are_left_out(name):
             return torch.zeros(96, dtype=torch.int64)
 
     records = Records()
-    data = OneGroup(vision.digits(0, 96), 8, image_size=8)
-    fit(vision.model(name, masked=True), data, records, max_epochs=1)
+    data = OneGroup(vision_parts.digits(0, 96), 8, image_size=8)
+    fit(vision_parts.model(name, masked=True), data, records, max_epochs=1)
     assert records.losses == [0] * 12  # no negative is left
     with pytest.raises(RuntimeError, match="needs a rule"):
-        fit(vision.model(name, masked=True), vision.data(), walker(32))
+        fit(vision_parts.model(name, masked=True), vision_parts.data(), walker(32))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_loads_from_a_checkpoint(name, tmp_path):
-    model = vision.model(name, temperature=0.25)
+    model = vision_parts.model(name, temperature=0.25)
     save = ModelCheckpoint(tmp_path, save_last=True)
-    fit(model, vision.data(), save, enable_checkpointing=True, max_epochs=1)
+    fit(model, vision_parts.data(), save, enable_checkpointing=True, max_epochs=1)
     loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt", encoder=Encoder())
     assert loaded.hparams.temperature == 0.25
     assert_equal(loaded.state_dict(), model.state_dict())
@@ -178,7 +172,7 @@ def test_embedding_sees_clean_images_and_training_sees_views():
             (self.views if self.training else self.clean).append(images)
             return super().embed(images)
 
-    model, data = Sees(Encoder(), embedding_width=8), vision.data()
+    model, data = Sees(Encoder(), embedding_width=8), vision_parts.data()
     model.views, model.clean = [], []
     fit(model, data, walker(96), max_epochs=1)
     pixels = torch.stack([data.pool_dataset()[index] for index in range(96)])
@@ -204,9 +198,9 @@ class Stops(Callback):
 
 def moved_share(momentum, *callbacks, **kwargs):
     """Train; return which part of the way from its start to the encoder the momentum encoder has gone."""
-    model = vision.model("moco_v3", momentum=momentum)
+    model = vision_parts.model("moco_v3", momentum=momentum)
     before = weights(model.momentum_encoder)
-    fit(model, vision.data(), walker(32), *callbacks, **kwargs)
+    fit(model, vision_parts.data(), walker(32), *callbacks, **kwargs)
     after, target = weights(model.momentum_encoder), weights(model.encoder, model.projector)
     start, there, goal = (torch.cat([each.flatten() for each in group]) for group in (before, after, target))
     return float((there - start).norm() / (goal - start).norm())
@@ -226,7 +220,7 @@ def test_the_momentum_stays_where_the_number_of_steps_is_not_known(monkeypatch):
     momenta = []
     monkeypatch.setattr(MoCoV3, "follow", lambda self, momentum: momenta.append(momentum))
     monkeypatch.setattr(Trainer, "estimated_stepping_batches", -1)
-    fit(vision.model("moco_v3", momentum=0.9), vision.data(), max_epochs=1, limit_train_batches=3)
+    fit(vision_parts.model("moco_v3", momentum=0.9), vision_parts.data(), max_epochs=1, limit_train_batches=3)
     assert momenta == pytest.approx([0.9, 0.9, 0.9])
 
 
@@ -242,16 +236,16 @@ def test_queries_of_each_view_are_compared_with_keys_of_the_other(monkeypatch):
 
 
 def test_the_momentum_encoder_gets_no_gradient():
-    model = vision.model("moco_v3")
-    fit(model, vision.data(), max_epochs=1)
+    model = vision_parts.model("moco_v3")
+    fit(model, vision_parts.data(), max_epochs=1)
     assert all(parameter.grad is None for parameter in model.momentum_encoder.parameters())
     assert len(model.optimizers().param_groups[0]["params"]) == len(weights(model.encoder, model.projector)) + 4
 
 
 def test_a_momentum_encoder_in_half_precision_is_refused():
     with pytest.raises(ValueError, match=r'are torch.bfloat16, .* Use Trainer.precision="bf16-mixed"'):
-        fit(vision.model("moco_v3"), vision.data(), max_epochs=1, precision="bf16-true")
-    fit(vision.model("moco_v3"), vision.data(), max_epochs=1, precision="bf16-mixed", limit_train_batches=1)
+        fit(vision_parts.model("moco_v3"), vision_parts.data(), max_epochs=1, precision="bf16-true")
+    fit(vision_parts.model("moco_v3"), vision_parts.data(), max_epochs=1, precision="bf16-mixed", limit_train_batches=1)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.5])
@@ -274,7 +268,7 @@ def test_a_wrong_temperature_is_refused(recipe, temperature, error):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_command_line(name, tmp_path, capsys):
     folder = tmp_path / "digits"
-    pixels, labels = vision.digits(0, 64).tensors
+    pixels, labels = vision_parts.digits(0, 64).tensors
     for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         (folder / str(int(label))).mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 255).byte().numpy()).save(folder / str(int(label)) / f"{index}.png")
@@ -598,7 +592,9 @@ def test_the_probes_agree_with_the_data():
 
 
 def test_datasets_without_labels_are_trained_on():
-    made = fit(vision.model("simclr"), ImageData(TensorDataset(torch.rand(32, 3, 8, 8)), 8, image_size=8), walker(16))
+    made = fit(
+        vision_parts.model("simclr"), ImageData(TensorDataset(torch.rand(32, 3, 8, 8)), 8, image_size=8), walker(16)
+    )
     assert "batch_sampler/false_negative_rate" not in made.callback_metrics
     assert "batch_sampler/hardness" in made.callback_metrics
 

@@ -1,6 +1,6 @@
 """Parts that the tests of the vision recipes share, and a training run in two processes.
 
-``python vision.py FOLDER`` trains each recipe in turn. Each rank writes ``FOLDER/simclr/rank0.json`` and so on.
+``python vision_parts.py FOLDER`` trains each recipe in turn. Each rank writes ``FOLDER/simclr/rank0.json`` and so on.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
-from lightning.pytorch import Callback, seed_everything
-from parts import trainer, walker
+from lightning.pytorch import seed_everything
+from parts import Records, trainer, walker
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -87,18 +87,6 @@ def as_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "png")
     return file.getvalue()
-
-
-class Records(Callback):
-    """Records the batches' dataset indices, epoch by epoch, and the losses."""
-
-    def __init__(self) -> None:
-        self.epochs: dict[int, list[list[int]]] = {}
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.epochs.setdefault(trainer.current_epoch, []).append(trainer.datamodule.trained_batch().tolist())
-        self.losses.append(outputs["loss"].item())
 
 
 def train(name: str, folder: Path) -> None:

@@ -1,6 +1,7 @@
-"""Tiny models and data for the recipes of texts. As a script, it trains each in turn: ``python language.py FOLDER``.
+"""Tiny models and data that the tests of the recipes of texts share.
 
-The script trains in two processes and writes what they logged to ``FOLDER/simcse/logged.json`` and so on.
+``python language_parts.py FOLDER`` trains each recipe in two processes. It writes what they logged to
+``FOLDER/simcse/logged.json`` and so on.
 """
 
 import json
