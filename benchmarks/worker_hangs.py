@@ -14,8 +14,6 @@ A run that trains no step for 60 seconds counts as a hang and is killed. The scr
 
 import argparse
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.parts import Data, Model, fit, walker
+from tests.processes import Hung, finish
 
 ARMS: dict[str, dict[str, Any]] = {
     "fresh": {"persistent_workers": False},
@@ -34,7 +33,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "kept": {"persistent_workers": True},
     "forkserver": {"persistent_workers": False, "multiprocessing_context": "forkserver"},
 }
-PATIENCE = 60  # seconds without a step after which a run counts as hung
 
 
 class NotesSteps(Callback):
@@ -65,29 +63,13 @@ def train(arm: str, file: Path, epochs: int) -> None:
 def run_once(arm: str, file: Path, epochs: int, deadline: float) -> str:
     """Train until the end, a hang or the deadline, and say which of them came first."""
     command = [sys.executable, "-m", "benchmarks.worker_hangs", "--train", str(file), "--epochs", str(epochs)]
-    process = subprocess.Popen(
-        [*command, "--arms", arm],
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    steps, moved = 0, time.monotonic()
     try:
-        while process.poll() is None:
-            time.sleep(0.5)
-            now = time.monotonic()
-            if (written := count_lines(file)) > steps:
-                steps, moved = written, now
-            if now - moved > PATIENCE:
-                return "hang"
-            if now > deadline:
-                return "deadline"
-        return "end" if process.returncode == 0 else "failure"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        done = finish([*command, "--arms", arm], timeout=deadline - time.monotonic(), watched=file.parent)
+    except Hung:
+        return "hang"
+    except subprocess.TimeoutExpired:
+        return "deadline"
+    return "end" if done.returncode == 0 else "failure"
 
 
 def count_lines(file: Path) -> int:
