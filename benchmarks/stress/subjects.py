@@ -79,7 +79,7 @@ class Draw(random.Random):
     def seed_(self) -> Any:
         return self.choice([0, 1, self.getrandbits(31), 2**40, np.int64(5), np.uint8(200)])
 
-    def spoiled(self, arguments: Arguments, *, replace: str = "") -> tuple[Arguments, bool]:
+    def spoiled(self, arguments: Arguments) -> tuple[Arguments, bool]:
         """Replace some arguments by wrong ones, in half of the cases. Return whether all are valid still."""
         if self.random() < 0.5:
             return arguments, True
@@ -183,9 +183,7 @@ def _unit(values: Any) -> NDArray[np.float64]:
     return unit
 
 
-def _check_batches(
-    batches: Any, size: int, batch_size: int, *, replacement: bool = False, all_used: bool = True
-) -> None:
+def _check_batches(batches: Any, size: int, batch_size: int, *, replacement: bool = False) -> None:
     """Check that batches use each position of a pool once."""
     expect(isinstance(batches, np.ndarray) and batches.dtype == np.int64, "batches must be int64")
     expect(batches.shape == (size // batch_size, batch_size), f"batches have shape {batches.shape}")

@@ -43,13 +43,13 @@ def studies(paths: Sequence[Path]) -> list[Study]:
     return [(dict(settings), rows) for settings, rows in found.items()]
 
 
-def paired_interval(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the mean difference of pairs, and the half width of its t-interval (NaN for a single pair)."""
+def paired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return the mean difference of pairs, and the half width of its 95% t-interval (NaN for a single pair)."""
     difference = np.subtract(values, others)
     n = len(difference)
     if n < 2:
         return float(difference.mean()), float("nan")
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * difference.std(ddof=1) / np.sqrt(n)
+    half = stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / np.sqrt(n)
     return float(difference.mean()), float(half)
 
 
