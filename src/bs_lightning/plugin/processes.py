@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 
 from bs_lightning._types import Indices
 
 _T = TypeVar("_T")
-_Pool = TypeVar("_Pool", Indices, torch.Tensor)
+_Pool = TypeVar("_Pool", Indices, Tensor)
 
 
 def own_share(trainer: Trainer, pool: _Pool) -> _Pool:
@@ -45,6 +46,22 @@ def gather(trainer: Trainer, value: _T) -> list[_T]:
     values: list[_T | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
+    """Return the rows of all processes, as many of each. Each process must call it.
+
+    Args:
+        trainer: The Trainer.
+        rows: This process's rows, ``[n, ...]``.
+
+    Returns:
+        The rows in the order of the ranks, on the device of training, as NCCL needs them.
+    """
+    own = rows.to(trainer.strategy.root_device).contiguous()
+    everyone = [torch.empty_like(own) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(everyone, own)
+    return torch.cat(everyone)
 
 
 def cores_of_one_process(trainer: Trainer) -> int:

@@ -21,7 +21,7 @@ from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
-from bs_lightning.plugin.processes import check_equal, failing_together, own_share
+from bs_lightning.plugin.processes import check_equal, failing_together, gather_rows, own_share
 from bs_lightning.plugin.progress import progress
 
 _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
@@ -44,6 +44,7 @@ class EmbeddingSource:
     in_all_processes: ClassVar[bool]
     foreseen: ClassVar[bool]
     version: int | None = None
+    _shapes_are_equal = False
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that embedding needs.
@@ -109,6 +110,12 @@ class EmbeddingSource:
     def close(self) -> None:
         """End worker processes."""
 
+    def _compare_shapes(self, trainer: Trainer, embeddings: Tensor) -> None:
+        """Refuse embeddings of other shapes in other processes. The first call alone waits for all processes."""
+        if not self._shapes_are_equal:
+            check_equal(trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
+            self._shapes_are_equal = True
+
 
 class EncodedEmbeddings(EmbeddingSource):
     """Embeds each pool with the current weights: one forward pass, divided among the processes.
@@ -153,7 +160,6 @@ class EncodedEmbeddings(EmbeddingSource):
         self._settings: dict[str, Any] = {}
         self._fetch: BatchFetcher | None = None
         self._ahead: tuple[Indices, Iterator[Any]] | None = None
-        self._shape: torch.Size | None = None
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         dataset, self._settings = data.pool_loading()
@@ -166,12 +172,10 @@ class EncodedEmbeddings(EmbeddingSource):
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
             embeddings = self._encode(own_share(self._trainer, indices))
-        if self._shape is None:
-            check_equal(self._trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
-            self._shape = embeddings.shape[1:]
+        self._compare_shapes(self._trainer, embeddings)
         if self._per_rank or self._trainer.world_size == 1:
             return embeddings
-        return _gathered(self._trainer, embeddings)
+        return gather_rows(self._trainer, embeddings)
 
     def expect(self, indices: Indices) -> None:
         # Workers read up to `prefetch_factor` batches each, and wait.
@@ -373,7 +377,6 @@ class RecycledEmbeddings(BankedEmbeddings):
     def __init__(self, trainer: Trainer, per_rank: bool, needs_two_sides: bool) -> None:
         super().__init__(trainer, per_rank)
         self._needs_two_sides = needs_two_sides
-        self._shape: torch.Size | None = None
 
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
@@ -405,10 +408,8 @@ class RecycledEmbeddings(BankedEmbeddings):
         if len(batch) % trainer.world_size:
             return  # the epoch's last batch is smaller, and its parts differ in size between processes
         if trainer.world_size > 1:
-            if self._shape is None:
-                check_equal(trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
-                self._shape = embeddings.shape[1:]
-            embeddings = _gathered(trainer, embeddings.detach())
+            self._compare_shapes(trainer, embeddings)
+            embeddings = gather_rows(trainer, embeddings.detach())
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
 
@@ -499,14 +500,6 @@ def _advice(batch: Any, is_training_data: bool, how: str, is_own_function: bool)
     if is_own_function:
         return f"{what} Give BatchSamplerCallback(embed=...) a function that takes such a batch."
     return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
-
-
-def _gathered(trainer: Trainer, embeddings: Tensor) -> Tensor:
-    """Return the embeddings of all processes, in order. They are on the device of training, as NCCL needs them."""
-    own = embeddings.to(trainer.strategy.root_device).contiguous()
-    everyone = [torch.empty_like(own) for _ in range(trainer.world_size)]
-    torch.distributed.all_gather(everyone, own)
-    return torch.cat(everyone)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
