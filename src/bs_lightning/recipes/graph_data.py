@@ -61,7 +61,7 @@ class GraphDataModule(BatchSamplerDataModule):
 
     def train_labels(self) -> Tensor | None:
         """Return the graphs' ``y``, int64 ``[N]``; ``None`` where it is not one integer for each graph."""
-        found = [self.dataset[i].y for i in range(len(Graphs(self.dataset)))]
+        found = [self.dataset[i].y for i in range(len(self.dataset))]
         if any(y is None for y in found):
             return None
         labels = [torch.as_tensor(y) for y in found]
