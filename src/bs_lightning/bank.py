@@ -44,6 +44,7 @@ class EmbeddingBank:
             embeddings: Floats of shape ``[b, d]``, or ``[b, 2, d]`` for two sides.
 
         Raises:
+            TypeError: If the embeddings are not floats.
             ValueError: If the embeddings have a different shape, or differ in width from earlier embeddings.
         """
         rows = check_rows(embeddings, indices)

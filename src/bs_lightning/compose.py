@@ -47,7 +47,7 @@ class Composer(ABC):
     Attributes:
         replacement: Whether different batches may share instances. A single batch never repeats one.
         finds_nearest: Whether a call leaves each instance's nearest neighbours in the whole pool in ``neighbors``.
-            ``BatchSamplerCallback(mask_nearest=...)`` needs such a composer.
+            ``mask_nearest`` and ``own_rule`` of the callback need such a composer.
         neighbors: The last call's neighbours, int32 ``[P, K]``, each row nearest first; ``None`` if there are none.
         seconds: Seconds that the last call spent in each step, by the step's name. The callback logs them. If there are
             none, the callback logs the time of the whole call as ``"compose"``.

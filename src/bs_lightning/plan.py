@@ -156,8 +156,8 @@ class EpochPlan:
         served: The number of the batch to serve next. The caller who iterates must count it.
 
     Raises:
-        ValueError: If ``planning`` cuts pools that are smaller than a global batch, or ``pool`` is not a pool of this
-            epoch's permutation.
+        ValueError: If ``planning`` cuts pools that are smaller than a global batch, its batches may share instances and
+            there are groups, or ``pool`` is not a pool of this epoch's permutation.
 
     Example:
         >>> from bs_lightning.layout import BatchLayout

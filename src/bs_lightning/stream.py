@@ -435,6 +435,8 @@ class Pass:
     Attributes:
         served: The number of the batch that is served next.
         ended: Whether the pass has ended, or was left.
+        pools: The pool being served and the one before: Lightning may ask for a batch while the one before is trained.
+        buffer: The instances of the pool being served.
     """
 
     epoch: int
@@ -446,8 +448,7 @@ class Pass:
     together: bool = True
     served: int = field(init=False)
     ended: bool = field(default=False, init=False)
-    pools: tuple[StreamPool, ...] = ()
-    """The pool being served and the one before: Lightning may ask for a batch while the one before is trained."""
+    pools: tuple[StreamPool, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         self.served = self.start

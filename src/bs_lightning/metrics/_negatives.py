@@ -192,7 +192,8 @@ class InBatchHardness(Metric):
         """Add the pairs of one or more batches.
 
         Args:
-            embeddings: Floats of shape ``[B, d]``, or ``[n, B, d]`` for ``n`` batches, ``B >= 2``, of any length.
+            embeddings: Floats of shape ``[B, d]``, ``[n, B, d]`` for ``n`` batches, or ``[n, B, 2, d]`` for two sides,
+                ``B >= 2``, of any length.
             labels: Integers of shape ``[B]`` or ``[n, B]``. With labels, only true negatives count.
 
         Raises:
