@@ -270,21 +270,7 @@ class BatchSamplerDataModule(LightningDataModule):
             ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, or groups or reference
                 embeddings have another length.
         """
-        if not hasattr(self, "dataloader_kwargs"):
-            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__(batch_size=...).")
-        returned = ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings")
-        for name in (*returned, "pool_loading", "planning"):
-            if not callable(getattr(self, name)):
-                raise TypeError(
-                    f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
-                    f"Keep yours under another name{', and return it there' if name in returned else ''}."
-                )
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if module is not None and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise TypeError(
-                f"{type(module).__name__}.training_step must take (batch, batch_idx): one that takes dataloader_iter "
-                "fetches batches itself, and which of them is being trained cannot be known."
-            )
+        self._check_methods()
         dataset = self.train_dataset()
         self._train_dataset = dataset
         ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
@@ -458,6 +444,24 @@ class BatchSamplerDataModule(LightningDataModule):
                 "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
             )
         return value
+
+    def _check_methods(self) -> None:
+        """Refuse what a subclass has put in the place of a method, and a module that fetches batches itself."""
+        if not hasattr(self, "dataloader_kwargs"):
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__(batch_size=...).")
+        returned = ("train_dataset", "pool_dataset", "train_labels", "train_groups", "reference_embeddings")
+        for name in (*returned, "pool_loading", "planning"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be a method that returns what it names, got {type(getattr(self, name)).__name__}. "
+                    f"Keep yours under another name{', and return it there' if name in returned else ''}."
+                )
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise TypeError(
+                f"{type(module).__name__}.training_step must take (batch, batch_idx): one that takes dataloader_iter "
+                "fetches batches itself, and which of them is being trained cannot be known."
+            )
 
     def _check_stream(self) -> None:
         """Refuse what needs the index of each instance, which a stream does not have."""
