@@ -98,23 +98,13 @@ class StreamState:
         Returns:
             Tensors and plain Python values, about as large as a pool's indices, with the stream's own state.
         """
-        pool = self.pool
         return {
             "stream": FORMAT,
             "seed": int(self.seed),
             "global_batch_size": int(self.global_batch_size),
             "epoch": int(self.epoch),
             "served": int(self.served),
-            "pool": None
-            if pool is None
-            else {
-                "epoch": int(pool.epoch),
-                "start": int(pool.start),
-                "batches": torch.from_numpy(pool.batches),
-                "pairs": torch.from_numpy(pool.pairs),
-                "n_last": int(pool.n_last),
-                "readings": [[int(each.before), int(each.taken), each.state] for each in pool.readings],
-            },
+            "pool": None if self.pool is None else _pool_to_dict(self.pool),
         }
 
     @classmethod
@@ -137,14 +127,29 @@ class StreamState:
         saved = saved_value(state, "pool", dict, type(None))
         if saved is None:
             return cls(**counts, pool=None)
-        pool = StreamPool(
-            saved_value(saved, "epoch", int, where="pool."),
-            saved_value(saved, "start", int, where="pool."),
-            saved_table(saved, "batches"),
-            saved_table(saved, "pairs"),
-            saved_value(saved, "n_last", int, where="pool."),
-            tuple(StreamReading(*each) for each in saved_value(saved, "readings", list, where="pool.")),
-        )
+        pool = _pool_from_dict(saved)
         if not pool.start <= counts["served"] <= pool.stop or pool.epoch != counts["epoch"]:
             raise damaged("served", counts["served"], f"a batch of the saved pool, {pool.start} to {pool.stop}")
         return cls(**counts, pool=pool)
+
+
+def _pool_to_dict(pool: StreamPool) -> dict[str, Any]:
+    return {
+        "epoch": int(pool.epoch),
+        "start": int(pool.start),
+        "batches": torch.from_numpy(pool.batches),
+        "pairs": torch.from_numpy(pool.pairs),
+        "n_last": int(pool.n_last),
+        "readings": [[int(each.before), int(each.taken), each.state] for each in pool.readings],
+    }
+
+
+def _pool_from_dict(state: Mapping[str, Any]) -> StreamPool:
+    return StreamPool(
+        saved_value(state, "epoch", int, where="pool."),
+        saved_value(state, "start", int, where="pool."),
+        saved_table(state, "batches"),
+        saved_table(state, "pairs"),
+        saved_value(state, "n_last", int, where="pool."),
+        tuple(StreamReading(*each) for each in saved_value(state, "readings", list, where="pool.")),
+    )
