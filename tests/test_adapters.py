@@ -113,6 +113,19 @@ def test_the_log_says_how_hard_batches_are(tmp_path):
     assert logs[0]["batch_sampler/hardness"] == pytest.approx(first, abs=1e-4)
 
 
+def test_composers_get_what_they_ask_for(tmp_path):
+    asked = []
+
+    def compose(embeddings, batch_size, *, seed, epoch, indices, labels):
+        asked.append((indices.tolist(), labels))
+        return hf_parts.in_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    trainer = sentence_trainer(tmp_path, composer=compose, num_train_epochs=1)
+    trainer.train()
+    assert sum((indices for indices, _ in asked), []) == sum(trainer.batches, [])
+    assert {labels for _, labels in asked} == {None}
+
+
 def test_composing_leaves_no_trace(tmp_path):
     """With a composer that keeps the order of the pool, training is bit for bit as without the adapter."""
     same_order = sentence_trainer(tmp_path, composer=hf_parts.in_order)

@@ -21,6 +21,7 @@ from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning._types import Batches, Embeddings, Neighbors
 from bs_lightning.edges import check_graph, without_edges
 from bs_lightning.graphs import Graph, NNDescentGraph, RandomCandidateGraph, SharedGraph
+from bs_lightning.isolation import isolated
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
 
@@ -36,7 +37,7 @@ class Composer(ABC):
     """Base class of composers. Override :meth:`__call__`, and each attribute whose default does not fit.
 
     A composer may ask for more than embeddings, by a keyword argument of its ``__call__``. Plain functions may ask in
-    the same way. The callback then passes:
+    the same way. The callback then passes these; other trainers pass ``indices``, and ``None`` for the rest:
 
     - ``indices``: the pool's dataset indices, int64 ``[P]``;
     - ``labels``: the pool's labels, an int64 tensor ``[P]``, or ``None`` if the data has no labels;
@@ -155,6 +156,27 @@ def asked_for(composer: Composer) -> set[str]:
     bound = called.keywords.keys() if isinstance(called, functools.partial) else ()
     offered = {"indices", "labels", "likely_false_negatives", "neighbors"}
     return (offered & inspect.signature(called).parameters.keys()) - set(bound)
+
+
+def call_composer(
+    composer: Composer, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int, **offered: Any
+) -> Batches:
+    """Call a composer with what it asks for, and restore the random states and numbers of threads that it changes.
+
+    Args:
+        composer: A composer.
+        embeddings: The pool's, as in :meth:`Composer.__call__`.
+        batch_size: Instances in a batch.
+        seed: The pool's seed.
+        epoch: The epoch's number.
+        **offered: What composers may ask for. What is missing here is ``None``.
+
+    Returns:
+        What the composer returned, not checked yet.
+    """
+    more = {name: offered.get(name) for name in asked_for(composer)}
+    with isolated():
+        return composer(embeddings, batch_size, seed=seed, epoch=epoch, **more)
 
 
 class GraphComposer(Composer):

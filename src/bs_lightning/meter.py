@@ -39,7 +39,7 @@ from torch import Tensor
 from bs_lightning._checks import check_integer, check_positive, check_seed
 from bs_lightning._embeddings import as_embeddings, unit_rows
 from bs_lightning._types import Batches, Embeddings, Order
-from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, asked_for
+from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, call_composer
 from bs_lightning.losses import info_nce
 from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.metrics._pairs import accuracy_and_negatives_above
@@ -210,14 +210,8 @@ def _read(
 def _compose(composer: Composer, embeddings: Tensor, pool: Order, batch_size: int, seed: int) -> Batches:
     """Compose a pool, given as dataset indices ``[P]``, into batches of positions in the pool."""
     indices = pool.astype(np.int64)
-    more = {"indices": indices, "labels": None}
-    batches = composer(
-        embeddings[torch.from_numpy(indices).to(embeddings.device)],
-        batch_size,
-        seed=seed,
-        epoch=0,
-        **{name: more.get(name) for name in asked_for(composer)},
-    )
+    rows = embeddings[torch.from_numpy(indices).to(embeddings.device)]
+    batches = call_composer(composer, rows, batch_size, seed=seed, epoch=0, indices=indices)
     return check_batches(batches, len(pool), batch_size, replacement=composer.replacement)
 
 

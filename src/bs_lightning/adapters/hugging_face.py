@@ -14,9 +14,9 @@ from transformers.trainer_callback import ExportableState
 
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Batches, Indices
-from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer
+from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, call_composer
 from bs_lightning.encoding import encode
-from bs_lightning.isolation import isolated, no_trace
+from bs_lightning.isolation import no_trace
 from bs_lightning.loader import SETTINGS, BatchFetcher, PoolLoader, check_map_style
 from bs_lightning.metrics._batches import describe_composed
 from bs_lightning.plan import PlannedPool, Planning, check_batches
@@ -192,8 +192,7 @@ class ComposedBatchesTrainer(Trainer):
         Returns:
             Positions in the pool, int64 ``[P // batch_size, batch_size]``.
         """
-        with isolated():
-            batches = self.composer(embeddings, batch_size, seed=seed, epoch=epoch)
+        batches = call_composer(self.composer, embeddings, batch_size, seed=seed, epoch=epoch, indices=indices)
         return check_batches(batches, len(indices), batch_size, replacement=self.composer.replacement)
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:

@@ -18,7 +18,7 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
-from bs_lightning.compose import Composer, RWRComposer, asked_for
+from bs_lightning.compose import Composer, RWRComposer, asked_for, call_composer
 from bs_lightning.edges import check_graph, restricted
 from bs_lightning.graphs import Graph, SharedGraph, can_share
 from bs_lightning.isolation import isolated
@@ -92,7 +92,6 @@ class TrainerPlanner:
         self._batch_size = 0
         self._n_composing = 1
         self._labels: Tensor | None = None
-        self._asked = asked_for(composer)
         self._described: dict[str, tuple[float, int]] = {}  # a sum over batches, and their number
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
@@ -327,7 +326,7 @@ class TrainerPlanner:
     def _graph(self) -> Graph | None:
         """What builds the composer's graph, or ``None`` if the composer takes no graph that was built for it."""
         composer = self._composer
-        return composer.graph if isinstance(composer, RWRComposer) and "neighbors" in self._asked else None
+        return composer.graph if isinstance(composer, RWRComposer) and "neighbors" in asked_for(composer) else None
 
     @cached_property
     def _n_cores(self) -> int:
@@ -376,10 +375,8 @@ class TrainerPlanner:
         """Compose batches in this process alone."""
         own = None if own_rule is None else _once_per_graph(MoreSimilar(embeddings, own_rule))
         offered = self._offered(indices, own) | {"neighbors": neighbors}
-        more = {name: value for name, value in offered.items() if name in self._asked}
         start = time.perf_counter()
-        with isolated():
-            returned = composer(embeddings, self._batch_size, seed=seed, epoch=epoch, **more)
+        returned = call_composer(composer, embeddings, self._batch_size, seed=seed, epoch=epoch, **offered)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
         batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
         pairs = NO_PAIRS
