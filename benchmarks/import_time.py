@@ -3,10 +3,11 @@
 python -m benchmarks.import_time
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
+
+from .command_line import make_parser
 
 PROGRAM = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
@@ -19,11 +20,7 @@ def seconds(package: str) -> float:
 
 def main() -> None:
     """Print the medians over the repeats."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.import_time",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("import_time", __doc__)
     parser.add_argument("--repeats", type=int, default=9, help="pairs of processes")
     repeats = parser.parse_args().repeats
     # The first pair fills the disk cache.

@@ -6,7 +6,6 @@ The pool holds random images [3, 32, 32] and is encoded in batches of 256. `no_t
 before, keeps the copy while the pool is encoded, and compares afterwards. The seconds are medians over the repeats.
 """
 
-import argparse
 import statistics
 import time
 from typing import Any
@@ -18,6 +17,7 @@ from bs_lightning import encode
 from bs_lightning.isolation import no_trace
 from bs_lightning.recipes.resnet import ResNet18
 
+from .command_line import make_parser
 from .markdown import print_row
 from .training.model import convolution
 
@@ -61,11 +61,7 @@ def now(images: Tensor) -> float:
 
 def main() -> None:
     """Measure both modules in one run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.no_trace",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("no_trace", __doc__)
     parser.add_argument("--pool-size", type=int, default=2560)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")

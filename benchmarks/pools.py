@@ -23,6 +23,7 @@ from bs_lightning import ExactGraph, NNDescentGraph, _walk_kernel, rwr_batches
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
 from tests import naive
 
+from .command_line import make_parser
 from .markdown import print_row
 
 Result = TypeVar("Result")
@@ -30,11 +31,7 @@ Result = TypeVar("Result")
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pools",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("pools", __doc__)
     parser.add_argument("--embeddings", required=True, help="an .npz file with z [N, d] and y [N]")
     parser.add_argument("--pool-sizes", type=int, nargs="+", default=[1024, 2560, 5120, 25600])
     parser.add_argument("--exact-up-to", type=int, default=5120, help="largest pool for ExactGraph")

@@ -12,7 +12,6 @@ Each arm trains 300 epochs on two gloo processes with two loader workers each, a
 A run that trains no step for 60 seconds counts as a hang and is killed. The script prints a table row for each arm.
 """
 
-import argparse
 import multiprocessing
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.parts import Data, Model, fit, walker
 from tests.processes import Hung, finish
+
+from .command_line import make_parser
 
 ARMS: dict[str, dict[str, Any]] = {
     "fresh": {"persistent_workers": False},
@@ -100,11 +101,7 @@ def measure(arm: str, epochs: int, minutes: float) -> None:
 
 def main() -> None:
     """Measure the arms one after the other."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.worker_hangs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("worker_hangs", __doc__)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--epochs", type=int, default=300, help="epochs to train in each arm")
     parser.add_argument("--minutes", type=float, default=10, help="time limit of each arm")

@@ -28,6 +28,7 @@ few instances. Its columns:
 import argparse
 from pathlib import Path
 
+from ..command_line import make_parser
 from . import escape, paper, plot, scale, table
 from .catalog import SCALED
 
@@ -37,11 +38,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.composers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("composers", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, words in (
         ("table", "measure every composer on given embeddings"),

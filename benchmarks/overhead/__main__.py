@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import csv_files
+from ..command_line import make_parser
 from ..csv_files import Row
 from ..markdown import print_row
 from . import encoding, epochs, first_graph, graphs, growth, memory, profile, whole_data
@@ -78,11 +79,7 @@ def main() -> None:
     common.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     common.add_argument("--embeddings", help="an .npz file with z [N, d]")
     common.add_argument("--results", type=Path, default=RESULTS, help="the folder of CSV files to add rows to")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("overhead", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(

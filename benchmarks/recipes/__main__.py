@@ -15,16 +15,13 @@ from the files in benchmarks/recipes/results.
 
 import argparse
 
+from ..command_line import make_parser
 from . import graphs, language, page, vision
 
 
 def main() -> None:
     """Run the command that was asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("recipes", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {"graphs": graphs, "language": language, "vision": vision, "results": page}
     for name, module in modules.items():

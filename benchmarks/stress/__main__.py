@@ -7,20 +7,16 @@
 runs and resumes them. The exit status is 1 if there was a failure.
 """
 
-import argparse
 import os
 import sys
 
+from benchmarks.command_line import make_parser
 from benchmarks.stress import fits, pure
 
 
 def main() -> int:
     """Run one of the harnesses and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stress",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("stress", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pure", help="random calls of the pure functions")
     command.add_argument("--cases", type=int, default=300, help="cases for each function")

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from ..command_line import make_parser
 from ..runs import run_missing, show, wanted
 from . import report, study
 from .arms import ARMS
@@ -51,11 +52,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("training", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train and measure the runs that the results file lacks")
     run.add_argument("--task", required=True, choices=study.TASKS)
