@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from graph_parts import RECIPES, both_directions, cycle, star, tiny_graphs, write_tu
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from parts import Records, trainer, walker
 from processes import finish
 from test_docs import printed
@@ -22,6 +21,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import OneHotDegree
 
 from bs_lightning.losses import DebiasedLoss, HardLoss
+from bs_lightning.recipes.__main__ import main
 from bs_lightning.recipes.graph_data import GraphDataModule, Graphs, represent, svm_accuracies
 from bs_lightning.recipes.graphcl import (
     GraphCL,
@@ -104,10 +104,10 @@ def test_the_examples_yaml(name, tmp_path):
     """Each YAML trains, with graphs in MUTAG's format, which has 7 node labels and degrees of at most 4."""
     write_tu(tmp_path / "MUTAG", [Data(edge_index=cycle(8 + i % 3), y=torch.tensor([i % 2])) for i in range(70)])
     config = Path(__file__).parents[1] / "examples" / f"{name}.yaml"
-    args = ["fit", f"--config={config}", f"--data.init_args.dataset.init_args.root={tmp_path}"]
+    args = [name, "fit", f"--config={config}", f"--data.dataset.init_args.root={tmp_path}"]
     args += ["--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
     args += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-    cli = LightningCLI(args=args, save_config_callback=None)
+    cli = main(args)
     assert cli.trainer.global_step == 2 * 2
     assert "batch_sampler/walk_seconds" in cli.trainer.callback_metrics
 

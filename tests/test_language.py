@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,13 @@ import torch
 import yaml
 from language_parts import IMAGES, PAIRS, RECIPES, SENTENCES, Losses, bert, build, tokenizer, train, vit
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from parts import assert_equal, trainer, walker
 from PIL import Image
 from processes import finish
 from scipy.stats import spearmanr
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from bs_lightning.recipes.__main__ import main
 from bs_lightning.recipes.clip import CLIP, ImageTextData
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
 from bs_lightning.recipes.simcse import SentenceData, SimCSE
@@ -170,7 +171,7 @@ def test_lightning_cli(recipe, tmp_path, monkeypatch):
     Path("captions.tsv").write_text("\n".join(["image\ttext", *lines]))
 
     config = yaml.safe_load((EXAMPLES / f"{recipe}.yaml").read_text())
-    model, data = (config[name]["init_args"] for name in ("model", "data"))
+    model, data = config["model"], config["data"]
     data["tokenizer"] = model["text_model" if recipe == "clip" else "model"] = "text"
     if recipe == "clip":
         model["image_model"] = "image"
@@ -186,9 +187,9 @@ def test_lightning_cli(recipe, tmp_path, monkeypatch):
     graph = {"class_path": "bs_lightning.ExactGraph", "init_args": {"n_neighbors": 5}}  # nothing to compile
     composer = {"class_path": "bs_lightning.RWRComposer", "init_args": {"graph": graph}}
     callback["init_args"] = callback.get("init_args", {}) | {"composer": composer, "pool_size": 32}
-    Path("config.yaml").write_text(yaml.safe_dump(config))
+    Path("small.yaml").write_text(yaml.safe_dump(config))
 
-    made = LightningCLI(args=["fit", "--config", "config.yaml"], save_config_callback=None).trainer
+    made = main([recipe, "fit", "--config", "small.yaml"]).trainer
     assert made.global_step == 20
     assert {"train/loss", "batch_sampler/walk_seconds"} <= made.callback_metrics.keys()
     assert {"clip": "image_to_text/r1"}.get(recipe, "val/mrr") in made.callback_metrics
@@ -206,6 +207,25 @@ def test_simcse_trains_with_the_dropout_of_a_loaded_model(tmp_path):
     model = SimCSE(str(tmp_path))
     first, second = model(tokens("r0 g1", "r0 g1"))
     assert not torch.allclose(first, second)
+
+
+def test_frozen_towers_keep_their_mode():
+    frozen = bert(dropout=0.5).eval().requires_grad_(False)
+    assert not TextEncoder(frozen, "mean").transformer.training
+    images = torch.nn.Sequential(torch.nn.BatchNorm2d(3).eval(), torch.nn.Flatten(), torch.nn.Linear(192, 16))
+    assert not CLIP(images, frozen, width=16).images.model[0].training
+
+
+@recipes
+def test_checkpoints_hold_the_settings(recipe, tmp_path):
+    model, data = build(recipe, tmp_path)
+    settings, models = dict(model.hparams), {"model": bert()} if recipe != "clip" else {"image_model": vit()}
+    models |= {"text_model": bert()} if recipe == "clip" else {}
+    settings |= {"pooling": "mean", "learning_rate": 0.125}
+    made = trainer(max_steps=1)
+    made.fit(type(model)(**models, **settings), datamodule=data)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    assert dict(type(model).load_from_checkpoint(tmp_path / "one.ckpt", **models).hparams) == settings
 
 
 def test_a_model_is_trained_in_float32(tmp_path):
@@ -264,9 +284,10 @@ def test_clip_is_validated_in_both_directions(tmp_path):
     model.eval()
     embedded = [model.embed(batch) for batch in data.val_dataloader()]
     images, texts = (torch.cat(side).detach() for side in zip(*embedded, strict=True))
-    groups = data.validation_dataset.groups()
-    assert found["image_to_text/mrr"] == pytest.approx(retrieval(images, texts, groups)["mrr"])
-    assert found["text_to_image/mrr"] == pytest.approx(retrieval(texts, images, groups)["mrr"])
+    pairs = data.validation_dataset.names()
+    assert found["image_to_text/mrr"] == pytest.approx(retrieval(images, texts, pairs)["mrr"])
+    swapped = [(text, image) for image, text in pairs]
+    assert found["text_to_image/mrr"] == pytest.approx(retrieval(texts, images, swapped)["mrr"])
     assert found["image_to_text/mrr"] != found["text_to_image/mrr"]
 
 
@@ -287,6 +308,23 @@ def image_data(pairs, **kwargs):
     data = ImageTextData(pairs, tokenizer(), 4, image_size=8, **kwargs)
     data.setup()
     return data
+
+
+def test_what_tells_images_apart():
+    """A path, or an object of a list. A table, or another sequence, may make its images anew each time."""
+    twice = [(IMAGES[0], "r0"), (IMAGES[0], "r1"), ("0.png", "r2"), (Path("0.png"), "r3"), (IMAGES[1], "r4")]
+    assert image_data(twice).train_groups().tolist() == [0, 0, 1, 1, 2]
+
+    class MadeAnew:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 3:
+                raise IndexError
+            return Image.new("L", (8, 8)), f"r{index}"
+
+    assert image_data(MadeAnew()).train_groups().tolist() == [0, 1, 2]
 
 
 def test_images_of_mixed_size_and_mode(tmp_path):
@@ -408,6 +446,10 @@ def test_wrong_data_is_refused(tmp_path):
         read_pairs([("r0", "r1"), ("r0", "r1", "r2")])
     with pytest.raises(ValueError, match=r"no column 'text', but \['sentence'\]"):
         read_sentences(Table(sentence=["r0"]))
+    for name, kind in {"a.jsonl": "json", "a.csv": "csv", "a.parquet": "parquet"}.items():
+        for read in (read_sentences, read_pairs):
+            with pytest.raises(ValueError, match=rf"{name} holds no plain lines of text. .*load_dataset\('{kind}'"):
+                read(tmp_path / name)
     with pytest.raises(TypeError, match="streamed"):
         read_sentences(type("IterableDataset", (), {"column_names": ["text"]})())
 
@@ -436,6 +478,23 @@ def test_unknown_pooling_is_refused():
 def test_groups():
     assert text_groups(["b", "a", "b"]).tolist() == [0, 1, 0]
     assert pair_groups([("a", "x"), ("b", "y"), ("c", "x"), ("c", "y"), ("d", "d")]).tolist() == [0, 0, 0, 0, 1]
+
+
+def test_a_warning_says_when_groups_leave_out_many_negatives(tmp_path):
+    clicks = [(f"q{number // 2}", f"d{number % 13}") for number in range(30)]  # all are linked
+    for data in (
+        PairData(clicks, tokenizer(), 4),
+        SentenceData(["r0"] * 30, tokenizer(), 4),
+        ImageTextData([(IMAGES[0], f"r{number}") for number in range(30)], tokenizer(), 4),
+    ):
+        data.setup()
+        with pytest.warns(UserWarning, match="30 of the 30 instances share .* leaves out 100% of all negatives"):
+            assert len(data.train_groups().unique()) == 1
+    data = PairData([(f"q{number // 2}", f"d{number}") for number in range(30)], tokenizer(), 4)
+    data.setup()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data.train_groups().unique()) == 15
 
 
 def test_spearman():

@@ -22,6 +22,7 @@ from vision_parts import RECIPES, Encoder
 from bs_lightning.losses import info_nce
 from bs_lightning.recipes import images as images_module
 from bs_lightning.recipes import probes
+from bs_lightning.recipes.__main__ import main
 from bs_lightning.recipes.augment import change_colors, crop_and_flip, random_view
 from bs_lightning.recipes.images import ImageData, ImageFolder, ParquetImages, Pixels, to_pixels
 from bs_lightning.recipes.moco_v3 import MoCoV3
@@ -225,7 +226,7 @@ def test_the_momentum_stays_where_the_number_of_steps_is_not_known(monkeypatch):
 
 
 def test_queries_of_each_view_are_compared_with_keys_of_the_other(monkeypatch):
-    model = vision.model("moco_v3")
+    model = vision_parts.model("moco_v3")
     monkeypatch.setattr(model, "log", lambda *_, **__: None)
     first, second = views = torch.rand(2, 8, 3, 8, 8)
     temperature = model.hparams.temperature
@@ -286,12 +287,11 @@ def test_the_command_line(name, tmp_path, capsys):
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]
     config = ["--config", str(ROOT / f"examples/{name}.yaml")]
-    done = finish([sys.executable, "-m", f"bs_lightning.recipes.{name}", "fit", *config, *arguments])
+    done = finish([sys.executable, "-m", "bs_lightning.recipes", name, "fit", *config, *arguments])
     assert done.returncode == 0, done.error[-4000:]
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert torch.load(checkpoint)["global_step"] == 16
-    main = importlib.import_module(f"bs_lightning.recipes.{name}").main
-    main(["test", *config, *arguments, f"--ckpt_path={checkpoint}"])
+    main([name, "test", *config, *arguments, f"--ckpt_path={checkpoint}"])
     assert "test/linear_probe" in capsys.readouterr().out
 
 
@@ -372,6 +372,13 @@ def test_a_folder(folder):
     assert [len(loader) for loader in data.test_dataloader()] == [2, 2]
     images, labels = next(iter(data.test_dataloader()[1]))
     assert (images.shape, labels.tolist()) == ((2, 3, 8, 8), [0, 0])
+
+
+def test_class_folders_may_be_links(folder, tmp_path_factory):
+    links = tmp_path_factory.mktemp("links")
+    for name in ("cat", "dog"):
+        (links / name).symlink_to(folder / name)
+    assert ImageFolder(links).targets == [0, 0, 1, 1]
 
 
 def test_folders_of_different_classes_are_refused(folder, tmp_path_factory):

@@ -18,11 +18,14 @@ RECIPES = {
 }
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str]) -> Any:
     """Train or evaluate a recipe.
 
     Args:
         args: The recipe's name, and the arguments of LightningCLI.
+
+    Returns:
+        The LightningCLI.
 
     Raises:
         SystemExit: If the first argument is not the name of a recipe.
@@ -39,7 +42,7 @@ def main(args: list[str]) -> None:
             self.config = parser.parse_args(args)  # Lightning's own warns that a command line was given, too
 
     model, data = (_imported(name) for name in RECIPES[args[0]])
-    RecipeCLI(model, data, args=args[1:])
+    return RecipeCLI(model, data, args=args[1:])
 
 
 def _imported(name: str) -> type:
