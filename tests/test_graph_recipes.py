@@ -323,6 +323,12 @@ def test_labels_are_the_graphs_y():
         assert GraphDataModule(graphs, 8).train_labels() is None
 
 
+def test_graphcl_returns_what_recycle_keeps():
+    made = trainer(walker(16, recycle=True), max_epochs=2)
+    made.fit(GraphCL(2, width=8), datamodule=GraphCLDataModule(tiny_graphs(), batch_size=8))
+    assert made.callback_metrics["batch_sampler/hardness"] > made.callback_metrics["batch_sampler/uniform_hardness"]
+
+
 def test_bad_graphs_are_refused():
     with pytest.raises(TypeError, match=r"dataset must hold torch_geometric.data.Data, but dataset\[0\] is 3"):
         GraphDataModule([3], 2)
@@ -332,6 +338,12 @@ def test_bad_graphs_are_refused():
         Graphs([Data(num_nodes=1), Data()])[1]
     with pytest.raises(ValueError, match=r"x of graph 0 must have shape \[n_nodes, n_features\], got shape \[4\]"):
         Graphs([Data(x=torch.ones(4))])[0]
+    three_edges = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    for edges in (three_edges, three_edges.T.int(), three_edges.T.float()):
+        with pytest.raises(ValueError, match=r"edge_index of graph 0 must be int64 of shape \[2, n_edges\], got torch"):
+            Graphs([Data(edge_index=edges, num_nodes=3)])[0]
+    with pytest.raises(ValueError, match="edge_index of graph 0 must name nodes from 0 to 1, got 0 to 2"):
+        Graphs([Data(edge_index=three_edges.T, num_nodes=2)])[0]
     with pytest.raises(ValueError, match="Graph 0 holds its edges as a sparse matrix"):
         Graphs([Data(x=torch.ones(4, 1), adj_t=torch.eye(4).to_sparse())])[0]
     for make, _ in RECIPES.values():

@@ -217,6 +217,14 @@ def test_frozen_towers_keep_their_mode():
 
 
 @recipes
+def test_a_step_returns_what_recycle_keeps(recipe, tmp_path):
+    model, data = build(recipe, tmp_path)
+    made = trainer(walker(32, recycle=True), max_epochs=2)
+    made.fit(model, datamodule=data)
+    assert made.callback_metrics["batch_sampler/hardness"] > made.callback_metrics["batch_sampler/uniform_hardness"]
+
+
+@recipes
 def test_checkpoints_hold_the_settings(recipe, tmp_path):
     model, data = build(recipe, tmp_path)
     settings, models = dict(model.hparams), {"model": bert()} if recipe != "clip" else {"image_model": vit()}

@@ -92,8 +92,11 @@ class CLIP(LightningModule):
         images, texts = batch
         return self.images(images), self.text_projection(self.texts(texts))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compare images with texts in both directions, with a learned scale of at most 100."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Compare images with texts in both directions, with a learned scale of at most 100.
+
+        ``recycle=True`` keeps both sides.
+        """
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(100))
         images, texts = self.embed(batch)
@@ -106,7 +109,7 @@ class CLIP(LightningModule):
         )
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
         self.log("train/scale", self.log_scale.detach().exp())
-        return loss
+        return {"loss": loss, "embeddings": (images.detach(), texts.detach())}
 
     def on_validation_epoch_start(self) -> None:
         """Forget the embeddings of the last validation."""

@@ -65,12 +65,12 @@ class DualEncoder(EvaluatedModule):
         queries, documents = batch
         return self.queries(queries), self.documents(documents)
 
-    def training_step(self, batch: tuple[Tokens, Tokens], batch_idx: int) -> Tensor:
-        """Compare queries with documents in both directions."""
+    def training_step(self, batch: tuple[Tokens, Tokens], batch_idx: int) -> dict[str, Any]:
+        """Compare queries with documents in both directions; ``recycle=True`` keeps both sides."""
         queries, documents = self.embed(batch)
         loss: Tensor = self.loss(queries, documents, self.trainer.datamodule.likely_false_negatives())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(queries))
-        return loss
+        return {"loss": loss, "embeddings": (queries.detach(), documents.detach())}
 
     def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
         """Return the embeddings of both sides, as in training."""

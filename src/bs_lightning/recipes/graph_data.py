@@ -101,8 +101,9 @@ def with_features(graph: Data, index: int) -> Data:
         A graph with ``x``, floats ``[n_nodes, n_features]``, and ``edge_index``, int64 ``[2, n_edges]``.
 
     Raises:
-        ValueError: If the graph does not say how many nodes it has, ``x`` is not of shape ``[n_nodes, n_features]``, or
-            the edges are held as a sparse matrix.
+        ValueError: If the graph does not say how many nodes it has, ``x`` is not of shape ``[n_nodes, n_features]``,
+            the edges are held as a sparse matrix, or ``edge_index`` has a different dtype or shape, or names a node
+            that there is not.
     """
     if graph.edge_index is None and any(name in graph for name in ("adj_t", "adj")):
         raise ValueError(
@@ -117,6 +118,16 @@ def with_features(graph: Data, index: int) -> Data:
         x = torch.ones(graph.num_nodes, 1)
     if x.ndim != 2:
         raise ValueError(f"x of graph {index} must have shape [n_nodes, n_features], got shape {list(x.shape)}.")
+    if edge_index.ndim != 2 or len(edge_index) != 2 or edge_index.dtype != torch.int64:
+        raise ValueError(
+            f"edge_index of graph {index} must be int64 of shape [2, n_edges], got {edge_index.dtype} of shape "
+            f"{list(edge_index.shape)}."
+        )
+    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < len(x):
+        raise ValueError(
+            f"edge_index of graph {index} must name nodes from 0 to {len(x) - 1}, got {int(edge_index.min())} to "
+            f"{int(edge_index.max())}."
+        )
     return Data(x=x.to(torch.get_default_dtype()), edge_index=edge_index)
 
 

@@ -82,11 +82,12 @@ class GraphCL(LightningModule):
         projections: Tensor = self.head(self(graphs))
         return projections
 
-    def training_step(self, views: tuple[Batch, Batch], batch_idx: int) -> Tensor:
-        """Compare each graph with the augmented views."""
-        loss: Tensor = self.loss(*(self.embed(view) for view in views))
+    def training_step(self, views: tuple[Batch, Batch], batch_idx: int) -> dict[str, Any]:
+        """Compare each graph with the augmented views; ``recycle=True`` keeps both sides."""
+        first, second = (self.embed(view) for view in views)
+        loss: Tensor = self.loss(first, second)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=views[0].num_graphs, sync_dist=True)
-        return loss
+        return {"loss": loss, "embeddings": (first.detach(), second.detach())}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam."""

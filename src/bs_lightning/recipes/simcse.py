@@ -71,13 +71,13 @@ class SimCSE(EvaluatedModule):
         embeddings: Tensor = self.head(self(tokens))
         return embeddings
 
-    def training_step(self, tokens: Tokens, batch_idx: int) -> Tensor:
-        """Embed each sentence twice, and compare the first embeddings with the second."""
+    def training_step(self, tokens: Tokens, batch_idx: int) -> dict[str, Any]:
+        """Embed each sentence twice, and compare the first embeddings with the second; ``recycle=True`` keeps both."""
         twice = {name: torch.cat([values, values]) for name, values in tokens.items()}
         first, second = self.embed(twice).chunk(2)
         loss: Tensor = self.loss(first, second, self.trainer.datamodule.likely_false_negatives())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(first))
-        return loss
+        return {"loss": loss, "embeddings": (first.detach(), second.detach())}
 
     def embed_pairs(self, batch: tuple[Tokens, Tokens]) -> tuple[Tensor, Tensor]:
         """Return the embeddings of both sentences of pairs, without the head."""
