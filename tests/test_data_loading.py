@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -313,6 +314,16 @@ def test_workers_read_the_next_pool_while_this_one_trains():
     fit(Model(), data, walker(32, encode_batch_size=10), ahead, max_epochs=1)
     assert ahead.n_read == [20] * 4 + [20] * 4 + [0] * 4  # two batches of ten in the one worker; nothing after the end
     assert (data.reads.n_reads == 1).all()  # what was read ahead is not read again
+
+
+def test_a_pool_that_was_expected_in_vain_is_not_embedded_in_place_of_another(expected):
+    class Expects(BatchSamplerCallback):
+        def on_train_epoch_start(self, trainer, module):
+            super().on_train_epoch_start(trainer, module)
+            self._planner.source.expect(np.arange(32))
+
+    callback = Expects(32, walker().composer)
+    assert train(Data(8, 100, seed=5, num_workers=1), callbacks=[callback]) == expected
 
 
 @pytest.mark.parametrize("settings", [{"num_workers": 0}, {"num_workers": 1, "pool_size": "auto"}], ids=str)
