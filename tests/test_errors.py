@@ -182,6 +182,15 @@ def test_what_cannot_be_embedded_fails_before_the_warmup():
     assert "embedding a batch of pool_dataset(), a list" in error.value.__notes__[0]
 
 
+def test_a_callback_whose_setup_forgets_ours_is_told_so():
+    class Forgets(BatchSamplerCallback):
+        def setup(self, trainer, pl_module, stage):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"Forgets.setup must call super\(\)\.setup"):
+        fit(Model(), Data(), Forgets(32))
+
+
 def test_a_function_that_cannot_embed_is_named():
     def embed(module, batch):
         return module.encoder(batch)  # of indices and points

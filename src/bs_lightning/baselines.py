@@ -288,7 +288,7 @@ class B3Composer(Composer):
                 array of floats.
             ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
                 ``[P, d]`` or ``[P, 2, d]`` or not finite, ``P`` is so small that each instance would keep all that it
-                does not skip, or there would be only one community.
+                does not skip, there would be only one community, or the graph has no neighbours after the skipped ones.
         """
         embeddings, seed = _checked(embeddings, batch_size, seed)
         if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:

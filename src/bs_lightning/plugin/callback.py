@@ -213,7 +213,7 @@ class BatchSamplerCallback(Callback):
                     f"{pool_size}. Each pool is refreshed at its start anyway."
                 )
             Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # raises before training
-        self._planner: TrainerPlanner | None = None
+        self._planner_of_fit: TrainerPlanner | None = None
         self._epoch_start = 0.0
         self._must_rehearse = self._must_describe = self._must_check_mask = False
 
@@ -275,7 +275,6 @@ class BatchSamplerCallback(Callback):
                 differs in length from ``train_dataset()``, ``separate_groups`` meets ``replacement=True``, or a stream
                 an option that needs indices.
         """
-        assert self._planner is not None
         if data.streams:
             self._check_stream(layout)
         self._planner.attach(data, layout)
@@ -298,7 +297,6 @@ class BatchSamplerCallback(Callback):
         Returns:
             How batches are composed; ``None`` for uniform batches.
         """
-        assert self._planner is not None
         if not self.should_plan(self._planner.trainer):
             return None
         cut = self.cut(layout)
@@ -314,7 +312,6 @@ class BatchSamplerCallback(Callback):
         Returns:
             Pools, or the whole dataset.
         """
-        assert self._planner is not None
         if self._adaptive is not None:
             return self._adaptive
         if self.refresh_every is not None:
@@ -348,8 +345,14 @@ class BatchSamplerCallback(Callback):
             if applies:
                 raise ValueError(f"train_dataset() is a stream: {words}")
 
+    @property
+    def _planner(self) -> TrainerPlanner:
+        """The planner, from ``setup`` on."""
+        if self._planner_of_fit is None:
+            raise RuntimeError(f"{type(self).__name__}.setup must call super().setup(trainer, pl_module, stage).")
+        return self._planner_of_fit
+
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
-        assert self._planner is not None
         if self._adaptive is not None:
             self._say_what_auto_does(self._adaptive)
             if not self._adaptive.composes:
@@ -396,7 +399,7 @@ class BatchSamplerCallback(Callback):
         if self.pool_size == "auto":
             self._auto_composes = False
             self._adaptive = AdaptivePools(_TARGET_LOSS if self.target_loss is None else self.target_loss)
-        self._planner = TrainerPlanner(
+        self._planner_of_fit = TrainerPlanner(
             trainer,
             source,
             self.composer,
@@ -407,8 +410,6 @@ class BatchSamplerCallback(Callback):
         data.register_planner(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._planner is None:
-            raise RuntimeError(f"{type(self).__name__}.setup must call super().setup(trainer, pl_module, stage).")
         sampler = trainer.datamodule.train_sampler
         if sampler is None:
             raise TypeError(
@@ -477,7 +478,6 @@ class BatchSamplerCallback(Callback):
 
     def _warn_of_single_batches(self, trainer: Trainer, layout: BatchLayout) -> None:
         """Warn if pools hold one batch each, or the data hold no more."""
-        assert self._planner is not None
         cut = self.cut(layout)
         if not isinstance(cut, Pools) or trainer.datamodule.streams or trainer.fast_dev_run:
             return
@@ -491,7 +491,6 @@ class BatchSamplerCallback(Callback):
         self._start_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert self._planner is not None
         if self._must_rehearse:  # not earlier: the module's start hooks may make what `embed` needs
             self._planner.rehearse(self.cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch))
             self._must_rehearse = False
@@ -502,7 +501,6 @@ class BatchSamplerCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._planner is not None
         self._planner.source.keep(outputs)
         if self._adaptive is not None and (outputs or not pl_module.automatic_optimization):
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -517,7 +515,6 @@ class BatchSamplerCallback(Callback):
             self._adaptive.observe(trainer.strategy.reduce(loss.detach() * times, reduce_op="mean"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._planner is not None
         log, spent = self._planner.description(), self._planner.seconds
         if spent:
             log |= {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
@@ -544,20 +541,19 @@ class BatchSamplerCallback(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        state = {} if self._planner is None else self._planner.source.state_dict()
+        state = {} if self._planner_of_fit is None else self._planner_of_fit.source.state_dict()
         return state if self._adaptive is None else state | {"adaptive": self._adaptive.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         of_source = {name: value for name, value in state_dict.items() if name != "adaptive"}
-        if self._planner is not None:
-            self._planner.source.load_state_dict(of_source)
-            self._planner.forget_graph()
+        if self._planner_of_fit is not None:
+            self._planner_of_fit.source.load_state_dict(of_source)
+            self._planner_of_fit.forget_graph()
         if self._adaptive is not None and "adaptive" in state_dict:
             self._adaptive.load_state_dict(state_dict["adaptive"])
 
     def _plans_ahead(self, cut: Cut) -> bool:
         """Return whether pools may be planned while earlier pools are trained."""
-        assert self._planner is not None
         return self._planner.source.foreseen and isinstance(cut, Pools)
 
     def _start_epoch(self, trainer: Trainer) -> None:
@@ -565,9 +561,9 @@ class BatchSamplerCallback(Callback):
         self._epoch_start = time.perf_counter()
 
     def _close(self) -> None:
-        if self._planner is not None:
-            self._planner.source.close()
-            self._planner.forget_graph()
+        if self._planner_of_fit is not None:
+            self._planner_of_fit.source.close()
+            self._planner_of_fit.forget_graph()
 
 
 def _say_of_auto(pools: AdaptivePools, goes_on: str, is_: str) -> None:
