@@ -107,18 +107,19 @@ def test_what_lightning_is_asked_for_is_there(path, change):
     attribute(trainer(), path, change)
 
 
-def test_lightning_says_which_hook_runs():
-    names = []
+def test_lightning_sets_the_epoch_after_on_train_start_and_before_each_epoch(monkeypatch):
+    calls = []
 
     class Notes(Callback):
         def on_train_start(self, trainer, module):
-            names.append(module._current_fx_name)
+            calls.append("start")
+            monkeypatch.setattr(trainer.datamodule.train_sampler, "set_epoch", calls.append)
 
         def on_train_epoch_start(self, trainer, module):
-            names.append(module._current_fx_name)
+            calls.append("epoch")
 
-    fit(Model(), Data(), Notes())
-    assert names[:2] == ["on_train_start", "on_train_epoch_start"], "change loops.in_start_hook"
+    fit(Model(), Data(), Notes(), max_epochs=2)
+    assert calls == ["start", 0, "epoch", 1, "epoch"], "change batch_sampler.TrainerBatchSampler.set_epoch"
 
 
 def test_what_lightnings_loops_count():

@@ -524,3 +524,15 @@ def test_a_subclass_decides_which_epochs_are_composed_and_from_how_large_pools()
     assert tried == (0, 24)  # before the uniform epoch
     assert planned == [(epoch, 24) for epoch in (1, 3) for _ in range(4)]
     assert set(sizes) == {8}
+
+
+def test_a_fit_after_one_that_failed_in_on_train_start_is_composed():
+    class Fails(Callback):
+        def on_train_start(self, trainer, module):
+            raise RuntimeError("at the start")
+
+    model = Model()
+    with pytest.raises(RuntimeError, match="at the start"):
+        fit(model, Data(), Fails(), walker(32))
+    made = fit(model, Data(), walker(32), max_epochs=2)
+    assert "batch_sampler/hardness" in made.callback_metrics

@@ -313,7 +313,11 @@ def test_labels_come_from_targets_or_the_hook():
     assert made.callback_metrics["batch_sampler/false_negative_rate"] == 1
 
 
-@pytest.mark.parametrize("targets", [[0.5] * 96, [{"boxes": []}] * 96, ["cat"] * 96, [[1], [1, 2]] * 48], ids=str)
+@pytest.mark.parametrize(
+    "targets",
+    [[0.5] * 96, torch.ones(96, dtype=torch.bfloat16), [{"boxes": []}] * 96, ["cat"] * 96, [[1], [1, 2]] * 48],
+    ids=str,
+)
 def test_targets_that_are_no_classes_are_no_labels(targets):
     class Detection(Data):
         def train_dataset(self):

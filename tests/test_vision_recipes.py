@@ -378,7 +378,9 @@ def test_class_folders_may_be_links(folder, tmp_path_factory):
     links = tmp_path_factory.mktemp("links")
     for name in ("cat", "dog"):
         (links / name).symlink_to(folder / name)
+    (folder / "dog/back").symlink_to(folder)
     assert ImageFolder(links).targets == [0, 0, 1, 1]
+    assert len(ImageFolder(folder).paths) == 4
 
 
 def test_folders_of_different_classes_are_refused(folder, tmp_path_factory):

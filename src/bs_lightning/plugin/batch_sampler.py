@@ -6,14 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bs_lightning.plan import EpochPlan, Pool
 from bs_lightning.plugin.loader import TrainingData
-from bs_lightning.plugin.loops import (
-    batch_in_training,
-    count_epoch,
-    epochs_processed,
-    in_epoch,
-    in_start_hook,
-    next_batch,
-)
+from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 
 
@@ -31,6 +24,16 @@ class TrainerBatchSampler(PoolBatchSampler):
         super().__init__(n_instances, batch_size, **kwargs)
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first plan
+        self._has_begun = False  # before `on_train_start` has ended
+        self.sampler: Any = self  # Lightning calls `set_epoch` of a batch sampler's `sampler`
+
+    def set_epoch(self, epoch: int) -> None:
+        """Note that training has begun. Lightning calls this before each epoch.
+
+        Args:
+            epoch: Not used: the Trainer knows more of its position.
+        """
+        self._has_begun = True
 
     def plan(self) -> EpochPlan:
         """Plan the rest of the epoch being trained.
@@ -45,7 +48,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._data.trainer
         if trainer is None:
             return super().plan()
-        if not trainer.training or self._data.train_sampler is not self or in_start_hook(trainer):
+        if not self._has_begun or not trainer.training or self._data.train_sampler is not self:
             return self._uniform_plan()
 
         count_epoch(trainer)

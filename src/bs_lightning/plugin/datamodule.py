@@ -545,7 +545,7 @@ def _are_integers(values: Any) -> bool:
     """Return whether these are integers ``[n]``, and not boxes, scores or names, for example."""
     try:
         array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
-    except ValueError:  # rows of different lengths
+    except (TypeError, ValueError, RuntimeError):  # rows of different lengths, bfloat16, a gradient, a sparse layout
         return False
     return array.ndim == 1 and array.dtype.kind in "iub"
 

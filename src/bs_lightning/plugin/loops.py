@@ -87,8 +87,8 @@ def epochs_processed(trainer: Trainer) -> int:
 def in_epoch(trainer: Trainer) -> bool:
     """Return whether the batches of an epoch are being trained, or are to be trained next.
 
-    In ``on_train_start``, ``on_train_epoch_start``, ``on_train_epoch_end`` and ``on_train_end`` they are not, and
-    :func:`next_batch` still counts those of the epoch before.
+    In ``on_train_epoch_start``, ``on_train_epoch_end`` and ``on_train_end`` they are not, and :func:`next_batch` still
+    counts those of the epoch before. In ``on_train_start`` of a resumed run it is ``True`` too early.
 
     Args:
         trainer: The Trainer, after :func:`count_epoch`.
@@ -98,18 +98,6 @@ def in_epoch(trainer: Trainer) -> bool:
     """
     progress = trainer.fit_loop.epoch_progress.current
     return bool(progress.started > progress.processed)
-
-
-def in_start_hook(trainer: Trainer) -> bool:
-    """Return whether a hook ``on_train_start`` runs. In a resumed run, the counters are those of an epoch by then.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        ``True`` if so.
-    """
-    return bool(trainer.lightning_module._current_fx_name == "on_train_start")
 
 
 def count_epoch(trainer: Trainer) -> None:

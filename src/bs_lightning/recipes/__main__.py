@@ -42,7 +42,8 @@ def main(args: list[str]) -> Any:
             self.config = parser.parse_args(args)  # Lightning's own warns that a command line was given, too
 
     model, data = (_imported(name) for name in RECIPES[args[0]])
-    return RecipeCLI(model, data, args=args[1:])
+    prog = f"python -m bs_lightning.recipes {args[0]}"
+    return RecipeCLI(model, data, args=args[1:], parser_kwargs={"prog": prog})
 
 
 def _imported(name: str) -> type:

@@ -144,13 +144,13 @@ class ImageEncoder(nn.Module):
     """A Hugging Face model of images and a projection, or a module that gives embeddings itself.
 
     Args:
-        model: The model, or its name or folder.
+        model: The model, or its name or folder. A module that gives embeddings itself, and so has no ``config``, keeps
+            its mode: parts of it may be frozen.
         width: Numbers in an embedding.
     """
 
     def __init__(self, model: str | nn.Module, width: int) -> None:
         super().__init__()
-        # A module that gives embeddings itself keeps its mode: parts of it may be frozen.
         gives_embeddings = isinstance(model, nn.Module) and getattr(model, "config", None) is None
         self.model: Any = model if gives_embeddings else load_model(model)
         self.projection: nn.Linear | None = None

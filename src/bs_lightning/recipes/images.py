@@ -201,7 +201,10 @@ class ImageFolder(Dataset[Any]):
 
     def __init__(self, folder: str | Path) -> None:
         endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-        found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+        # Class folders may be links. Deeper links are not followed: one may lead back up.
+        found = (
+            Path(root, name) for top in (folder, *_links(folder)) for root, _, names in os.walk(top) for name in names
+        )
         images = sorted(path for path in found if path.suffix.lower() in endings)
         parts_of = {path: path.relative_to(folder).parts for path in images}
         self.paths = [path for path in images if not any(part.startswith(".") for part in parts_of[path])]
@@ -223,6 +226,11 @@ class ImageFolder(Dataset[Any]):
         except (OSError, SyntaxError) as error:
             raise OSError(f"{path} cannot be read ({error}).") from error
         return image, None if self.targets is None else self.targets[index]
+
+
+def _links(folder: str | Path) -> list[Path]:
+    """Return the subfolders that are symbolic links."""
+    return [path for path in Path(folder).glob("*") if path.is_symlink() and path.is_dir()]
 
 
 class ParquetImages(Dataset[Any]):

@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
 
     Args:
         model: A Hugging Face model of texts with ``last_hidden_state``, or its name or folder. Its dropout is switched
-            on, and its own pooler, which is not used, is frozen.
+            on unless all of it is frozen, and its own pooler, which is not used, is frozen.
         pooling: ``"cls"`` takes the vector of the first token, ``"mean"`` the mean over tokens. Choose ``"mean"`` for a
             model whose first token cannot see the others, such as GPT-2.
 
