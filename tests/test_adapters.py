@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 import hf_parts
-from datasets import DatasetDict, Image
+from datasets import DatasetDict, Features, Image, Sequence, Value
 from hf_parts import POOL, B, N, RecordedSimCSE, Records, bert, bert_trainer, composer, pairs, sentence_trainer
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.losses import MatryoshkaLoss
 
-from bs_lightning import PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
+from bs_lightning import ExactGraph, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools, RWRComposer
 from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
 from bs_lightning.adapters.sentence_transformers import keep_apart
 from bs_lightning.compose import FunctionComposer
@@ -101,16 +102,20 @@ def test_composed_batches_are_harder(tmp_path):
     assert hardness[0] > 2 * hardness[1]
 
 
-def test_the_log_says_how_hard_batches_are(tmp_path):
-    trainer = sentence_trainer(tmp_path, logging_steps=4)  # batches of a pool
+@pytest.mark.parametrize("n_pools", [1, 3])
+def test_the_log_says_how_hard_batches_are(tmp_path, n_pools):
+    trainer = sentence_trainer(tmp_path, logging_steps=4 * n_pools)  # a pool has four batches
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 6
+    assert len(logs) == 6 / n_pools
     assert all(log["batch_sampler/hardness"] > log["batch_sampler/uniform_hardness"] for log in logs)
     assert all(0 < log[f"batch_sampler/{name}accuracy"] <= 1 for name in ("", "uniform_") for log in logs)
-    embeddings = embed_pairs(trainer.weights[0], np.arange(N))
-    first = float(in_batch_hardness(embeddings[torch.tensor(trainer.batches[:4])]))
-    assert logs[0]["batch_sampler/hardness"] == pytest.approx(first, abs=1e-4)
+    of_pools = []
+    for start in range(0, len(trainer.batches), 4):
+        embeddings = embed_pairs(trainer.weights[start], np.arange(N))
+        of_pools.append(float(in_batch_hardness(embeddings[torch.tensor(trainer.batches[start : start + 4])])))
+    since_the_last_log = np.reshape(of_pools, (-1, n_pools)).mean(axis=1)
+    assert [log["batch_sampler/hardness"] for log in logs] == pytest.approx(since_the_last_log, abs=1e-4)
 
 
 def test_composers_get_what_they_ask_for(tmp_path):
@@ -148,11 +153,71 @@ def test_resuming_within_a_pool(tmp_path, more):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
     trained = 3 * more.get("gradient_accumulation_steps", 1)
     assert resumed.batches == whole.batches[trained:]
+    assert resumed.callback_handler.train_dataloader.num_workers == more.get("dataloader_num_workers", 0)
     assert len(planned) == 6 - 1 - (trained > 4)  # pools of 4 batches: those that were trained are not planned again
     assert all(torch.equal(whole.weights[-1][name], weight) for name, weight in resumed.weights[-1].items())
     again = sentence_trainer(tmp_path / "again", **more)
     again.train(resume_from_checkpoint=str(tmp_path / "resumed/checkpoint-6"))  # saved within the resumed epoch
     assert again.batches == whole.batches[2 * trained :]
+
+
+def test_a_second_training_starts_anew(tmp_path):
+    trainer = sentence_trainer(tmp_path, num_train_epochs=1, composer=hf_parts.in_order)
+    for _ in range(2):
+        trainer.train()
+    assert trainer.batches == 2 * trainer.batches[: N // B]
+
+
+@pytest.mark.parametrize(("seeds", "used"), [({}, 42), ({"seed": 5}, 5), ({"seed": 5, "data_seed": 7}, 7)])
+def test_the_seed_of_batches(tmp_path, seeds, used):
+    batches = list(sentence_trainer(tmp_path, composer=hf_parts.in_order, **seeds).get_train_dataloader().batch_sampler)
+    assert batches == list(PoolBatchSampler(N, B, seed=used))
+
+
+def test_by_default_a_pool_is_ten_batches(tmp_path):
+    sizes = []
+
+    def compose(embeddings, batch_size, *, seed, epoch):
+        sizes.append(len(embeddings))
+        return hf_parts.in_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    trainer = sentence_trainer(tmp_path, data=pairs(240), pool_size=None, composer=compose)
+    list(trainer.get_train_dataloader().batch_sampler)
+    assert sizes == 3 * [10 * B]
+
+
+def test_pools_are_embedded_in_the_context_of_the_loss(tmp_path):
+    class Halved(RecordedSimCSE):
+        def compute_loss_context_manager(self):
+            return torch.autocast("cpu", dtype=torch.bfloat16)
+
+        def embed(self, inputs):
+            enabled.append(torch.is_autocast_enabled("cpu"))
+            return super().embed(inputs)
+
+    enabled = []
+    next(iter(bert_trainer(tmp_path, Halved).get_train_dataloader().batch_sampler))
+    assert set(enabled) == {True}
+
+
+def test_the_first_side_is_the_first_column(tmp_path):
+    def compose(embeddings, batch_size, *, seed, epoch, indices):
+        pools.append((embeddings, indices))
+        return hf_parts.in_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    pools = []
+    trainer = sentence_trainer(tmp_path, composer=compose)
+    next(iter(trainer.get_train_dataloader().batch_sampler))
+    embeddings, indices = pools[0]
+    expected = torch.nn.functional.normalize(embed_pairs(trainer.model.state_dict(), indices), dim=-1)
+    torch.testing.assert_close(embeddings, expected)
+
+
+def test_a_composer_with_replacement(tmp_path):
+    near = RWRComposer(ExactGraph(n_neighbors=5), replacement=True)
+    batches = list(sentence_trainer(tmp_path, composer=near).get_train_dataloader().batch_sampler)
+    assert [len(set(batch)) for batch in batches] == N // B * [B]
+    assert len(set(sum(batches, []))) < N // B * B
 
 
 def test_equal_texts_are_kept_apart(tmp_path):
@@ -194,6 +259,12 @@ def test_keep_apart(n_batches, size, n_texts, seed):
         np.testing.assert_array_equal(apart, batches)
 
 
+def test_no_exchange_brings_a_new_repetition():
+    texts = [{str(i // 2), f"other{i * 7 % 24 // 3}"} for i in range(24)]
+    for seed in range(10):
+        assert keep_apart(np.arange(24).reshape(4, 6), texts, seed)[1] == 0
+
+
 def test_a_text_of_all_instances_does_not_keep_others_together():
     texts = [{"label", "twin" if i < 2 else str(i)} for i in range(8)]
     apart, left = keep_apart(np.arange(8).reshape(2, 4), texts, seed=0)
@@ -214,6 +285,7 @@ def test_evaluation_keeps_its_own_batches(tmp_path):
         ({"pool_size": 7}, "pool_size must be at least one global batch"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True is not supported"),
         ({"encode_batch_size": 0}, "encode_batch_size must be at least 1, got 0"),
+        ({"composer": lambda pool, size, **_: np.arange(len(pool)).reshape(size, -1)}, "batches of shape"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
@@ -333,6 +405,18 @@ def test_images_beside_the_texts_are_not_decoded(tmp_path):
     assert sorted(batches.ravel()) == list(range(8))
 
 
+@pytest.mark.parametrize("kind", [Value("large_string"), Sequence(Value("string"))], ids=["large", "lists"])
+def test_texts_of_any_type_in_any_column_are_kept_apart(tmp_path, kind):
+    texts = [f"text {number // 2}" for number in range(8)]
+    different = {name: [f"{name} {number}" for number in range(8)] for name in ("anchor", "positive")}
+    rows = different | {"negative": texts if isinstance(kind, Value) else [[text] for text in texts]}
+    features = Features(anchor=Value("string"), positive=Value("string"), negative=kind)
+    trainer = sentence_trainer(tmp_path, composer=hf_parts.in_order)
+    trainer.train_dataset = hf_parts.Dataset.from_dict(rows, features=features)
+    batches = trainer.compose(torch.randn(8, 4), np.arange(8), 4, seed=0, epoch=0)
+    assert all(len({texts[position] for position in batch}) == 4 for batch in batches)
+
+
 def test_texts_that_a_transform_makes_are_kept_apart(tmp_path):
     trainer = sentence_trainer(tmp_path)
     numbers = hf_parts.Dataset.from_dict({"number": list(range(8)), "label": 8 * [1]})
@@ -340,7 +424,9 @@ def test_texts_that_a_transform_makes_are_kept_apart(tmp_path):
         lambda rows: {"anchor": [f"text {number % 4}" for number in rows["number"]], "label": rows["label"]}
     )
     trainer.composer = FunctionComposer(hf_parts.in_order)
-    batches = trainer.compose(torch.randn(8, 4), np.array([0, 4, 1, 5, 2, 6, 3, 7]), 4, seed=0, epoch=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a label is no text
+        batches = trainer.compose(torch.randn(8, 4), np.array([0, 4, 1, 5, 2, 6, 3, 7]), 4, seed=0, epoch=0)
     texts = np.array([0, 0, 1, 1, 2, 2, 3, 3])[batches]
     assert all(len(set(batch)) == 4 for batch in texts)
 

@@ -1,3 +1,4 @@
+import functools
 import pickle
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from parts import clusters
 
 from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, rwr_batches
+from bs_lightning.compose import as_composer, call_composer
 from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.plan import check_batches
 
@@ -16,6 +18,16 @@ def test_composes_harder_batches_than_uniform_ones():
     for seed in range(3):
         batches = RWRComposer(ExactGraph(10))(embeddings, 32, seed=seed, epoch=0)
         assert in_batch_hardness(embeddings[batches]) > uniform + 0.4
+
+
+def test_what_a_partial_function_has_bound_stays_bound():
+    def compose(embeddings, batch_size, *, seed, epoch, labels, indices):
+        got.append((labels, indices))
+
+    got = []
+    composer = as_composer(functools.partial(compose, labels="bound"))
+    call_composer(composer, torch.zeros(4, 2), 2, seed=0, epoch=0, labels="offered", indices="offered")
+    assert got == [("bound", "offered")]
 
 
 @pytest.mark.parametrize("replacement", [False, True])

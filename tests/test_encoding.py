@@ -79,6 +79,7 @@ def test_warns_of_nothing_else():
         warnings.simplefilter("error")
         run()
         run(indices=[3])  # a single instance is no sign of a collapsed model
+        run(indices=range(130), data=torch.cat([torch.ones(110, 4), DATA]))  # only the first are equal
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
-from parts import Data, Model, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
+from parts import Data, Model, Records, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 from stream_parts import StreamData
 from torch.utils.data import DataLoader
 
@@ -189,10 +189,11 @@ def test_fast_dev_run():
 
 @pytest.mark.parametrize("overfit", [3, 0.25])
 def test_overfit_batches_serves_the_same_batches_each_epoch(overfit, caplog):
-    model, counts = Model(), Counts()
-    fit(model, Data(num_workers=2), walker(embed=counts.embed), overfit_batches=overfit, max_epochs=3)
+    model, counts, records = Model(), Counts(), Records()
+    fit(model, Data(num_workers=2), walker(embed=counts.embed), records, overfit_batches=overfit, max_epochs=3)
     assert len(model.epochs[0]) == 3
     assert model.epochs[0] == model.epochs[1] == model.epochs[2]
+    assert records.epochs == model.epochs
     assert counts.encoded == 0
     assert "every epoch serves the same uniform batches" in caplog.text
 

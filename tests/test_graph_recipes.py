@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_parts import RECIPES, both_directions, cycle, star, tiny_graphs, write_tu
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Records, trainer, walker
+from parts import Records, assert_equal, trainer, walker
 from processes import finish
 from test_docs import printed
 from torch_geometric.data import Batch, Data
@@ -282,6 +282,24 @@ def test_local_global_loss_is_that_of_a_literal_sum():
     assert float(local_global_loss(nodes, wholes, graph_of)) == pytest.approx(expected)
 
 
+def test_nodes_of_each_view_are_compared_with_graphs_of_the_other(monkeypatch):
+    model, graphs = MVGRL(2, width=4), Batch.from_data_list(tiny_graphs(6))
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    one, other = model.views(graphs)
+    expected = 0
+    for (nodes, _), (_, wholes) in ((one, other), (other, one)):
+        expected += local_global_loss(model.node_head(nodes), model.graph_head(wholes), graphs.batch)
+    torch.testing.assert_close(model.training_step(graphs, 0), expected)
+
+
+@pytest.mark.parametrize("repeat", [lambda edges: edges[:, :5], lambda edges: edges.repeat(1, 2)])
+def test_an_edge_counts_once_and_in_both_directions(repeat):
+    graphs = [
+        Batch.from_data_list([Data(x=torch.ones(5, 1), edge_index=edges(cycle(5)))]) for edges in (repeat, torch.clone)
+    ]
+    assert_equal(*(adjacency_and_diffusion(each, teleport=0.2) for each in graphs))
+
+
 def test_both_views_train_both_networks():
     model = MVGRL(2, width=4)
     model.training_step(Batch.from_data_list(tiny_graphs(6)), 0).backward()
@@ -321,6 +339,19 @@ def test_labels_are_the_graphs_y():
     for y in (torch.tensor([0.5]), torch.tensor([1, 0]), 0.5, None):
         graphs[4].y = y
         assert GraphDataModule(graphs, 8).train_labels() is None
+
+
+def test_graphcl_returns_the_embeddings_that_were_compared():
+    class Compares(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            with torch.no_grad():
+                self.sides = tuple(module.embed(view) for view in batch)
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            torch.testing.assert_close(outputs["embeddings"], self.sides)
+            torch.testing.assert_close(outputs["loss"], GraphCLLoss()(*self.sides))
+
+    trainer(Compares(), max_steps=2).fit(GraphCL(2, width=8), datamodule=GraphCLDataModule(tiny_graphs(), 8))
 
 
 def test_graphcl_returns_what_recycle_keeps():

@@ -222,17 +222,19 @@ def test_another_fit_embeds_anew():
         assert model.embedded == {0: 96}
 
 
+@pytest.mark.parametrize("more", [8, 0])
 @pytest.mark.parametrize("pools", [{"pool_size": 32}, {"pool_size": "all"}], ids=str)
-def test_data_that_are_loaded_anew_are_embedded_anew(pools):
+def test_data_that_are_loaded_anew_are_embedded_anew(pools, more):
     class Growing(Data):
         def train_dataset(self):
-            self.n += 8
+            self.n += more
             return Points(self.n)
 
     model = Counts()
-    fit(model, Growing(8, 88), walker(**pools, encode_every=9), max_epochs=4, reload_dataloaders_every_n_epochs=2)
-    assert model.embedded == {0: 96, 2: 104}
-    assert max(index for batch in model.epochs[3] for index in batch) > 95
+    data = Growing(8, 96 - more)
+    fit(model, data, walker(**pools, encode_every=9), max_epochs=4, reload_dataloaders_every_n_epochs=2)
+    assert model.embedded == {0: 96, 2: 96 + more}
+    assert (max(index for batch in model.epochs[3] for index in batch) > 95) == (more > 0)
 
 
 def test_looking_into_a_loader_embeds_nothing():

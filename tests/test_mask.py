@@ -157,6 +157,13 @@ def test_a_mask_that_nobody_asks_for_warns_once(model, data, rule, warns, recwar
     assert sum("training_step has not asked for them" in str(each.message) for each in recwarn) == warns
 
 
+def test_a_fit_that_asks_does_not_keep_the_next_from_warning(recwarn):
+    data = Data()
+    for model in (Asks(), Model()):
+        fit(model, data, walker(mask_nearest=2))
+    assert sum("training_step has not asked for them" in str(each.message) for each in recwarn) == 1
+
+
 def test_a_resumed_run_masks_the_same(tmp_path):
     def run(*callbacks, **kwargs):
         model = Asks()

@@ -72,6 +72,13 @@ def test_long_orders_are_keyed_and_short_ones_shuffled():
     assert isinstance(permutation(2**20 + 1, 0, 0), KeyedPermutation)
 
 
+@pytest.mark.parametrize("shuffled", [0, 101])
+def test_each_seed_and_each_epoch_has_its_own_order(monkeypatch, shuffled):
+    monkeypatch.setattr(module, "_SHUFFLED", shuffled)
+    places = [(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert len({tuple(permutation(101, *place)[:].tolist()) for place in places}) == 9
+
+
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_a_sampler_serves_a_keyed_order_as_a_shuffled_one(monkeypatch, planned, drop_last):

@@ -222,6 +222,11 @@ class SkipsOne(Returns):
         return None if batch_idx == 3 else step
 
 
+def test_instances_without_a_row_are_no_sign_of_a_collapsed_model(recwarn):
+    fit(Returns(), Data(8, 96), walker(48, recycle=True), max_epochs=2)
+    assert not any("the model has collapsed" in str(each.message) for each in recwarn)
+
+
 def test_a_skipped_step_is_not_recycled():
     model = SkipsOne()
     fit(model, Data(8, 100), walker(recycle=True), max_epochs=2)

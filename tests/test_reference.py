@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, Points, fit, same_cluster_share, walker
+from parts import Data, Model, Points, fit, pool_order, same_cluster_share, walker
 
 from bs_lightning import (
     BatchSamplerCallback,
@@ -142,6 +142,20 @@ def test_composes_from_the_reference_and_encodes_nothing(kind):
         assert len({index for batch in batches for index in batch}) == 96
     assert same_cluster_share(model.epochs[0]) < 0.2
     assert same_cluster_share(model.epochs[2]) > 0.25
+
+
+def test_composers_get_rows_of_length_one():
+    class Scaled(Data):
+        def reference_embeddings(self):
+            return torch.randn(self.n, 4) * torch.logspace(-3, 3, self.n)[:, None]
+
+    def compose(embeddings, batch_size, *, seed, epoch):
+        lengths.extend(embeddings.norm(dim=1).tolist())
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    lengths = []
+    fit(Unasked(), Scaled(8, 96), walker(from_reference=True, composer=compose), max_epochs=1)
+    assert lengths == pytest.approx(96 * [1])
 
 
 def test_one_graph_of_all_data_serves_all_epochs():

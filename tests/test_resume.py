@@ -370,3 +370,14 @@ def test_another_checkpoints_state_is_not_taken(tmp_path):
     again = Exact()
     fit(again, data, walker(32, warmup_epochs=1), max_epochs=1)
     assert again.epochs[0] == whole.epochs[0]
+
+
+def test_a_checkpoint_without_our_state_does_not_get_that_of_an_earlier_fit(tmp_path):
+    train(Exact(), tmp_path, every_step)
+    train(Exact(), tmp_path / "other", every_step, data=Forgets)
+    data = ValidatedData(8, 100, seed=11)
+    settings = {"ckpt_path": tmp_path / "step=14.ckpt", "max_epochs": EPOCHS, "enable_checkpointing": True}
+    fit(Exact(), data, walker(32, warmup_epochs=1), default_root_dir=tmp_path, **settings)
+    settings["ckpt_path"] = tmp_path / "other" / "step=14.ckpt"
+    with pytest.warns(UserWarning, match="checkpoint without the state of BatchSamplerDataModule"):
+        fit(Exact(), data, walker(32, warmup_epochs=1), default_root_dir=tmp_path, **settings)

@@ -273,13 +273,14 @@ def test_groups_are_masked_with_and_without_the_callback(callbacks):
     assert any(mask.any() for _, mask in model.seen)
 
 
-def test_the_reference_masks_pairs_in_all_batches():
+@pytest.mark.parametrize(("rule", "margin"), [(None, 0), (AbovePositive(margin=0.1), 0.1)])
+def test_the_reference_masks_pairs_in_all_batches(rule, margin):
     model, reference = Asks(), sides(100)
-    fit(model, Guided(reference_rule=AbovePositive(margin=0.1)), walker(warmup_epochs=1))
+    fit(model, Guided(reference_rule=rule), walker(warmup_epochs=1))
     for batch, mask in model.seen:
         for row, i in enumerate(batch):
             for column, j in enumerate(batch):
-                assert mask[row, column] == (i != j and literal_above_positive(reference, i, j, margin=0.1))
+                assert mask[row, column] == (i != j and literal_above_positive(reference, i, j, margin=margin))
 
 
 # With 31 neighbours, all others of a pool are. With 5, one of two may be the other's neighbour.

@@ -205,6 +205,11 @@ def test_a_state_taken_before_an_epoch_begins_is_at_its_start():
             ValueError,
             "pool_size must be at least one global batch, 4 = batch_size 4 x 1 processes, got 3",
         ),
+        (
+            {"n_instances": 11, "world_size": 2, "drop_last": False},
+            ValueError,
+            "a last batch of 3 instances for 2 processes, fewer than two for each",
+        ),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": True}, TypeError, "seed must be an integer, got True"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),

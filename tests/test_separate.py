@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Model, fit, pool_order, walker
 
@@ -157,6 +158,17 @@ def test_instances_that_were_exchanged_are_masked_too():
     callback = walker(48, composer=Keeps(ExactGraph(5)), mask_nearest=5)
     fit(Asks(), Grouped(8, 96, separate_groups=True), callback, max_epochs=1)
     assert Asks.marked > 20
+
+
+def test_who_looks_into_the_loader_sees_no_two_of_a_group():
+    class Looks(Callback):
+        def on_train_start(self, trainer, module):
+            seen.extend(batch[0].tolist() for batch in trainer.train_dataloader)
+
+    seen = []
+    fit(Model(), Grouped(8, 96, separate_groups=True), Looks(), max_epochs=1)
+    assert len(seen) == 12
+    assert repetitions(seen, np.arange(96) // 5) == 0
 
 
 class OneGroup(Data):

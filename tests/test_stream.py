@@ -329,6 +329,14 @@ def test_when_pools_are_encoded(kind, limit):
     assert all(len(set(sum(epoch, []))) == 8 * (limit or 12) for epoch in model.epochs.values())
 
 
+@pytest.mark.parametrize("kind", ["Stream", "Sized", "Shuffled"])
+def test_overfit_batches_serves_the_same_batches_each_epoch(kind):
+    model = Model()
+    fit(model, StreamData(8, 96, kind), walker(), overfit_batches=3, max_epochs=3)
+    assert len(model.epochs[0]) == 3
+    assert model.epochs[0] == model.epochs[1] == model.epochs[2]
+
+
 @pytest.mark.parametrize("kind", ["Stream", "Sized"])
 def test_encoding_leaves_no_trace(kind):
     def trained(*callbacks):
@@ -344,7 +352,8 @@ def test_encoding_leaves_no_trace(kind):
 @pytest.mark.parametrize("flags", [{}, {"limit_train_batches": 7}], ids=str)
 def test_resumed_batches_are_those_of_the_uninterrupted_run(kind, flags, tmp_path):
     def train(model, ckpt_path=None, *callbacks):
-        data = StreamData(8, 103, kind, seed=11, drop_last=False)
+        seed = 11 if ckpt_path is None else 12  # that of the checkpoint goes before it
+        data = StreamData(8, 103, kind, seed=seed, drop_last=False)
         settings = {"max_epochs": 3, "enable_checkpointing": True, "default_root_dir": tmp_path} | flags
         fit(model, data, walker(32, warmup_epochs=1), *callbacks, ckpt_path=ckpt_path, **settings)
         return model.batches

@@ -17,6 +17,7 @@ from stream_parts import StreamData
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, Pools, RWRComposer
 from bs_lightning.baselines import uniform_batches
+from bs_lightning.layout import BatchLayout
 from bs_lightning.plugin import planner
 
 # Batches
@@ -130,6 +131,11 @@ def test_logs_the_seconds_that_each_step_took():
     assert logged["batch_sampler/graph_seconds"] == 300
     assert logged["batch_sampler/walk_seconds"] == 30
     assert 0.15 <= logged["batch_sampler/encode_seconds"] < time.perf_counter() - start
+
+
+@pytest.mark.parametrize(("pool_size", "instances"), [(None, 190), ("all", 100), (0.57, 57), (0.01, 19), (40, 40)])
+def test_pool_sizes_in_instances(pool_size, instances):
+    assert BatchSamplerCallback(pool_size).resolve_pool_size(None, BatchLayout(100, 19)) == instances
 
 
 def test_by_default_a_pool_is_ten_global_batches_and_the_first_epoch_is_uniform():
@@ -554,6 +560,19 @@ def test_the_pool_dataset_is_encoded_and_transfer_hooks_run_but_no_augmentation(
     fit(Hooks(), Views(), walker(embed=embed), max_epochs=1)
     assert called.count("before") == 12 + 3
     assert called.count("after") == 12
+
+
+def test_the_hooks_of_the_datamodule_go_before_those_of_the_module():
+    """Lightning chooses so in training, too."""
+
+    def hook(self, batch, dataloader_idx):
+        called.add(type(self).__bases__[0])
+        return batch
+
+    called = set()
+    model, data = (type("Hooked", (kind,), {"on_before_batch_transfer": hook}) for kind in (Model, Data))
+    fit(model(), data(), walker(), max_epochs=1)
+    assert called == {Data}
 
 
 @pytest.mark.parametrize(

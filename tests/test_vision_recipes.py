@@ -20,13 +20,13 @@ from torch.utils.data import TensorDataset
 from vision_parts import RECIPES, Encoder
 
 from bs_lightning.losses import info_nce
+from bs_lightning.recipes import augment, probes
 from bs_lightning.recipes import images as images_module
-from bs_lightning.recipes import probes
 from bs_lightning.recipes.__main__ import main
 from bs_lightning.recipes.augment import change_colors, crop_and_flip, random_view
 from bs_lightning.recipes.images import ImageData, ImageFolder, ParquetImages, Pixels, to_pixels
 from bs_lightning.recipes.moco_v3 import MoCoV3
-from bs_lightning.recipes.resnet import ResNet18, Standardize
+from bs_lightning.recipes.resnet import Residual, ResNet18, Standardize
 from bs_lightning.recipes.simclr import SimCLR
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,21 @@ def test_recycling(name):
     made = fit(vision_parts.model(name), vision_parts.data(), walker(32, recycle=True), records)
     assert "batch_sampler/hardness" in made.callback_metrics
     assert_each_index_once(records)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_returns_the_embeddings_that_were_compared(name):
+    class Compares(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            with torch.no_grad():
+                self.expected = module.embed(batch[0])
+                if name == "simclr":  # whose batch norm sees both views at once
+                    self.expected = torch.cat(module.embed(batch.flatten(0, 1)).chunk(2), dim=1)
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            torch.testing.assert_close(outputs["embeddings"], self.expected)
+
+    fit(vision_parts.model(name), vision_parts.data(), Compares(), max_steps=2)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -183,6 +198,17 @@ def test_embedding_sees_clean_images_and_training_sees_views():
     first, second = model.views[0].chunk(2)
     assert first.shape == (8, 3, 8, 8)
     assert not torch.equal(first, second)
+
+
+def test_both_views_are_of_the_same_images():
+    class Sees(SimCLR):
+        def training_step(self, views, batch_idx):
+            pixels = torch.stack([data.pool_dataset()[index] for index in data.trained_batch()])
+            assert_equal(list(views), 2 * [pixels / 255])
+            return super().training_step(views, batch_idx)
+
+    data = vision_parts.data(augment=lambda images: images)
+    fit(Sees(Encoder(), embedding_width=8), data, max_epochs=1)
 
 
 # MoCo v3
@@ -561,12 +587,49 @@ def test_the_chances_of_colours():
     assert torch.allclose(no_hue, no_hue[:, :1].expand_as(no_hue), atol=1e-5)  # gray has no hue to change
 
 
+def test_the_view_of_an_image_does_not_depend_on_its_batch():
+    images = torch.rand(20, 3, 8, 8)
+    views = []
+    for others in (1, 0):
+        torch.manual_seed(0)
+        images[1:] *= others
+        views.append(random_view(images)[0])
+    assert torch.equal(*views)
+
+
+def test_a_crop_is_not_larger_than_the_image():
+    ramp = torch.arange(16.0).expand(400, 1, 16, 16)  # each pixel is its column
+    assert crop_and_flip(ramp, smallest=1).diff(dim=3).abs().min() > 0.8
+    assert crop_and_flip(ramp.mT, smallest=1).diff(dim=2).abs().min() > 0.8
+
+
+def test_the_hue_turns_about_gray_by_up_to_a_tenth():
+    def hue(images):
+        red, green, blue = images.flatten(1).T
+        return torch.complex(red - (green + blue) / 2, (green - blue) * 0.75**0.5)
+
+    images = 0.5 + 0.05 * torch.rand(500, 3, 1, 1)
+    turns = (hue(change_colors(images, chance=1, gray_chance=0)) / hue(images)).angle() / (2 * math.pi)
+    assert turns.abs().max() < 0.101
+    assert turns.min() < -0.09
+    assert turns.max() > 0.09
+    matrices = augment._hue_turns(torch.linspace(-1, 1, 9))
+    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(3).expand(9, 3, 3))
+    torch.testing.assert_close(matrices.sum(dim=2), torch.ones(9, 3))
+
+
 # The encoder and the probes
 
 
 def test_the_resnet_has_eighteen_layers():
     assert sum(parameter.numel() for parameter in ResNet18().parameters()) == 11_168_832  # torchvision's but for stem
     assert ResNet18(4)(torch.rand(2, 3, 32, 32)).shape == (2, 32)
+
+
+def test_a_block_ends_with_the_relu_of_both_branches():
+    block, x = Residual(4, 8, 2).eval(), torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(block(x), (block.inner(x) + block.shortcut(x)).clamp_min(0))
+    assert block(x).min() == 0
 
 
 def test_bytes_and_floats_are_standardised_alike():
@@ -584,7 +647,9 @@ def test_an_encoder_of_unknown_width_is_refused(recipe):
 
 def test_the_nearest_vote_by_similarity():
     angles = torch.tensor([0.0, 0.1, 0.2, 0.9, 1.0, 1.1, 1.2])
-    gallery, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    lengths = torch.tensor([1.0, 0.1, 0.1, 9.0, 9.0, 9.0, 9.0])  # which do not count
+    gallery = torch.stack([angles.cos(), angles.sin()], dim=1) * lengths[:, None]
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     for k, temperature, expected in ((3, 0.1, 1), (7, 0.01, 1), (7, 100, 0)):
         for dtype in (torch.int64, torch.uint8):
             of = labels.to(dtype)
@@ -595,6 +660,7 @@ def test_the_nearest_vote_by_similarity():
 def test_the_probes_agree_with_the_data():
     features = torch.randn(200, 4)
     labels = (features[:, 0] > 0).long()
+    features[:, 0] /= 1000  # its scale does not count
     data = features[:150], labels[:150], features[150:], labels[150:]
     assert probes.linear_probe(*data) > 0.9
     assert probes.linear_probe(*data[:3], 1 - labels[150:]) < 0.1
