@@ -79,9 +79,9 @@ class Alignment(Metric):
     def __init__(self, alpha: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.alpha = check_positive("alpha", alpha)
+        _add_option(self, "power", self.alpha)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-        _add_option(self, "power", self.alpha)
 
     def update(self, x: Tensor | NDArray[Any], y: Tensor | NDArray[Any]) -> None:
         """Add a batch of positive pairs.
@@ -176,9 +176,9 @@ class Uniformity(Metric):
     def __init__(self, t: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.t = _check_scale(t)
+        _add_option(self, "scale", self.t)
         self.add_state("potential", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
-        _add_option(self, "scale", self.t)
 
     def update(self, x: Tensor | NDArray[Any]) -> None:
         """Add the pairs of a batch.
@@ -235,10 +235,11 @@ def _uniformity_compute(potential: Tensor, pairs: Tensor | int) -> Tensor:
 
 
 def _add_option(metric: Metric, name: str, value: float) -> None:
-    """Make an option of a metric one of its states.
+    """Make an option of a metric its first state.
 
     ``MetricCollection`` lets metrics share their sums from then on if all states are equal after the first batch. The
-    sums are, whatever the option is, where all rows are equal.
+    sums are, whatever the option is, where all rows are equal. Older versions of torchmetrics compare the first
+    state alone.
     """
     metric.add_state(name, torch.tensor(value), dist_reduce_fx="max")
 
