@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.recipes.text_encoder import Tokenize, Tokens, load_tokenizer
-from bs_lightning.recipes.text_files import EvaluationPairs, read_evaluation, require
+from bs_lightning.recipes.text_files import EvaluationPairs, number_members, read_evaluation, require
 
 
 class TextDataModule(BatchSamplerDataModule):
@@ -159,11 +159,10 @@ def retrieval(queries: Tensor, documents: Tensor, pairs: Sequence[tuple[Any, Any
         >>> retrieval(torch.eye(2), torch.tensor([[1.0, 0], [1, 0.5]]), [("a", "x"), ("b", "y")])
         {'r1': 1.0, 'mrr': 1.0}
     """
-    numbers: dict[Any, int] = {}
-    query, document = np.array([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs]).T
+    query, document = number_members(pairs).T
     different, first, column = np.unique(document, return_index=True, return_inverse=True)
     named = require("scipy.sparse").csr_array(
-        (np.ones(len(pairs), dtype=bool), (query, column)), shape=(len(numbers), len(different))
+        (np.ones(len(pairs), dtype=bool), (query, column)), shape=(query.max() + 1, len(different))
     )
     documents = documents[torch.from_numpy(first).to(documents.device)]
     queries, documents = (torch.nn.functional.normalize(side.float(), dim=1) for side in (queries, documents))

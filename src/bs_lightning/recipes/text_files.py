@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -266,11 +267,29 @@ def pair_groups(pairs: Sequence[tuple[Any, Any]]) -> Tensor:
         [0, 1, 0]
     """
     sparse, graphs = require("scipy.sparse"), require("scipy.sparse.csgraph")
-    numbers: dict[Any, int] = {}
-    ends = np.array([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs])
-    links = sparse.coo_array((np.ones(len(pairs)), ends.T), shape=(len(numbers), len(numbers)))
+    ends = number_members(pairs)
+    n_members = ends.max() + 1
+    links = sparse.coo_array((np.ones(len(pairs)), ends.T), shape=(n_members, n_members))
     _, groups = graphs.connected_components(links, directed=False)
     return torch.from_numpy(groups[ends[:, 0]].astype(np.int64))
+
+
+def number_members(pairs: Sequence[tuple[Any, Any]]) -> NDArray[np.int64]:
+    """Number the members of pairs so that equal members, and no others, have the same number.
+
+    Args:
+        pairs: ``N`` pairs of hashable values.
+
+    Returns:
+        int64 of shape ``[N, 2]``, from 0 without a gap.
+
+    Example:
+        >>> from bs_lightning.recipes.text_files import number_members
+        >>> number_members([("a", "x"), ("x", "a")]).tolist()
+        [[0, 1], [1, 0]]
+    """
+    numbers: dict[Any, int] = {}
+    return np.array([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs])
 
 
 def warn_of_large_groups(groups: Tensor) -> Tensor:
