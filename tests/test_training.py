@@ -310,6 +310,15 @@ def test_seed_none_takes_the_global_seed():
     assert orders[0] != orders[1]
 
 
+def test_a_loader_without_a_trainer_serves_the_epoch_that_is_set():
+    loader = Data(8, 96, seed=1).train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 1):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append(list(loader.batch_sampler))
+    assert epochs[0] != epochs[1] == epochs[2]
+
+
 def test_labels_come_from_targets_or_the_hook():
     class Labelled(Data):
         def train_labels(self):

@@ -31,9 +31,11 @@ class TrainerBatchSampler(PoolBatchSampler):
         """Note that training has begun. Lightning calls this before each epoch.
 
         Args:
-            epoch: Not used: the Trainer knows more of its position.
+            epoch: The epoch to serve, where there is no Trainer. A Trainer knows more of its position.
         """
         self._has_begun = True
+        if self._data.trainer is None:
+            super().set_epoch(epoch)
 
     def plan(self) -> EpochPlan:
         """Plan the rest of the epoch being trained.
