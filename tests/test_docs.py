@@ -5,6 +5,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -213,7 +214,8 @@ def test_what_to_write_for_each_kind_of_data(kind, tmp_path):
     of_data["train_dataset"] = lambda self: torch.randn(96, 8) if kind.startswith("Sentences") else Pairs(96)
     if kind.startswith(("Unlabelled", "Labelled", "Graphs")):
         of_data["pool_dataset"] = lambda self: torch.randn(96, 8)
-    of_data |= {"query_numbers": torch.arange(96) // 2, "captions": [str(i // 3) for i in range(96)]}
+    of_data |= {"clicks": np.array([[f"query {i // 2}", f"document {i // 3}"] for i in range(96)])}
+    of_data |= {"captions": [str(i // 3) for i in range(96)]}
     data = type("Data", (names.get("Data", BatchSamplerDataModule),), of_data)(argument)
 
     class Networks(LightningModule):

@@ -109,6 +109,15 @@ def test_same_group(groups):
     assert forward.tolist() == backward.tolist() == rule.in_batch(everything).tolist()
 
 
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=12))
+def test_instances_with_several_groups_are_marked_if_they_have_one_in_common(groups):
+    rule, everything = SameGroup(groups), np.arange(len(groups))
+    expected = [[not set(a).isdisjoint(b) for b in groups] for a in groups]
+    assert rule.in_batch(everything).tolist() == expected
+    forward, backward = rule.along(everything[::-1], np.tile(everything, (len(groups), 1)))
+    assert forward.tolist() == backward.tolist() == expected[::-1]
+
+
 def test_an_edge_is_marked_if_a_rule_marks_one_of_its_directions():
     embeddings, indices = sides(30), np.random.default_rng(0).permutation(30)[:20]
     neighbors = ExactGraph(4)(embeddings[indices])
@@ -191,7 +200,8 @@ def test_walks_take_no_edge_that_a_rule_marks():
         (lambda: AboveSimilarity(1.5), ValueError, "threshold must lie in [-1, 1], as cosine similarities do, got 1.5"),
         (lambda: MoreSimilar(sides(4)[:, 0]), ValueError, "needs embeddings with two sides, [N, 2, d], got [4, 6]"),
         (lambda: SameGroup([0.5, 1.0]), TypeError, "groups must hold integers, got dtype float64"),
-        (lambda: SameGroup([[0, 1]]), ValueError, "groups must have shape [N], one integer for each instance"),
+        (lambda: SameGroup([[[0]]]), ValueError, "one integer for each instance, or [N, G] with G >= 1, got shape [1"),
+        (lambda: SameGroup(np.ones((3, 0), dtype=int)), ValueError, "[N, G] with G >= 1, got shape [3, 0]"),
     ],
 )
 def test_refuses(make, error, words):

@@ -183,6 +183,16 @@ def test_refuses_a_group_that_is_too_large():
         fit(Model(), OneGroup(8, 100, separate_groups=True), walker())
 
 
+class TwoGroups(Data):
+    def train_groups(self):
+        return np.stack([np.arange(self.n), np.arange(self.n) // 5], axis=1)
+
+
+def test_refuses_several_groups_of_an_instance():
+    with pytest.raises(ValueError, match=r"needs one group for each instance, \[N\], got groups of shape \[100, 2\]"):
+        fit(Model(), TwoGroups(8, 100, separate_groups=True), walker())
+
+
 def test_refuses_batches_that_share_instances():
     callback = walker(composer=RWRComposer(replacement=True), warmup_epochs=1)
     with pytest.raises(ValueError, match="separate_groups=True needs batches that share no instances"):

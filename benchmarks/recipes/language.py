@@ -31,7 +31,7 @@ from ..csv_files import Row
 from ..runs import chosen_settings, run_missing, show, wanted
 from ..trainers import make_trainer
 from ..training.arms import walk
-from ..training.text import STS
+from ..training.text import STS, same_meaning
 from .last_epoch import LastBatches, describe
 
 SETTINGS: dict[str, Row] = {
@@ -191,7 +191,7 @@ def run(data_dir: Path, chosen: Row) -> Row:
     evaluator = make_trainer(1, [])
     evaluator.validate(model, datamodule=data, verbose=False)
     scores = {name: float(score) for name, score in evaluator.callback_metrics.items()}
-    described = {} if arm == "untrained" else describe(last, partial(sides, model.train(), data), data.train_groups())
+    described = {} if arm == "untrained" else describe(last, partial(sides, model.train(), data), classes(data))
     of_sets = {name: scores[f"{name}/spearman"] for name in STS}
     means = {name: scores[f"val/{name}"] for name in ("spearman", "r1", "mrr")}
     return {
@@ -207,6 +207,14 @@ def sides(model: Any, data: Any, indices: Tensor) -> tuple[Tensor, Tensor]:
     dataset = data.train_dataset()
     batch = data.dataloader_kwargs["collate_fn"]([dataset[index] for index in indices.tolist()])
     return (model.embed(batch), model.embed(batch)) if isinstance(model, SimCSE) else model.embed(batch)
+
+
+def classes(data: Any) -> Tensor:
+    """Return the number of what each instance means: pairs that others join share one, too."""
+    if isinstance(data, SentenceData):
+        return data.train_groups()
+    numbers = same_meaning(*zip(*data.pairs, strict=True))
+    return torch.tensor([numbers[first] for first, _ in data.pairs])
 
 
 # The command line

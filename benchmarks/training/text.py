@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
@@ -48,7 +50,9 @@ def read_table(path: Path) -> list[tuple[str, ...]]:
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> dict[str, int]:
     """Number the sentences; sentences that pairs join, directly or through others, have the same number."""
-    groups = pair_groups(list(zip(first, second, strict=True))).tolist()
+    ends = pair_groups(list(zip(first, second, strict=True))).numpy()
+    links = coo_array((np.ones(len(ends)), ends.T), shape=(ends.max() + 1,) * 2)
+    groups = connected_components(links, directed=False)[1][ends[:, 0]].tolist()
     return dict(zip(first, groups, strict=True)) | dict(zip(second, groups, strict=True))
 
 

@@ -7,6 +7,9 @@ second side of ``j``.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import product
+from operator import or_
 from pathlib import Path
 from typing import Protocol
 
@@ -143,31 +146,42 @@ class SameGroup:
     """Marks the pairs of a group: one product, caption, sentence or document.
 
     Args:
-        groups: Each instance's group, integers ``[N]``. Instances of equal numbers are a group.
+        groups: Each instance's group, integers ``[N]``. Instances of equal numbers are a group. An instance may have
+            several groups, ``[N, G]``, such as its query and its document. Two instances are marked if they have a
+            number in common, in any columns.
 
     Raises:
         TypeError: If ``groups`` does not hold integers.
-        ValueError: If it does not have shape ``[N]``.
+        ValueError: If it does not have shape ``[N]`` or ``[N, G]``.
 
     Example:
         >>> import numpy as np
         >>> from bs_lightning.rules import SameGroup
         >>> SameGroup([7, 7, 8]).in_batch(np.array([0, 2, 1])).int().tolist()
         [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+        >>> SameGroup([[0, 5], [0, 6], [1, 6]]).in_batch(np.array([0, 1, 2])).int().tolist()
+        [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
     """
 
     def __init__(self, groups: ArrayLike) -> None:
         self.groups = check_groups(groups)
+        self._sets = self.groups[:, None] if self.groups.ndim == 1 else self.groups
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
         """Mark the pairs of a batch that are of one group, bool ``[B, B]``; see :class:`Rule`."""
-        own = torch.from_numpy(self.groups[batch]).to(device)
-        return own[:, None] == own
+        own = torch.from_numpy(self._sets[batch]).to(device)
+        return self._meet(own[:, None], own)
 
     def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Mark the edges within a group, bool ``[n, K]`` in both directions; see :class:`Rule`."""
-        same = self.groups[nodes][:, None] == self.groups[neighbors]
+        own, near = (torch.from_numpy(self._sets[some]) for some in (nodes, neighbors))
+        same = self._meet(own[:, None], near).numpy()
         return same, same
+
+    def _meet(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return where two sets of groups have a number in common: integers ``[..., G]`` each -> bool ``[...]``."""
+        columns = range(self._sets.shape[1])
+        return reduce(or_, (first[..., one] == second[..., other] for one, other in product(columns, columns)))
 
 
 class MoreSimilar:
@@ -279,18 +293,21 @@ def check_groups(groups: ArrayLike) -> NDArray[np.int64]:
     """Return groups as an array.
 
     Args:
-        groups: What should be integers of shape ``[N]``.
+        groups: What should be integers of shape ``[N]`` or ``[N, G]``.
 
     Returns:
-        int64 of shape ``[N]``.
+        int64 of shape ``[N]`` or ``[N, G]``.
 
     Raises:
         TypeError: If the groups are not integers.
-        ValueError: If they do not have shape ``[N]``.
+        ValueError: If they have a different shape.
     """
     array = check_integer_array("groups", groups)
-    if array.ndim != 1:
-        raise ValueError(f"groups must have shape [N], one integer for each instance, got shape {list(array.shape)}.")
+    if array.ndim not in (1, 2) or 0 in array.shape[1:]:
+        raise ValueError(
+            "groups must have shape [N], one integer for each instance, or [N, G] with G >= 1, got shape "
+            f"{list(array.shape)}."
+        )
     return array.astype(np.int64)
 
 

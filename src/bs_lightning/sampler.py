@@ -34,7 +34,7 @@ class PoolBatchSampler(BatchSampler):
         drop_last: ``False`` serves the remainder as a smaller, uniform batch at the end.
         seed: The same seed gives the same pools.
         rules: Which pairs of a batch are likely false negatives, beside those that the planner finds.
-        groups: Each instance's group, integers ``[N]``. No batch holds two instances of a group.
+        groups: Each instance's group, integers ``[N]``: one each. No batch holds two instances of a group.
         rank: This process's number.
         world_size: Number of processes. Each serves its own slice of every global batch.
 

@@ -6,15 +6,21 @@ from bs_lightning._types import Indices, Order
 
 
 def check_separable(groups: Indices, n_batches: int) -> None:
-    """Refuse a group that has more instances than there are batches to keep them apart.
+    """Refuse several groups for an instance, and a group with more instances than there are batches.
 
     Args:
         groups: Each instance's group, int64 ``[N]``.
         n_batches: Full batches in an epoch.
 
     Raises:
-        ValueError: If a group is too large. The message names the group and both numbers.
+        ValueError: If an instance has several groups, or a group is too large. The message names the group and both
+            numbers.
     """
+    if groups.ndim != 1:
+        raise ValueError(
+            f"separate_groups=True needs one group for each instance, [N], got groups of shape {list(groups.shape)}. "
+            "Leave separate_groups out, and mask the pairs of a group in the loss."
+        )
     numbers, counts = np.unique(groups, return_counts=True)
     largest = int(counts.argmax())
     if counts[largest] > n_batches:

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -226,14 +226,16 @@ class BatchSamplerDataModule(LightningDataModule):
             return targets
         return y if _are_integers(y) and len(y) == len(dataset) else None  # type: ignore[arg-type]
 
-    def train_groups(self) -> Tensor | Sequence[int] | None:
+    def train_groups(self) -> Tensor | ArrayLike | None:
         """Return each instance's group: instances of a group are never each other's negatives.
 
         A group is one product, caption, sentence or document, or an instance that the dataset holds twice. Walks take
         no edge within a group. The loss leaves its pairs out if you pass it :meth:`likely_false_negatives`.
 
         Returns:
-            Integers of shape ``[N]``; ``None``, the default, if there are no groups.
+            Integers of shape ``[N]``, or ``[N, G]`` if an instance has several groups, such as its query and its
+            document. Instances with a number in common, in any columns, are of one group. ``None``, the default, if
+            there are no groups.
         """
         return None
 

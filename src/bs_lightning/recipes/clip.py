@@ -172,9 +172,9 @@ class ImageEncoder(nn.Module):
 class ImageTextData(BatchSamplerDataModule):
     """Images with captions, to train on and to validate on.
 
-    Two pairs with the same image or caption, directly or through other pairs, are not each other's negatives. Images
-    are the same if they have one path, or are one object of a list. The images of a ``datasets.Dataset`` all count as
-    different: where one has several captions, override :meth:`train_groups`.
+    Two pairs with the same image or caption are not each other's negatives. Images are the same if they have one path,
+    or are one object of a list. The images of a ``datasets.Dataset`` all count as different: where one has several
+    captions, override :meth:`train_groups`.
     Images are cut to squares: at random along the longer side in training, in the middle for encoding and validation.
 
     Args:
@@ -239,7 +239,7 @@ class ImageTextData(BatchSamplerDataModule):
         return self.images_with_texts
 
     def train_groups(self) -> Tensor:
-        """Return the same number for pairs with a common image or caption."""
+        """Return the numbers of each pair's image and caption: pairs with one in common are of one group."""
         return warn_of_large_groups(self.images_with_texts.groups())
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -317,7 +317,7 @@ class ImageTexts(Dataset[tuple[Tensor, str]]):
         return [(("image", image), text) for image, text in zip(images, self.texts, strict=True)]
 
     def groups(self) -> Tensor:
-        """Return the same number for pairs with a common image or a common text, int64 ``[N]``."""
+        """Return the numbers of each pair's image and text, int64 ``[N, 2]``."""
         return pair_groups(self.names())
 
 

@@ -85,7 +85,7 @@ class DualEncoder(EvaluatedModule):
 class PairData(TextDataModule):
     """Pairs of a query and its document to train on, and pairs to evaluate on.
 
-    Two pairs with the same query or document, directly or through other pairs, are not each other's negatives.
+    Two pairs with a common text are not each other's negatives.
 
     Args:
         pairs: The path of a file with two fields a line and a tab between them, a ``datasets.Dataset``, or pairs of
@@ -135,5 +135,5 @@ class PairData(TextDataModule):
         return self.pairs
 
     def train_groups(self) -> Tensor:
-        """Return the same number for pairs with a common text."""
+        """Return the numbers of each pair's texts: pairs with one in common are of one group."""
         return warn_of_large_groups(pair_groups(self.pairs))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.recipes.text_encoder import Tokenize, Tokens, load_tokenizer
-from bs_lightning.recipes.text_files import EvaluationPairs, number_members, read_evaluation, require
+from bs_lightning.recipes.text_files import EvaluationPairs, pair_groups, read_evaluation, require
 
 
 class TextDataModule(BatchSamplerDataModule):
@@ -159,7 +159,7 @@ def retrieval(queries: Tensor, documents: Tensor, pairs: Sequence[tuple[Any, Any
         >>> retrieval(torch.eye(2), torch.tensor([[1.0, 0], [1, 0.5]]), [("a", "x"), ("b", "y")])
         {'r1': 1.0, 'mrr': 1.0}
     """
-    query, document = number_members(pairs).T
+    query, document = pair_groups(pairs).numpy().T
     different, first, column = np.unique(document, return_index=True, return_inverse=True)
     named = require("scipy.sparse").csr_array(
         (np.ones(len(pairs), dtype=bool), (query, column)), shape=(query.max() + 1, len(different))

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -251,31 +249,9 @@ def text_groups(texts: Iterable[str]) -> Tensor:
 
 
 def pair_groups(pairs: Sequence[tuple[Any, Any]]) -> Tensor:
-    """Number pairs so that pairs with a common member, directly or through other pairs, have the same number.
+    """Number the members of pairs so that equal members, and no others, have the same number.
 
     If two pairs have the same query, then the document of each answers the query of the other.
-
-    Args:
-        pairs: ``N`` pairs of hashable values.
-
-    Returns:
-        int64 of shape ``[N]``.
-
-    Example:
-        >>> from bs_lightning.recipes.text_files import pair_groups
-        >>> pair_groups([("a", "x"), ("b", "y"), ("c", "x")]).tolist()
-        [0, 1, 0]
-    """
-    sparse, graphs = require("scipy.sparse"), require("scipy.sparse.csgraph")
-    ends = number_members(pairs)
-    n_members = ends.max() + 1
-    links = sparse.coo_array((np.ones(len(pairs)), ends.T), shape=(n_members, n_members))
-    _, groups = graphs.connected_components(links, directed=False)
-    return torch.from_numpy(groups[ends[:, 0]].astype(np.int64))
-
-
-def number_members(pairs: Sequence[tuple[Any, Any]]) -> NDArray[np.int64]:
-    """Number the members of pairs so that equal members, and no others, have the same number.
 
     Args:
         pairs: ``N`` pairs of hashable values.
@@ -284,29 +260,29 @@ def number_members(pairs: Sequence[tuple[Any, Any]]) -> NDArray[np.int64]:
         int64 of shape ``[N, 2]``, from 0 without a gap.
 
     Example:
-        >>> from bs_lightning.recipes.text_files import number_members
-        >>> number_members([("a", "x"), ("x", "a")]).tolist()
+        >>> from bs_lightning.recipes.text_files import pair_groups
+        >>> pair_groups([("a", "x"), ("x", "a")]).tolist()
         [[0, 1], [1, 0]]
     """
     numbers: dict[Any, int] = {}
-    return np.array([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs])
+    return torch.tensor([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs])
 
 
 def warn_of_large_groups(groups: Tensor) -> Tensor:
     """Warn if more than a tenth of all negatives are of one group, so that the loss leaves them out.
 
     Args:
-        groups: int64 of shape ``[N]``.
+        groups: int64 of shape ``[N]`` or ``[N, 2]``.
 
     Returns:
         ``groups``.
     """
-    sizes = groups.bincount().double()
+    sizes = groups.flatten().bincount().double()
     left_out = float((sizes * (sizes - 1)).sum()) / max(len(groups) * (len(groups) - 1), 1)
     if left_out > 0.1:
         rank_zero_warn(
-            f"{int(sizes.max())} of the {len(groups)} instances share a text or image, directly or through others, and "
-            f"so are not each other's negatives. The loss leaves out {left_out:.0%} of all negatives. Remove what many "
-            "instances share, or override train_groups()."
+            f"{int(sizes.max())} of the {len(groups)} instances share a text or image, and so are not each other's "
+            f"negatives. The loss leaves out up to {min(left_out, 1):.0%} of all negatives. Remove what many instances "
+            "share, or override train_groups()."
         )
     return groups
