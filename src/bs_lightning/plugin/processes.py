@@ -14,10 +14,10 @@ from torch import Tensor
 from bs_lightning._types import Indices
 
 _T = TypeVar("_T")
-_Pool = TypeVar("_Pool", Indices, Tensor)
+PerInstance = TypeVar("PerInstance", Indices, Tensor)
 
 
-def own_share(trainer: Trainer, pool: _Pool) -> _Pool:
+def own_share(trainer: Trainer, pool: PerInstance) -> PerInstance:
     """Return this process's contiguous part of a pool, which holds whole global batches.
 
     Args:

@@ -21,7 +21,7 @@ from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
-from bs_lightning.plugin.processes import check_equal, failing_together, gather_rows, own_share
+from bs_lightning.plugin.processes import PerInstance, check_equal, failing_together, gather_rows, own_share
 from bs_lightning.plugin.progress import progress
 
 _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
@@ -32,6 +32,10 @@ ModuleEmbed = Callable[[LightningModule, Any], Any]
 
 class EmbeddingSource:
     """Gives a pool's embeddings to the process or processes that compose it. Most methods do nothing by default.
+
+    Args:
+        trainer: The Trainer, in its ``setup``.
+        per_rank: Whether each process composes its own share of a pool. If not, rank 0 composes all.
 
     Attributes:
         in_all_processes: Whether :meth:`read` returns the whole pool's embeddings in every process, if one process
@@ -44,7 +48,11 @@ class EmbeddingSource:
     in_all_processes: ClassVar[bool]
     foreseen: ClassVar[bool]
     version: int | None = None
-    _shapes_are_equal = False
+
+    def __init__(self, trainer: Trainer, per_rank: bool) -> None:
+        self._trainer = trainer
+        self._per_rank = per_rank
+        self._shapes_are_equal = False
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that embedding needs.
@@ -110,10 +118,14 @@ class EmbeddingSource:
     def close(self) -> None:
         """End worker processes."""
 
-    def _compare_shapes(self, trainer: Trainer, embeddings: Tensor) -> None:
+    def _composed_here(self, pool: PerInstance) -> PerInstance:
+        """Return the entries of a pool that this process composes batches from, if it composes any."""
+        return own_share(self._trainer, pool) if self._per_rank else pool
+
+    def _compare_shapes(self, embeddings: Tensor) -> None:
         """Refuse embeddings of other shapes in other processes. The first call alone waits for all processes."""
         if not self._shapes_are_equal:
-            check_equal(trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
+            check_equal(self._trainer, shape_of_an_embedding=list(embeddings.shape[1:]))
             self._shapes_are_equal = True
 
 
@@ -135,6 +147,7 @@ class EncodedEmbeddings(EmbeddingSource):
     foreseen: ClassVar[bool] = False
 
     def __init__(self, trainer: Trainer, embed: ModuleEmbed | None, batch_size: int | None, per_rank: bool) -> None:
+        super().__init__(trainer, per_rank)
         module = trainer.lightning_module
         self._is_own_function = embed is not None
         if embed is not None:
@@ -153,9 +166,7 @@ class EncodedEmbeddings(EmbeddingSource):
                 f"{type(module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
                 "embeddings [b, d], or give BatchSamplerCallback(embed=...)."
             )
-        self._trainer = trainer
         self._batch_size = batch_size
-        self._per_rank = per_rank
         self._dataset: Dataset[Any] | None = None
         self._settings: dict[str, Any] = {}
         self._fetch: BatchFetcher | None = None
@@ -172,7 +183,7 @@ class EncodedEmbeddings(EmbeddingSource):
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
             embeddings = self._encode(own_share(self._trainer, indices))
-        self._compare_shapes(self._trainer, embeddings)
+        self._compare_shapes(embeddings)
         if self._per_rank or self._trainer.world_size == 1:
             return embeddings
         return gather_rows(self._trainer, embeddings)
@@ -216,9 +227,7 @@ class EncodedEmbeddings(EmbeddingSource):
         trainer = self._trainer
         module, data = trainer.lightning_module, trainer.datamodule
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and not np.array_equal(ahead[0], indices):
-            ahead = None
-        loading = self._loading(indices) if ahead is None else ahead[1]
+        loading = ahead[1] if ahead and np.array_equal(ahead[0], indices) else self._loading(indices)
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
         transfer = _batch_hook(trainer, "transfer_batch_to_device")
 
@@ -249,16 +258,10 @@ class EncodedEmbeddings(EmbeddingSource):
 
 
 class BankedEmbeddings(EmbeddingSource):
-    """Keeps an embedding of each instance, and saves them in checkpoints.
-
-    Args:
-        trainer: The Trainer, in its ``setup``.
-        per_rank: Whether each process composes its own share.
-    """
+    """Keeps an embedding of each instance, and saves them in checkpoints."""
 
     def __init__(self, trainer: Trainer, per_rank: bool) -> None:
-        self._trainer = trainer
-        self._per_rank = per_rank
+        super().__init__(trainer, per_rank)
         self._bank: EmbeddingBank | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -336,11 +339,10 @@ class KeptEmbeddings(BankedEmbeddings):
         with failing_together(trainer):
             if everything is not None:
                 self._bank.fill(everything)
-            return self._bank.read(torch.from_numpy(own_share(trainer, indices) if self._per_rank else indices))
+            return self._bank.read(torch.from_numpy(self._composed_here(indices)))
 
     def sample(self, indices: Indices) -> Tensor:
-        embeddings = self._encoder.read(indices)
-        return own_share(self._trainer, embeddings) if self._per_rank else embeddings
+        return self._composed_here(self._encoder.read(indices))
 
     def end_epoch(self) -> None:
         self._encoder.end_epoch()
@@ -382,9 +384,8 @@ class RecycledEmbeddings(BankedEmbeddings):
         with failing_together(self._trainer):
             if self._bank is None:
                 return torch.empty(0)  # a different process composes
-            asked = own_share(self._trainer, indices) if self._per_rank else indices
-            # The zeros of a bank that is still empty are on the CPU.
-            embeddings = self._bank.read(torch.from_numpy(asked)).to(self._trainer.strategy.root_device)
+            rows = self._bank.read(torch.from_numpy(self._composed_here(indices)))
+            embeddings = rows.to(self._trainer.strategy.root_device)  # the zeros of an empty bank are on the CPU
             warn_of_collapse(embeddings[~similar_to_nothing(embeddings)])  # training has not computed the others yet
             return embeddings
 
@@ -408,7 +409,7 @@ class RecycledEmbeddings(BankedEmbeddings):
         if len(batch) % trainer.world_size:
             return  # the epoch's last batch is smaller, and its parts differ in size between processes
         if trainer.world_size > 1:
-            self._compare_shapes(trainer, embeddings)
+            self._compare_shapes(embeddings)
             embeddings = gather_rows(trainer, embeddings.detach())
         if self._bank is not None:
             self._bank.write(torch.from_numpy(batch), embeddings)
@@ -421,19 +422,13 @@ class RecycledEmbeddings(BankedEmbeddings):
 class ReferenceEmbeddings(EmbeddingSource):
     """Reads the DataModule's ``reference_embeddings()``, which stay the same, and encodes nothing.
 
-    Args:
-        trainer: The Trainer, in its ``setup``.
-        per_rank: Whether each process composes its own share. If not, only rank 0 reads the embeddings.
+    Unless each process composes its own share, only rank 0 reads them.
     """
 
     in_all_processes: ClassVar[bool] = False
     foreseen: ClassVar[bool] = True
     version = 0
-
-    def __init__(self, trainer: Trainer, per_rank: bool) -> None:
-        self._trainer = trainer
-        self._per_rank = per_rank
-        self._embeddings: Embeddings
+    _embeddings: Embeddings
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         if data.checked_reference is None:
@@ -445,11 +440,10 @@ class ReferenceEmbeddings(EmbeddingSource):
 
     def read(self, indices: Indices) -> Tensor:
         with failing_together(self._trainer):
-            if self._per_rank:
-                indices = own_share(self._trainer, indices)
-            elif not self._trainer.is_global_zero:
+            if not self._per_rank and not self._trainer.is_global_zero:
                 return torch.empty(0)  # a different process composes
-            embeddings = unit_rows_(read_rows(self._embeddings, indices)).to(self._trainer.strategy.root_device)
+            rows = unit_rows_(read_rows(self._embeddings, self._composed_here(indices)))
+            embeddings = rows.to(self._trainer.strategy.root_device)
             warn_of_zeros(embeddings)
             warn_of_collapse(embeddings)
             return embeddings
