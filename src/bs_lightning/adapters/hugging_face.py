@@ -2,8 +2,9 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,6 @@ from bs_lightning.metrics._batches import describe_composed
 from bs_lightning.plan import PlannedPool, Planning, check_batches
 from bs_lightning.pools import Pools
 from bs_lightning.sampler import PoolBatchSampler
-
-_T = TypeVar("_T")
 
 
 class ComposedBatchesTrainer(Trainer):
@@ -199,20 +198,18 @@ class ComposedBatchesTrainer(Trainer):
         """Embed a pool, each process its share, and let the main process compose it for all."""
         n_processes = self.accelerator.num_processes
         share = np.array_split(indices, n_processes)[self.accelerator.process_index]
-        embeddings = _together(lambda: self._encode(share))
+        with _failing_together():
+            embeddings = self._encode(share)
         if n_processes > 1:
             shares = gather_object([embeddings.cpu()])
             embeddings = torch.cat(shares).to(embeddings.device)
         size = self._train_batch_size * (n_processes if self.gather else 1)
-
-        def compose() -> Batches | None:
-            if not self.accelerator.is_main_process:
-                return None
-            batches = self.compose(embeddings, indices, size, seed=seed, epoch=epoch)
-            self._described.append(describe_composed(embeddings, batches))
-            return batches
-
-        batches: Batches = broadcast_object_list([_together(compose)])[0]
+        composed: Any = None
+        with _failing_together():
+            if self.accelerator.is_main_process:
+                composed = self.compose(embeddings, indices, size, seed=seed, epoch=epoch)
+                self._described.append(describe_composed(embeddings, composed))
+        batches: Batches = broadcast_object_list([composed])[0]
         # Without `gather`, a global batch is one composed batch for each process, side by side.
         return PlannedPool(batches.reshape(-1, self._train_batch_size * n_processes))
 
@@ -300,11 +297,12 @@ class PositionCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"position": position}}
 
 
-def _together(work: Callable[[], _T]) -> _T:
-    """Return what ``work`` returns here. If it fails in one process, fail in all, so that none waits forever."""
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """Stop all processes if one of them fails, so that no process waits for it forever."""
     error: Exception | None = None
     try:
-        result = work()
+        yield
     except Exception as exception:
         error = exception
     texts = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
@@ -313,4 +311,3 @@ def _together(work: Callable[[], _T]) -> _T:
     for rank, text in enumerate(texts):
         if text is not None:
             raise RuntimeError(f"The process of rank {rank} failed to plan a pool. {text}")
-    return result
