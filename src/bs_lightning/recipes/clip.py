@@ -154,7 +154,7 @@ class ImageEncoder(nn.Module):
         gives_embeddings = isinstance(model, nn.Module) and getattr(model, "config", None) is None
         self.model: Any = model if gives_embeddings else load_model(model)
         self.projection: nn.Linear | None = None
-        if getattr(self.model, "config", None) is not None:
+        if not gives_embeddings:
             self.projection = nn.Linear(model_width(self.model, "transformers.CLIPVisionModel"), width, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
