@@ -155,7 +155,7 @@ def test_kernels_compiled_ahead_are_on_disk_for_this_process_and_the_next(tmp_pa
         kept = {"process_candidates", "init_rp_tree", "init_random", "generate_leaf_updates", "deheap_sort"}
         kept |= {"_dense_planes", "_dense_sides", "_partition"}  # of more than a megabyte
         assert not kept & set(compiled), (
-            "pynndescent or numba has changed: kernels are compiled again in each process. See _keep_kernels."
+            "pynndescent or numba has changed: kernels are compiled again in each process. See _import_keeping_kernels."
         )
 
 

@@ -214,19 +214,20 @@ def _outermost_in_python() -> Iterator[None]:
             setattr(pynndescent_, name, function)
 
 
-def _keep_kernels() -> None:
-    """Let numba keep pynndescent's kernels on disk, where it keeps those functions that pynndescent lets it keep.
+def _import_keeping_kernels() -> Any:
+    """Import pynndescent. numba then keeps its kernels on disk, beside the functions that pynndescent lets it keep.
 
     Kernels take the distance as an argument. numba gives each distance a new identity in each process, so it would not
     find the kernels again. Here a distance has the same identity in all processes.
     """
-    from pynndescent import distances, pynndescent_
+    from pynndescent import NNDescent, distances, pynndescent_
 
     for name in ("alternative_cosine", "alternative_dot"):
         _fix_identity(getattr(distances, name))
     for function in vars(pynndescent_).values():
         if hasattr(function, "enable_caching"):
             function.enable_caching()
+    return NNDescent
 
 
 def _fix_identity(distance: Any) -> None:
@@ -288,9 +289,7 @@ def _start_numba_threads() -> None:
 @functools.cache
 def _import_nndescent() -> Any:
     try:
-        from pynndescent import NNDescent
-
-        _keep_kernels()
+        return _import_keeping_kernels()
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
@@ -312,12 +311,9 @@ def _import_nndescent() -> Any:
         config: Any = numba.config
         chosen, config.CACHE_DIR = config.CACHE_DIR, folder  # numba reads it for each function that is to be cached
         try:
-            from pynndescent import NNDescent
-
-            _keep_kernels()
+            return _import_keeping_kernels()
         finally:
             config.CACHE_DIR = chosen
-    return NNDescent
 
 
 def _temporary_folder() -> str:
