@@ -8,6 +8,7 @@ from bs_lightning.plan import EpochPlan, Pool
 from bs_lightning.plugin.loader import TrainingData
 from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
 from bs_lightning.sampler import PoolBatchSampler
+from bs_lightning.state import SamplerState
 
 
 class TrainerBatchSampler(PoolBatchSampler):
@@ -72,7 +73,7 @@ class TrainerBatchSampler(PoolBatchSampler):
             start=start,
             stop=int(trainer.num_training_batches),
             planning=self._data.planning(self.layout),
-            pool=self._current_pool(start),
+            pool=self._current_pool(start, state),
             groups=self.groups,
         )
         self._n_epochs_processed = epochs_processed(trainer)
@@ -86,11 +87,10 @@ class TrainerBatchSampler(PoolBatchSampler):
         """A throwaway uniform plan for anyone who iterates the loader outside the training loop."""
         return EpochPlan(self.layout, seed=self.seed, epoch=0, groups=self.groups)
 
-    def _current_pool(self, start: int) -> Pool | None:
+    def _current_pool(self, start: int, state: SamplerState | None) -> Pool | None:
         """The pool that was being served when this epoch was last left, by this process or an earlier one."""
         if self._plan is not None:
             return self._plan.pool
-        state = self._data.restored_state()
         if state is not None:
             # With larger batches Lightning may take the epoch for ended, and would begin it again.
             if start > 0 or (state.epoch == self.epoch and state.mid_epoch):
