@@ -353,17 +353,14 @@ class BatchSamplerCallback(Callback):
         return self._planner_of_fit
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
-        if self._adaptive is not None:
-            self._say_what_auto_does(self._adaptive)
-            if not self._adaptive.composes:
+        pools = self._adaptive
+        if pools is not None:
+            if pools.composes != self._auto_composes:
+                _say_of_auto(pools, "goes on", "is")
+                self._auto_composes = pools.composes
+            if not pools.composes:
                 return self._planner.plan_uniform(indices)
         return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
-
-    def _say_what_auto_does(self, pools: AdaptivePools) -> None:
-        """Write a line to the log where ``pool_size="auto"`` begins or ends to compose."""
-        if pools.composes != self._auto_composes:
-            _say_of_auto(pools, "goes on", "is")
-        self._auto_composes = pools.composes
 
     # Lightning's hooks
 
