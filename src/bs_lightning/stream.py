@@ -344,9 +344,8 @@ class StreamLoader:
                 state = copy.deepcopy(_state(stream, before)) if before else {}
             taken = list(itertools.islice(instances, wanted))
         except Exception as error:  # whatever a user's stream raises
-            if not run.together:
-                raise
-            self._gather(StreamReading(before, 0, None, f"{type(error).__name__}: {error}"))
+            if run.together:
+                self._gather(StreamReading(before, 0, None, f"{type(error).__name__}: {error}"))
             raise
         return StreamReading(before, len(taken), state), taken
 
