@@ -32,7 +32,7 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, graphs
-from bs_lightning.plugin.sources import default_batch_size
+from bs_lightning.plugin.encoder import default_batch_size
 
 from ..csv_files import Row
 from ..processes import in_new_process

@@ -11,7 +11,7 @@ from bs_lightning import BatchSamplerCallback, ExactGraph, NNDescentGraph, RWRCo
 from bs_lightning.baselines import B3Composer, GCBSComposer, UniformComposer, knn_batches
 from bs_lightning.compose import ComposeFunction
 from bs_lightning.graphs import Graph
-from bs_lightning.plugin.sources import ModuleEmbed
+from bs_lightning.plugin.encoder import ModuleEmbed
 from bs_lightning.presets import public_code
 from bs_lightning.rules import AbovePositive
 

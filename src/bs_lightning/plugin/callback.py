@@ -15,16 +15,10 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import PlannedPool, Planning
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule, check_trainer
+from bs_lightning.plugin.encoder import EncodedEmbeddings, ModuleEmbed
 from bs_lightning.plugin.planner import TrainerPlanner
 from bs_lightning.plugin.processes import check_equal
-from bs_lightning.plugin.sources import (
-    EmbeddingSource,
-    EncodedEmbeddings,
-    KeptEmbeddings,
-    ModuleEmbed,
-    RecycledEmbeddings,
-    ReferenceEmbeddings,
-)
+from bs_lightning.plugin.sources import EmbeddingSource, KeptEmbeddings, RecycledEmbeddings, ReferenceEmbeddings
 from bs_lightning.plugin.stream_loader import TrainerStreamLoader
 from bs_lightning.pools import AdaptivePools, Cut, Pools, WholeData
 from bs_lightning.rules import AbovePositive

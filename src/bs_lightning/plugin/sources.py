@@ -1,33 +1,22 @@
-"""Sources: a pool's embeddings, encoded by the model, kept, recycled from training, or read from a reference."""
+"""Sources: a pool's embeddings, kept, recycled from training, or read from a reference; and what a source is.
 
-from collections.abc import Callable, Iterator
-from functools import partial
+The source that encodes each pool is in ``encoder``.
+"""
+
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from bs_lightning._checks import check_length
 from bs_lightning._embeddings import read_rows, similar_to_nothing, unit_rows_
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
-from bs_lightning.encoding import Embed, checked_unit_rows_, embed_in_batches, warn_of_collapse, warn_of_zeros
-from bs_lightning.isolation import no_trace
+from bs_lightning.encoding import warn_of_collapse, warn_of_zeros
 from bs_lightning.layout import BatchLayout
-from bs_lightning.loader import BatchFetcher, check_map_style
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import PerInstance, check_equal, failing_together, gather_rows, own_share
-from bs_lightning.plugin.progress import progress
-
-_MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
-
-# Returns a tensor or a pair. `Any`, because jsonargparse refuses functions that are annotated with such a union.
-ModuleEmbed = Callable[[LightningModule, Any], Any]
 
 
 class EmbeddingSource:
@@ -129,134 +118,6 @@ class EmbeddingSource:
             self._shapes_are_equal = True
 
 
-class EncodedEmbeddings(EmbeddingSource):
-    """Embeds each pool with the current weights: one forward pass, divided among the processes.
-
-    Args:
-        trainer: The Trainer, in its ``setup``.
-        embed: ``embed(pl_module, batch)`` -> floats of shape ``[b, d]``, or two sides: a pair of such tensors, or
-            ``[b, 2, d]``. ``None`` takes ``pl_module.embed(batch)``, else ``pl_module(batch)``.
-        batch_size: Instances embedded at a time; ``None`` chooses by the device and the DataModule's ``batch_size``.
-        per_rank: Whether each process composes its own share, so that embeddings are not gathered.
-
-    Raises:
-        TypeError: If ``embed`` is ``None`` and the module has neither ``embed`` nor ``forward``.
-    """
-
-    in_all_processes: ClassVar[bool] = True
-    foreseen: ClassVar[bool] = False
-
-    def __init__(self, trainer: Trainer, embed: ModuleEmbed | None, batch_size: int | None, per_rank: bool) -> None:
-        super().__init__(trainer, per_rank)
-        module = trainer.lightning_module
-        self._is_own_function = embed is not None
-        if embed is not None:
-            self._embed: Embed = partial(embed, module)
-        # Ask the class: a layer of the module may be named `embed`, too.
-        elif callable(getattr(type(module), "embed", None)):
-            self._embed = module.embed  # type: ignore[assignment]
-        elif is_overridden("forward", module):
-            self._embed = module
-            rank_zero_info(
-                f"BatchSamplerCallback: {type(module).__name__} has no embed(batch), so its forward(batch) tells which "
-                "instances are alike. If your loss compares something else, such as a projection, define embed."
-            )
-        else:
-            raise TypeError(
-                f"{type(module).__name__} has neither embed(batch) nor forward(batch). Define one that returns "
-                "embeddings [b, d], or give BatchSamplerCallback(embed=...)."
-            )
-        self._batch_size = batch_size
-        self._dataset: Dataset[Any] | None = None
-        self._settings: dict[str, Any] = {}
-        self._fetch: BatchFetcher | None = None
-        self._ahead: tuple[Indices, Iterator[Any]] | None = None
-
-    def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
-        dataset, self._settings = data.pool_loading()
-        if not data.streams:
-            check_map_style(dataset, "pool_dataset()")
-            check_length("pool_dataset()", dataset, layout.n_instances)
-        self.close()
-        self._dataset = dataset
-
-    def read(self, indices: Indices) -> Tensor:
-        with failing_together(self._trainer):
-            embeddings = self._encode(own_share(self._trainer, indices))
-        self._compare_shapes(embeddings)
-        if self._per_rank or self._trainer.world_size == 1:
-            return embeddings
-        return gather_rows(self._trainer, embeddings)
-
-    def expect(self, indices: Indices) -> None:
-        # Workers read up to `prefetch_factor` batches each, and wait.
-        if self._trainer.datamodule.dataloader_kwargs.get("num_workers", 0):
-            share = own_share(self._trainer, indices)
-            self._ahead = share, self._loading(share)
-
-    def end_epoch(self) -> None:
-        if not self._trainer.datamodule.dataloader_kwargs.get("persistent_workers"):
-            self.close()
-
-    def close(self) -> None:
-        self._ahead = None
-        if self._fetch is not None:
-            self._fetch.close()
-            self._fetch = None
-
-    @property
-    def _size(self) -> int:
-        """Instances embedded at a time."""
-        if self._batch_size is not None:
-            return self._batch_size
-        device, n_workers = self._trainer.lightning_module.device, self._settings.get("num_workers", 0)
-        return default_batch_size(self._trainer.datamodule.batch_size, device, n_workers)
-
-    def _loading(self, indices: Indices) -> Iterator[Any]:
-        """Return an iterator over a pool's batches. Worker processes, if there are any, begin at once."""
-        if self._fetch is None:
-            assert self._dataset is not None
-            kwargs = {"pin_memory": self._trainer.lightning_module.device.type == "cuda"} | self._settings
-            # A generator of its own spares the global random state.
-            kwargs["generator"] = torch.Generator().manual_seed(self._trainer.global_rank)
-            self._fetch = BatchFetcher(self._dataset, **kwargs)
-        size = self._size
-        return self._fetch(indices[start : start + size].tolist() for start in range(0, len(indices), size))
-
-    def _encode(self, indices: Indices) -> Tensor:
-        trainer = self._trainer
-        module, data = trainer.lightning_module, trainer.datamodule
-        ahead, self._ahead = self._ahead, None
-        loading = ahead[1] if ahead and np.array_equal(ahead[0], indices) else self._loading(indices)
-        before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
-        transfer = _batch_hook(trainer, "transfer_batch_to_device")
-
-        def embed(batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-            batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
-            batch = transfer(batch, module.device, 0)
-            try:
-                with trainer.precision_plugin.forward_context():
-                    return self._embed(batch)
-            except Exception as error:
-                how = "give pool_collate_fn a function for" if data.streams else "override pool_dataset() to return"
-                is_training_data = type(data).pool_dataset is BatchSamplerDataModule.pool_dataset
-                error.add_note(_advice(batch, is_training_data, how, self._is_own_function))
-                raise
-
-        with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
-            # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
-            module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
-            if trainer.world_size > 1:
-                # Batch norm's statistics differ between ranks until DDP's next forward pass, but one model must embed
-                # the whole pool. It is rank 0's, because only rank 0's statistics are in a checkpoint.
-                for buffer in module.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-            embeddings = embed_in_batches(
-                indices, lambda _: _noting(loading), embed, batch_size=self._size, advance=advance
-            )
-        return checked_unit_rows_(embeddings, indices)  # waits for the GPU, which `no_trace` need not do
-
-
 class BankedEmbeddings(EmbeddingSource):
     """Keeps an embedding of each instance, and saves them in checkpoints."""
 
@@ -312,7 +173,7 @@ class KeptEmbeddings(BankedEmbeddings):
     in_all_processes: ClassVar[bool] = True
     foreseen: ClassVar[bool] = True
 
-    def __init__(self, trainer: Trainer, encoder: EncodedEmbeddings, n_epochs: int, per_rank: bool) -> None:
+    def __init__(self, trainer: Trainer, encoder: EmbeddingSource, n_epochs: int, per_rank: bool) -> None:
         super().__init__(trainer, per_rank)
         self._encoder = encoder
         self._n_epochs = n_epochs
@@ -447,60 +308,3 @@ class ReferenceEmbeddings(EmbeddingSource):
             warn_of_zeros(embeddings)
             warn_of_collapse(embeddings)
             return embeddings
-
-
-def default_batch_size(training: int, device: torch.device, n_workers: int) -> int:
-    """Return how many instances are embedded at a time, where nothing else was asked for.
-
-    Args:
-        training: Instances in a training batch.
-        device: The module's device.
-        n_workers: Number of workers that read what is embedded.
-
-    Returns:
-        Instances, at least 1.
-    """
-    if device.type == "cpu":
-        return min(4 * training, _MOST_ON_CPU)
-    # Each worker reads one batch at a time, so small batches keep more workers busy.
-    return training if n_workers else 4 * training
-
-
-def _noting(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches, and say in an error that they are those of ``pool_dataset()``."""
-    try:
-        yield from batches
-    except Exception as error:
-        error.add_note(
-            "BatchSamplerCallback was loading a batch of pool_dataset(). If its items cannot be collated as training "
-            "items are, give the DataModule pool_collate_fn."
-        )
-        raise
-
-
-def _advice(batch: Any, is_training_data: bool, how: str, is_own_function: bool) -> str:
-    """Return what to do after embedding a batch has failed, the likeliest fix first."""
-    what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
-    if is_training_data and isinstance(batch, (list, tuple)):
-        first = (
-            "let the function that you gave as embed take batch[0]"
-            if is_own_function
-            else "define `def embed(self, batch): return self(batch[0])` in your module"
-        )
-        return (
-            f"{what} Your DataModule does not override pool_dataset(), so this is a training batch of {len(batch)} "
-            f"parts. If the first part is the input, {first}. Otherwise {how} one clean view of each instance."
-        )
-    if is_own_function:
-        return f"{what} Give BatchSamplerCallback(embed=...) a function that takes such a batch."
-    return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def _batch_hook(trainer: Trainer, name: str) -> Callable[..., Any]:
-    """Return the DataModule's hook if the DataModule overrides it, else the module's. Lightning chooses so, too."""
-    owner = trainer.datamodule if is_overridden(name, trainer.datamodule) else trainer.lightning_module
-    return getattr(owner, name)  # type: ignore[no-any-return]
