@@ -252,17 +252,11 @@ class TrainerPlanner:
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""
         start = time.perf_counter()
-        keeps_graph = self._keeps_graph(indices)
-        if keeps_graph:
-            self._build_whole_graph()
-        neighbors = None if keeps_graph else self._shared_neighbors(embeddings, seed)
+        neighbors = self._neighbors(embeddings, indices, seed)
+        graph_seconds = time.perf_counter() - start
         composed: Any = None
         with failing_together(self.trainer):
             if self.trainer.is_global_zero:
-                if keeps_graph:
-                    assert self._whole_graph is not None
-                    neighbors = restricted(self._whole_graph, indices)
-                graph_seconds = time.perf_counter() - start
                 composed = self._plan_share(embeddings, indices, seed, epoch, neighbors)
                 if neighbors is not None:
                     composed.seconds["graph"] = composed.seconds.get("graph", 0.0) + graph_seconds
@@ -280,6 +274,22 @@ class TrainerPlanner:
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
 
+    def _neighbors(self, embeddings: Tensor, indices: Indices, seed: int) -> Neighbors | None:
+        """Return a pool's graph, if it is kept for later pools or shared by all processes. Every process calls it.
+
+        A graph is kept if the pool is the whole dataset, and its embeddings stay the same for a while.
+
+        Returns:
+            The graph in rank 0; ``None`` in the others, and where the composer builds its own.
+        """
+        graph, version = self._graph, self.source.version
+        is_whole = len(indices) == self.layout.n_full * self.layout.global_batch_size
+        if graph is None or version is None or not is_whole:
+            return self._shared_neighbors(embeddings, seed)
+        self._build_whole_graph(graph, version)
+        with failing_together(self.trainer):
+            return None if self._whole_graph is None else restricted(self._whole_graph, indices)
+
     def _shared_neighbors(self, embeddings: Tensor, seed: int) -> Neighbors | None:
         """Build a graph with all processes. Every process calls it.
 
@@ -295,32 +305,25 @@ class TrainerPlanner:
         with failing_together(trainer), isolated():
             return graph.join(parts, embeddings, seed=seed) if trainer.is_global_zero else None
 
-    def _keeps_graph(self, indices: Indices) -> bool:
-        """Return whether a pool is the whole dataset, and its graph stays while the embeddings stay the same."""
-        is_whole = len(indices) == self.layout.n_full * self.layout.global_batch_size
-        return self.source.version is not None and self._graph is not None and is_whole and not self._per_rank
-
-    def _build_whole_graph(self) -> None:
+    def _build_whole_graph(self, graph: Graph, version: int) -> None:
         """Build the graph of the whole dataset in rank 0, if the embeddings have changed. Every process calls it.
 
         Its seed does not depend on the pool, so a resumed run builds the same graph.
         """
-        trainer, version, n_instances = self.trainer, self.source.version, self.layout.n_instances
+        trainer, n_instances = self.trainer, self.layout.n_instances
         # All processes build if one of them must: it may have attached the data again.
         if trainer.strategy.reduce_boolean_decision(self._graph_version == version):
             return
-        assert version is not None
-        assert self._graph is not None
         self._whole_graph = self._composer.neighbors = None  # two more graphs may not fit into memory
         embeddings = self.source.read(np.arange(n_instances))
         seed = pool_seed(trainer.datamodule.train_sampler.seed, version, 0)
-        graph = self._shared_neighbors(embeddings, seed)
+        neighbors = self._shared_neighbors(embeddings, seed)
         with failing_together(trainer), isolated():
             if trainer.is_global_zero:
-                if graph is None:
-                    graph = self._graph(embeddings, seed=seed)
-                graph = check_graph(graph, n_instances)
-        self._whole_graph, self._graph_version = graph, version
+                if neighbors is None:
+                    neighbors = graph(embeddings, seed=seed)
+                neighbors = check_graph(neighbors, n_instances)
+        self._whole_graph, self._graph_version = neighbors, version
 
     @property
     def _graph(self) -> Graph | None:
