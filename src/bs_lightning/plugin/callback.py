@@ -539,7 +539,7 @@ class BatchSamplerCallback(Callback):
         of_source = {name: value for name, value in state_dict.items() if name != "adaptive"}
         if self._planner_of_fit is not None:
             self._planner_of_fit.source.load_state_dict(of_source)
-            self._planner_of_fit.forget_graph()
+            self._planner_of_fit.graph.forget()
         if self._adaptive is not None and "adaptive" in state_dict:
             self._adaptive.load_state_dict(state_dict["adaptive"])
 
@@ -554,7 +554,7 @@ class BatchSamplerCallback(Callback):
     def _close(self) -> None:
         if self._planner_of_fit is not None:
             self._planner_of_fit.source.close()
-            self._planner_of_fit.forget_graph()
+            self._planner_of_fit.graph.forget()
 
 
 def _say_of_auto(pools: AdaptivePools, goes_on: str, is_: str) -> None:

@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,17 +17,15 @@ from bs_lightning._checks import check_length
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
-from bs_lightning.compose import Composer, RWRComposer, asked_for, call_composer
-from bs_lightning.edges import check_graph, restricted
-from bs_lightning.graphs import Graph, SharedGraph, can_share
-from bs_lightning.isolation import isolated
+from bs_lightning.compose import Composer, RWRComposer, call_composer
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics._batches import describe, describe_composed
 from bs_lightning.permutation import permutation
-from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches, pool_seed
+from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
-from bs_lightning.plugin.processes import cores_of_one_process, failing_together, gather, own_share
+from bs_lightning.plugin.graph import TrainerGraph
+from bs_lightning.plugin.processes import failing_together, gather, own_share
 from bs_lightning.plugin.progress import progress
 from bs_lightning.plugin.sources import EmbeddingSource, RecycledEmbeddings
 from bs_lightning.pools import AdaptivePools, Cut, Pools
@@ -64,6 +61,7 @@ class TrainerPlanner:
     Attributes:
         trainer: The Trainer.
         source: Gives the pools' embeddings.
+        graph: Builds the pools' graphs that the composer does not build by itself.
         layout: The epoch's sizes, once :meth:`attach` was called.
         seconds: Seconds that each step took in this epoch, by the step's name.
     """
@@ -80,14 +78,13 @@ class TrainerPlanner:
     ) -> None:
         self.trainer = trainer
         self.source = source
+        self.graph = TrainerGraph(trainer, source, composer, per_rank)
         self.seconds: dict[str, float] = {}
         self._composer = composer
         self._per_rank = per_rank
         self._mask_nearest = mask_nearest
         self._own_rule = own_rule
         self._rules: Sequence[Rule] = ()
-        self._whole_graph: Neighbors | None = None
-        self._graph_version: int | None = None  # of the embeddings that the whole graph was built from
         self.layout: BatchLayout
         self._batch_size = 0
         self._n_composing = 1
@@ -108,15 +105,11 @@ class TrainerPlanner:
         self.source.attach(data, layout)
         self._rules = data.false_negative_rules
         if self.trainer.reload_dataloaders_every_n_epochs:  # the data may be different
-            self.forget_graph()
+            self.graph.forget()
         labels = data.train_labels()
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
             check_length("train_labels()", labels, layout.n_instances)
-
-    def forget_graph(self) -> None:
-        """Build the graph of the whole dataset anew when it is needed next."""
-        self._whole_graph = self._graph_version = None
 
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
@@ -133,7 +126,7 @@ class TrainerPlanner:
         trainer = self.trainer
         embeddings = self.source.sample(self._two_batches(epoch))
         pool_size = self.largest_pool(cut) // self._n_composing
-        shares_graph = self._shared_graph is not None
+        shares_graph = self.graph.shared is not None
         with failing_together(trainer):
             composes = self._per_rank or trainer.is_global_zero
             if composes or shares_graph:
@@ -252,7 +245,7 @@ class TrainerPlanner:
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose the whole pool's global batches in one process, and send them to the others."""
         start = time.perf_counter()
-        neighbors = self._neighbors(embeddings, indices, seed)
+        neighbors = self.graph.neighbors(embeddings, indices, self.layout, seed=seed)
         graph_seconds = time.perf_counter() - start
         composed: Any = None
         with failing_together(self.trainer):
@@ -265,7 +258,7 @@ class TrainerPlanner:
     def _compose_per_rank(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
         """Compose this process's share, and join the batches of all processes side by side into global batches."""
         trainer = self.trainer
-        with shared_cores(self._n_cores), failing_together(trainer):
+        with shared_cores(self.graph.n_cores), failing_together(trainer):
             share = own_share(trainer, indices)
             composed = self._plan_share(embeddings, share, seed + trainer.global_rank, epoch)
         pools = gather(trainer, composed.pool)
@@ -273,81 +266,6 @@ class TrainerPlanner:
         batches = np.concatenate([pool.batches + start for pool, start in zip(pools, starts, strict=True)], axis=1)
         pairs = np.concatenate([pool.pairs + start for pool, start in zip(pools, starts, strict=True)])
         return composed._replace(pool=PlannedPool(batches, pairs))
-
-    def _neighbors(self, embeddings: Tensor, indices: Indices, seed: int) -> Neighbors | None:
-        """Return a pool's graph, if it is kept for later pools or shared by all processes. Every process calls it.
-
-        A graph is kept if the pool is the whole dataset, and its embeddings stay the same for a while.
-
-        Returns:
-            The graph in rank 0; ``None`` in the others, and where the composer builds its own.
-        """
-        graph, version = self._graph, self.source.version
-        is_whole = len(indices) == self.layout.n_full * self.layout.global_batch_size
-        if graph is None or version is None or not is_whole:
-            return self._shared_neighbors(embeddings, seed)
-        self._build_whole_graph(graph, version)
-        with failing_together(self.trainer):
-            return None if self._whole_graph is None else restricted(self._whole_graph, indices)
-
-    def _shared_neighbors(self, embeddings: Tensor, seed: int) -> Neighbors | None:
-        """Build a graph with all processes. Every process calls it.
-
-        Returns:
-            The graph in rank 0; ``None`` in the others, and if the processes share no graph.
-        """
-        trainer, graph = self.trainer, self._shared_graph
-        if graph is None:
-            return None
-        with shared_cores(self._n_cores), failing_together(trainer), isolated():
-            part = graph.part(embeddings, trainer.global_rank, trainer.world_size, seed=seed)
-        parts = gather(trainer, part)
-        with failing_together(trainer), isolated():
-            return graph.join(parts, embeddings, seed=seed) if trainer.is_global_zero else None
-
-    def _build_whole_graph(self, graph: Graph, version: int) -> None:
-        """Build the graph of the whole dataset in rank 0, if the embeddings have changed. Every process calls it.
-
-        Its seed does not depend on the pool, so a resumed run builds the same graph.
-        """
-        trainer, n_instances = self.trainer, self.layout.n_instances
-        # All processes build if one of them must: it may have attached the data again.
-        if trainer.strategy.reduce_boolean_decision(self._graph_version == version):
-            return
-        self._whole_graph = self._composer.neighbors = None  # two more graphs may not fit into memory
-        embeddings = self.source.read(np.arange(n_instances))
-        seed = pool_seed(trainer.datamodule.train_sampler.seed, version, 0)
-        neighbors = self._shared_neighbors(embeddings, seed)
-        with failing_together(trainer), isolated():
-            if trainer.is_global_zero:
-                if neighbors is None:
-                    neighbors = graph(embeddings, seed=seed)
-                neighbors = check_graph(neighbors, n_instances)
-        self._whole_graph, self._graph_version = neighbors, version
-
-    @property
-    def _graph(self) -> Graph | None:
-        """What builds the composer's graph, or ``None`` if the composer takes no graph that was built for it."""
-        composer = self._composer
-        return composer.graph if isinstance(composer, RWRComposer) and "neighbors" in asked_for(composer) else None
-
-    @cached_property
-    def _n_cores(self) -> int:
-        """This process's share of its cores, for pynndescent. All processes must ask for it at the same place."""
-        return cores_of_one_process(self.trainer)
-
-    @cached_property
-    def _shared_graph(self) -> SharedGraph | None:
-        """The graph that all processes build together, or ``None``. All processes must ask for it at the same place.
-
-        All processes must hold the pool's embeddings, and have the same graph.
-        """
-        if self.trainer.world_size == 1 or self._per_rank or not self.source.in_all_processes:
-            return None
-        graph = self._graph if can_share(self._graph) else None
-        # All processes decide alike, or they would wait for each other.
-        everywhere = set(gather(self.trainer, None if graph is None else repr(graph)))
-        return graph if len(everywhere) == 1 else None
 
     def _plan_share(
         self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None
