@@ -87,7 +87,6 @@ class TrainerPlanner:
         self._rules: Sequence[Rule] = ()
         self.layout: BatchLayout
         self._batch_size = 0
-        self._n_composing = 1
         self._labels: Tensor | None = None
         self._described: dict[str, tuple[float, int]] = {}  # a sum over batches, and their number
 
@@ -99,7 +98,6 @@ class TrainerPlanner:
             layout: The epoch's sizes.
         """
         self.layout = layout
-        self._n_composing = layout.world_size if self._per_rank else 1
         self._batch_size = layout.batch_size if self._per_rank else layout.global_batch_size
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
@@ -125,7 +123,7 @@ class TrainerPlanner:
         """
         trainer = self.trainer
         embeddings = self.source.sample(self._two_batches(epoch))
-        pool_size = self.largest_pool(cut) // self._n_composing
+        pool_size = self.largest_pool(cut) // (trainer.world_size if self._per_rank else 1)
         shares_graph = self.graph.shared is not None
         with failing_together(trainer):
             composes = self._per_rank or trainer.is_global_zero
