@@ -1,4 +1,4 @@
-"""Edges: a graph -> a graph with fewer edges."""
+"""Edges: a graph -> a checked graph, or one with fewer edges."""
 
 from collections.abc import Sequence
 from typing import Any

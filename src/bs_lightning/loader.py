@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Load = Callable[[Iterable[list[int]]], Iterator[Any]]
 
-# Arguments of torch's `DataLoader` that choose indices, and what to do instead.
+# Arguments that choose indices, torch's and our `pool_size`, and what to do instead.
 _OURS = {
     "dataset": "override train_dataset()",
     "batch_size": "give batch_size by itself",
@@ -24,7 +24,7 @@ _OURS = {
     "drop_last": "give drop_last by itself",
     "pool_size": "give it to BatchSamplerCallback, or to Pools",
 }
-# All other arguments, such as `num_workers`.
+# All other arguments of torch's `DataLoader`, such as `num_workers`.
 SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]
 
 

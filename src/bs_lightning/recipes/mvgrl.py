@@ -72,7 +72,7 @@ class MVGRL(LightningModule):
         return first(graphs.x, adjacency, graphs.batch), second(graphs.x, diffusion, graphs.batch)
 
     def forward(self, graphs: Batch) -> Tensor:
-        """Return the graphs' representations, ``[B, width]``. The callback composes batches from them."""
+        """Return the graphs' representations, ``[B, width]``."""
         (_, first), (_, second) = self.views(graphs)
         representations: Tensor = self.graph_head(first) + self.graph_head(second)
         return representations
