@@ -111,6 +111,24 @@ def test_overview_and_plot_show_the_main_results(tmp_path):
     assert of_first.lines[0].get_xdata() == pytest.approx([10])
 
 
+def test_what_arms_are_worth_in_larger_batches_and_longer_trainings(tmp_path):
+    path, defaults = tmp_path / "results.csv", study.TASKS["text-simcse"].defaults
+    larger, longer, wider = {"batch_size": 512}, {"steps": 1776}, {"width": 64}
+    gains = [({}, 0.0), (larger, 0.03), (longer, 0.01), (larger | {"steps": 375}, 0.02), (wider, 0.5)]
+    for changed, gain in gains:
+        for arm, seed in (("all-near", 1), ("uniform", 0), ("uniform", 1)):
+            values = {"result/sts": 0.5 + 0.1 * seed + gain + 0.04 * (arm == "all-near"), "seconds/all_cpu": 9.0}
+            csv_files.append(path, {"task": "text-simcse", "arm": arm, "seed": seed, **defaults, **changed, **values})
+    printed = [line.split(" | ")[:3] for line in "\n".join(report.worth([path])).splitlines() if line.startswith("| ")]
+    assert printed[2:] == [
+        ["| all-near", "1", "+0.0400"],
+        ["| uniform", "2", "0.55"],
+        ["| uniform, 4 x", "2", "+0.0300 ± 0.0000"],
+        ["| uniform, 1776 steps", "2", "+0.0100 ± 0.0000"],
+        ["| uniform, 4 x, 375 steps", "2", "+0.0200 ± 0.0000"],
+    ]
+
+
 def test_plot_of_uniformity(tmp_path):
     path, defaults = tmp_path / "results.csv", study.TASKS["omniglot-pairs"].defaults
     for arm in ("uniform", "pool10", "weighted"):

@@ -98,7 +98,8 @@ def overview(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
 def worth(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
     """Yield markdown: for each task, what arms gain beside larger uniform batches, and beside longer trainings.
 
-    All are compared with an arm at the task's own settings, by seed.
+    All are compared with an arm at the task's own settings, by seed. Larger batches are printed for as many steps, and
+    for as many epochs where there are such runs.
     """
     found = studies(paths)
     for settings, rows in found:
@@ -106,11 +107,12 @@ def worth(paths: Sequence[Path], other: str = UNIFORM) -> Iterator[str]:
         size, steps = task.defaults["batch_size"], task.defaults["steps"]
         of_others = {}
         for changed, each in found:
-            if changed["task"] == settings["task"] and not has_defaults(changed):
-                if has_defaults(changed | {"batch_size": str(size)}):
-                    of_others[f"{int(changed['batch_size']) / size:g} x"] = each
-                elif has_defaults(changed | {"steps": str(steps)}):
-                    of_others[f"{changed['steps']} steps"] = each
+            if changed["task"] != settings["task"] or has_defaults(changed):
+                continue
+            if has_defaults(changed | {"batch_size": str(size), "steps": str(steps)}):
+                larger = [f"{int(changed['batch_size']) / size:g} x"] if changed["batch_size"] != str(size) else []
+                longer = [f"{changed['steps']} steps"] if changed["steps"] != str(steps) else []
+                of_others[", ".join(larger + longer)] = each
         if not has_defaults(settings) or not of_others:
             continue
         together = [row for row in rows if row["arm"] in {*UNIFORM_BATCHES, *NAMED, *KEPT}]
