@@ -269,8 +269,9 @@ class BatchSamplerDataModule(LightningDataModule):
             TypeError: If the dataset is neither map-style nor a stream, a stream comes with labels, groups, reference
                 embeddings or a pool dataset, ``batch_size`` is not an integer, ``separate_groups`` or
                 ``reference_rule`` lacks the method that it needs, or ``training_step`` takes ``dataloader_iter``.
-            ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, or groups or reference
-                embeddings have another length.
+            ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, ``drop_last=False``
+                would leave fewer than two instances for a process, groups or reference embeddings have another length,
+                or a stream comes with ``separate_groups`` or ``reference_rule``.
         """
         self._check_methods()
         dataset = self.train_dataset()
