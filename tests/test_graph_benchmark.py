@@ -46,6 +46,17 @@ def test_a_whole_run(model, data_dir, tmp_path):
     assert "### " + model in "\n".join(page.sections(tmp_path / "results.csv"))
 
 
+@pytest.mark.parametrize("arm", graphs.ARMS)
+def test_a_single_batch_cannot_be_composed(arm, data_dir):
+    """Of 42 graphs, an epoch has one full batch of 22: all arms have the same batches."""
+    chosen = {"model": "graphcl", "dataset": "MUTAG", "arm": arm, "seed": 0, **SETTINGS, "batch_size": 22}
+    if arm in ("fixed", "uniform", "untrained"):
+        assert "result/accuracy" in graphs.run(data_dir, chosen)
+    else:
+        with pytest.raises(SystemExit, match="42 graphs of MUTAG make one full batch of 22"):
+            graphs.run(data_dir, chosen)
+
+
 def test_fixed_batches_stay_and_uniform_batches_change(data_dir, monkeypatch):
     served = {}
 

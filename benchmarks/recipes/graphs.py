@@ -77,7 +77,7 @@ ARMS: dict[str, Callable[[], BatchSamplerCallback | None]] = {
     "uniform": lambda: None,
     "knn": lambda: BatchSamplerCallback(None, knn_batches),
     "batchsampler": lambda: BatchSamplerCallback(None, walk()),
-    # Of the whole dataset, where batches may share graphs: the paper's manner, also where an epoch has one full batch
+    # Of the whole dataset, where batches may share graphs: the paper's manner
     "knn-replacement": lambda: BatchSamplerCallback(None, NearestWithReplacement(), refresh_every=100),
     "batchsampler-replacement": lambda: BatchSamplerCallback(None, walk(replacement=True), refresh_every=100),
     "untrained": lambda: None,
@@ -171,11 +171,19 @@ def run(data_dir: Path, chosen: Row) -> Row:
 
     Returns:
         The measures, whose names have a slash.
+
+    Raises:
+        SystemExit: If the arm composes, and an epoch has a single full batch, which no arm can compose.
     """
     start = time.perf_counter()
-    model, arm, seed = chosen["model"], chosen["arm"], chosen["seed"]
+    model, arm, seed, size = chosen["model"], chosen["arm"], chosen["seed"], chosen["batch_size"]
     seed_everything(seed, verbose=False)
     graphs = load(data_dir, chosen["dataset"], with_degrees=model == "mvgrl")
+    if ARMS[arm]() is not None and len(graphs) < 2 * size:
+        raise SystemExit(
+            f"--batch-size: the {len(graphs)} graphs of {chosen['dataset']} make one full batch of {size}, so {arm} "
+            f"would have the batches of uniform. Give at most {len(graphs) // 2}."
+        )
     network, data = make(model, graphs, chosen)
     patience = PATIENCE if model == "mvgrl" else None
     described = {} if arm == "untrained" else train(network, data, arm, chosen["epochs"], patience)
