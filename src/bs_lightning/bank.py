@@ -14,8 +14,8 @@ _WRITTEN_TOGETHER = 2**18  # entries, 1 MB: of small batches, the many steps of 
 class EmbeddingBank:
     """Keeps each instance's last embedding, so that pools need not be encoded.
 
-    Rows have length 1 and are kept in float16: ``2 N d`` bytes, on the device of the embeddings that were written last.
-    The last batches, up to a megabyte, are held as they came.
+    Rows have length 1 and are kept in float16: ``2 N d`` bytes for each side, on the device of the embeddings that were
+    written last. The last batches, up to a megabyte, are held as they came.
 
     Args:
         n_instances: Length of the dataset (the paper's N).
@@ -90,7 +90,7 @@ class EmbeddingBank:
         """Return all rows for a checkpoint.
 
         Returns:
-            The number of instances, and the rows: ``2 N d`` bytes.
+            The number of instances, and the rows: ``2 N d`` bytes for each side.
         """
         self._write_waiting()
         return {"n_instances": self.n_instances, "rows": self._rows}
