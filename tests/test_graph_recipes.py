@@ -1,5 +1,6 @@
 """GraphCL and MVGRL: against literal versions, and trained as users train them."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -141,6 +142,16 @@ def test_representation_is_that_of_a_literal_network():
     assert found.shape == (40, 12)
     torch.testing.assert_close(found[2], torch.cat(sums))
     assert model.training
+
+
+@pytest.mark.parametrize("graph", [tiny_graphs()[0], Data(x=torch.ones(4, 3))], ids=["fits", "is refused"])
+def test_each_part_of_a_represented_model_keeps_its_mode(graph):
+    model = GraphCL(2, width=4)
+    model.norms.eval()  # as of a frozen part
+    modes = [part.training for part in model.modules()]
+    with contextlib.suppress(ValueError):
+        represent(model, [graph])
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_loss_leaves_the_positive_out_of_the_denominator():

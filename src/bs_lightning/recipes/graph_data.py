@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
+from bs_lightning.isolation import no_trace
 
 try:
     from sklearn.exceptions import ConvergenceWarning
@@ -159,21 +160,18 @@ def represent(model: nn.Module, dataset: GraphDataset | list[Data], batch_size: 
     """Return a model's representations of all graphs, computed in eval mode.
 
     Args:
-        model: Returns representations, ``[b, d]``, for a ``Batch``, such as ``GraphCL`` and ``MVGRL``. Afterwards it is
-            in the mode in which it was.
+        model: Returns representations, ``[b, d]``, for a ``Batch``, such as ``GraphCL`` and ``MVGRL``. Afterwards each
+            of its parts is in the mode in which it was.
         dataset: Graphs.
         batch_size: Graphs at a time.
 
     Returns:
         Floats of shape ``[N, d]``, on the CPU.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     batches = DataLoader(Graphs(dataset), batch_size, collate_fn=collate)
-    representations = torch.cat([model(batch.to(device)).cpu() for batch in batches])
-    model.train(was_training)
-    return representations
+    with no_trace(model):
+        return torch.cat([model(batch.to(device)).cpu() for batch in batches])
 
 
 def svm_accuracies(
