@@ -97,6 +97,21 @@ class PoolStreams(Data):
         return Stream()
 
 
+class GivesLoader(Data):
+    def train_dataset(self):
+        return torch.utils.data.DataLoader(Points(), batch_size=8)
+
+
+class GivesNothing(Data):
+    def train_dataset(self):
+        self.points = Points()
+
+
+class GivesSplits(Data):
+    def train_dataset(self):
+        return {split: Points() for split in ("train", "test")}
+
+
 class ShortPool(Data):
     def pool_dataset(self):
         return Points(self.n - 1)
@@ -116,6 +131,9 @@ class NoData(BatchSamplerDataModule):
     [
         (Generates(), TypeError, r"train_dataset\(\) must be a map-style dataset .*, got generator"),
         (PoolStreams(), TypeError, r"pool_dataset\(\) must be a map-style dataset .*, got Stream"),
+        (GivesLoader(), TypeError, r"train_dataset\(\) must .*, got DataLoader. Give the loader's dataset"),
+        (GivesNothing(), TypeError, r"train_dataset\(\) must .*, got NoneType. Is a return statement missing"),
+        (GivesSplits(), TypeError, r"train_dataset\(\) must .*, got dict. .* 'train', 'test'. Give one of them"),
         (ShortPool(), ValueError, r"pool_dataset\(\) must have the length and order of .* 100, got length 99"),
         (ShortLabels(), ValueError, r"train_labels\(\) must have the length and order of .* 100, got length 7"),
         (NoData(8), NotImplementedError, r"NoData must override train_dataset\(\)"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 if TYPE_CHECKING:
     from bs_lightning.sampler import PoolBatchSampler
@@ -281,10 +281,21 @@ def check_map_style(dataset: object, name: str) -> None:
     Raises:
         TypeError: If the dataset is not map-style. The message names where it came from.
     """
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not (
-        hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))
+    # The names of columns, or of the splits of a DatasetDict.
+    names = list(itertools.islice(dataset, 5)) if isinstance(dataset, dict) and 0 not in dataset else []
+    if (
+        names
+        or isinstance(dataset, IterableDataset)
+        or not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")))
     ):
+        if names:
+            advice = f"Its items have names: {', '.join(map(repr, names))}. Give one of them, or a list of instances."
+        elif isinstance(dataset, DataLoader):
+            advice = "Give the loader's dataset."
+        elif dataset is None:
+            advice = "Is a return statement missing?"
+        else:
+            advice = "Batches are chosen by index, which data that can only be iterated do not have."
         raise TypeError(
-            f"{name} must be a map-style dataset with __len__ and __getitem__, got {type(dataset).__name__}. "
-            "Batches are chosen by index, which an iterable dataset does not have."
+            f"{name} must be a map-style dataset with __len__ and __getitem__, got {type(dataset).__name__}. {advice}"
         )
