@@ -224,9 +224,23 @@ def test_refuses(stream, settings, error, words):
         StreamLoader(stream, **{"batch_size": 8} | settings)
 
 
+class Once(IterableDataset):
+    """Can be read once only."""
+
+    def __init__(self):
+        self.rest = iter(range(16))
+
+    def __iter__(self):
+        return self.rest
+
+
 def test_a_stream_that_breaks_its_promises():
     with pytest.raises(ValueError, match="ended within its first batch of batch_size=8"):
         list(StreamLoader(Stream(5), 8))
+    once = Once()
+    assert len(list(StreamLoader(once, 8))) == 2
+    with pytest.raises(ValueError, match=r"iter\(\) starts it anew"):
+        list(StreamLoader(once, 8))
     stream = Sized(80)
     loader = StreamLoader(stream, 8)
     del stream.order[50:]

@@ -384,7 +384,7 @@ class StreamLoader:
         if not number:
             raise ValueError(
                 f"The stream ended within its first batch of batch_size={self.batch_size}, in one process at least. "
-                "Lower batch_size, or check that each process has a part of the stream."
+                "Lower batch_size, or check that each process has a part of the stream, and that iter() starts it anew."
             )
         if run.stop is not None and number < run.stop and self.rank == 0:
             warnings.warn(
