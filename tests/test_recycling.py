@@ -268,7 +268,11 @@ class OnlyLoss(Returns):
     ("make", "error", "words"),
     [
         (TwoViews, ValueError, r"one row for each of the batch's 8 instances, got shape \[16, 4\]"),
-        (OnlyLoss, TypeError, r"recycle=True needs training_step to return .*'embeddings'.*got \['loss'\]"),
+        (
+            OnlyLoss,
+            TypeError,
+            r"recycle=True needs training_step to return .*'embeddings'.*or a pair of them.*got \['loss'\]",
+        ),
     ],
 )
 def test_refuses_other_outputs(make, error, words):

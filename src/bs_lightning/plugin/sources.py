@@ -255,7 +255,8 @@ class RecycledEmbeddings(BankedEmbeddings):
             return  # `training_step` skipped the batch
         if not isinstance(outputs, dict) or "embeddings" not in outputs:
             raise TypeError(
-                "recycle=True needs training_step to return {'loss': ..., 'embeddings': tensor of shape [b, d]}, got "
+                "recycle=True needs training_step to return {'loss': ..., 'embeddings': tensor of shape [b, d], or "
+                "a pair of them}, got "
                 f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
             )
         trainer = self._trainer
