@@ -584,6 +584,8 @@ def _check_pool_size(pool_size: Any) -> None:
             )
     elif isinstance(pool_size, str):
         raise ValueError(f'pool_size must be an integer, a float in (0, 1], "all", "auto" or None, got {pool_size!r}.')
+    elif callable(pool_size):
+        raise TypeError(f"pool_size must be an integer, got {pool_size!r}. Name a composer: composer=RWRComposer().")
     elif check_integer("pool_size", pool_size) < 2:
         raise ValueError(f"pool_size must be at least one global batch, got {pool_size}.")
 
