@@ -223,6 +223,16 @@ def test_a_function_that_cannot_embed_is_named():
     assert "let the function that you gave as embed take batch[0]" in error.value.__notes__[0]
 
 
+def test_a_function_that_takes_no_module_is_told_its_arguments():
+    class Clean(Data):
+        def pool_dataset(self):
+            return torch.zeros(self.n, 8)
+
+    with pytest.raises(TypeError) as error:
+        fit(Model(), Clean(), walker(embed=torch.nn.Linear(8, 4)))
+    assert "a function of (pl_module, batch)" in error.value.__notes__[0]
+
+
 def test_items_that_cannot_be_collated_are_said_to_be_those_of_pool_dataset():
     class Uneven(Data):
         def pool_dataset(self):

@@ -200,7 +200,7 @@ def _advice(batch: Any, is_training_data: bool, how: str, is_own_function: bool)
             f"parts. If the first part is the input, {first}. Otherwise {how} one clean view of each instance."
         )
     if is_own_function:
-        return f"{what} Give BatchSamplerCallback(embed=...) a function that takes such a batch."
+        return f"{what} Give BatchSamplerCallback(embed=...) a function of (pl_module, batch) that takes such a batch."
     return f"{what} Give the module a method embed(batch) that takes a batch of pool_dataset()."
 
 
