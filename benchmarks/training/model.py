@@ -8,7 +8,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from bs_lightning import BatchSamplerDataModule
-from bs_lightning.recipes.steps import cosine
+from bs_lightning.recipes.schedules import cosine
 
 Mask = Callable[[BatchSamplerDataModule], Tensor]
 

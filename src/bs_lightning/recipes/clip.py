@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.losses import info_nce
-from bs_lightning.recipes.steps import cosine, with_decay
+from bs_lightning.recipes.schedules import cosine, with_decay
 from bs_lightning.recipes.text_encoder import (
     Pooling,
     TextEncoder,

@@ -13,7 +13,7 @@ from bs_lightning._checks import check_number
 from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.probes import ProbedModule
 from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
-from bs_lightning.recipes.steps import cosine, n_steps
+from bs_lightning.recipes.schedules import cosine, n_steps
 
 
 class MoCoV3(ProbedModule):
