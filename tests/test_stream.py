@@ -52,6 +52,17 @@ def test_each_instance_comes_once(n, batch_size, n_pool_batches, drop_last, kind
         assert len(loader) == len(batches)
 
 
+def test_a_rehearsal_composes_as_many_instances_as_a_pool_has():
+    sizes = []
+
+    def compose(embeddings, batch_size, *, seed, epoch):
+        sizes.append(len(embeddings))
+        return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    fit(Model(), StreamData(4, 24), walker(10, composer=compose, warmup_epochs=1), max_epochs=2)
+    assert sizes == [12, 12, 12]  # 10 instances are two batches and a half, and the rehearsal comes first
+
+
 WORKERS = [
     {},
     {"num_workers": 1},

@@ -154,8 +154,9 @@ class TrainerPlanner:
         """
         layout = self.layout
         if isinstance(cut, Pools):
-            # The layout of a stream holds one batch, as its length is not known.
-            n_batches = round(cut.size / layout.global_batch_size) if self.trainer.datamodule.streams else layout.n_full
+            n_batches = layout.n_full
+            if self.trainer.datamodule.streams:  # whose layout holds one batch, as the length is not known
+                n_batches = int(cut.size / layout.global_batch_size + 0.5)
             return cut.next_pool(0, n_batches, layout)[1] * layout.global_batch_size
         return layout.n_full * layout.global_batch_size
 
