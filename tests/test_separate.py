@@ -178,7 +178,7 @@ class OneGroup(Data):
 
 def test_refuses_a_group_that_is_too_large():
     with pytest.raises(
-        ValueError, match="cannot keep the 20 instances of group 80 apart: an epoch has 12 full batches"
+        ValueError, match="Cannot keep the 20 instances of group 80 apart: an epoch has 12 full batches"
     ):
         fit(Model(), OneGroup(8, 100, separate_groups=True), walker())
 
@@ -189,7 +189,10 @@ class TwoGroups(Data):
 
 
 def test_refuses_several_groups_of_an_instance():
-    with pytest.raises(ValueError, match=r"needs one group for each instance, \[N\], got groups of shape \[100, 2\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"one group for each instance, \[N\], got groups of shape \[100, 2\]",
+    ):
         fit(Model(), TwoGroups(8, 100, separate_groups=True), walker())
 
 

@@ -182,9 +182,7 @@ class EpochPlan:
         if planning is not None:
             planning.cut.check(layout)
             if planning.replacement and groups is not None:
-                raise ValueError(
-                    "separate_groups=True needs batches that share no instances, but the composer has replacement=True."
-                )
+                raise ValueError("groups need batches that share no instances, but planning has replacement=True.")
         self.layout = layout
         self.seed = seed
         self.epoch = epoch

@@ -4,6 +4,10 @@ import numpy as np
 
 from bs_lightning._types import Indices, Order
 
+_INSTEAD = (
+    "Or leave out separate_groups=True, or the groups of PoolBatchSampler, and mask the pairs of a group in the loss."
+)
+
 
 def check_separable(groups: Indices, n_batches: int) -> None:
     """Refuse several groups for an instance, and a group with more instances than there are batches.
@@ -18,16 +22,15 @@ def check_separable(groups: Indices, n_batches: int) -> None:
     """
     if groups.ndim != 1:
         raise ValueError(
-            f"separate_groups=True needs one group for each instance, [N], got groups of shape {list(groups.shape)}. "
-            "Leave separate_groups out, and mask the pairs of a group in the loss."
+            f"To keep groups apart needs one group for each instance, [N], got groups of shape {list(groups.shape)}. "
+            f"{_INSTEAD}"
         )
     numbers, counts = np.unique(groups, return_counts=True)
     largest = int(counts.argmax())
     if counts[largest] > n_batches:
         raise ValueError(
-            f"separate_groups=True cannot keep the {counts[largest]} instances of group {numbers[largest]} apart: an "
-            f"epoch has {n_batches} full batches. Lower batch_size, or leave separate_groups out and mask "
-            "the pairs of a group in the loss."
+            f"Cannot keep the {counts[largest]} instances of group {numbers[largest]} apart: an epoch has {n_batches} "
+            f"full batches. Lower batch_size. {_INSTEAD}"
         )
 
 
