@@ -88,11 +88,17 @@ def attribute(owner, path, change):
         ("fit_loop.epoch_loop.batch_progress.is_last_batch", "loops.position"),
         ("fit_loop.restarting", "loops.restarting"),
         ("fit_loop.epoch_progress.current.processed", "loops.epochs_processed"),
-        ("fit_loop.epoch_progress.current.ready", "loops.count_epoch"),
+        ("fit_loop.epoch_progress.current.ready", "loops.mend_counters"),
         ("fit_loop.epoch_progress.current.started", "loops.in_epoch"),
-        ("fit_loop.epoch_progress.increment_ready", "loops.count_epoch"),
-        ("fit_loop.epoch_progress.increment_started", "loops.count_epoch"),
-        ("fit_loop.restarted_mid_epoch", "loops.count_epoch"),
+        ("fit_loop.epoch_progress.increment_ready", "loops.mend_counters"),
+        ("fit_loop.epoch_progress.increment_started", "loops.mend_counters"),
+        ("fit_loop.restarted_mid_epoch", "loops.mend_counters"),
+        ("fit_loop.restarted_on_epoch_start", "loops.mend_counters"),
+        ("fit_loop.epoch_loop.restarted_on_train_batch_end", "loops.mend_counters"),
+        *(
+            (f"fit_loop.epoch_loop.batch_progress.{name}", "loops.mend_counters")
+            for name in ("total.ready", "total.started", "total.processed", "total.completed", "reset_on_run")
+        ),
         ("num_training_batches", "batch_sampler.TrainerBatchSampler.plan"),
         ("distributed_sampler_kwargs", "datamodule.BatchSamplerDataModule.train_dataloader"),
         ("overfit_batches", "callback.BatchSamplerCallback.should_plan"),

@@ -99,6 +99,59 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(saves, flags, make, 
         assert resumed.batches == whole.batches[step:], f"from step {step}"
 
 
+@pytest.mark.parametrize("first", [5, 12, 23])
+def test_a_run_that_was_resumed_from_within_a_step_may_be_resumed_again(first, tmp_path):
+    """Lightning goes on counting the batch that was begun when the first checkpoint was written."""
+    torch.manual_seed(0)
+    whole, resumed = Exact(), Exact()
+    train(whole, tmp_path, SavesAtBatchStart)
+    train(resumed, tmp_path / "resumed", every_step, ckpt_path=tmp_path / f"step={first}.ckpt")
+    assert resumed.batches == whole.batches[first:]
+    for step in (first + 1, 24, 30):
+        again = Exact()
+        train(again, tmp_path, ckpt_path=tmp_path / "resumed" / f"step={step}.ckpt")
+        assert again.batches == whole.batches[step:], f"from step {step}"
+
+
+def test_a_run_whose_epoch_was_skipped_may_be_resumed(tmp_path):
+    class Skips(Exact):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if (self.current_epoch, batch_idx) == (0, 9) else None
+
+    torch.manual_seed(0)
+    whole = Skips()
+    train(whole, tmp_path, every_step)
+    assert [len(batches) for batches in whole.epochs.values()] == [9, 12, 12]
+    for step in (9, 14, 21):
+        resumed = Skips()
+        train(resumed, tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.batches == whole.batches[step:], f"from step {step}"
+
+
+class SavesAtEpochStart(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("val_check_interval", [1.0, 5])
+def test_a_checkpoint_may_be_written_at_an_epochs_start(val_check_interval, tmp_path):
+    flags = {"val_check_interval": val_check_interval}
+    torch.manual_seed(0)
+    whole = Exact()
+    train(whole, tmp_path, SavesAtEpochStart, **flags)
+    for epoch in range(EPOCHS):
+        resumed = Exact()
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        train(resumed, tmp_path / "resumed", every_step, ckpt_path=path, **flags)
+        assert resumed.batches == whole.batches[12 * epoch :]
+        again = Exact()
+        train(again, tmp_path, ckpt_path=tmp_path / "resumed" / "step=30.ckpt", **flags)
+        assert again.batches == whole.batches[30:]
+
+
 @pytest.mark.parametrize("step", [2, 5, 9])
 def test_looking_into_the_loader_while_an_epoch_is_trained_disturbs_nothing(step, tmp_path):
     """Checkpoints, `trained_batch` and the number of encoded pools stay the same."""
@@ -186,17 +239,13 @@ def test_the_seed_is_that_of_the_checkpoint(tmp_path):
 
 
 def test_the_seed_is_in_a_checkpoint_from_before_the_first_batch(tmp_path):
-    class SavesAtEpochStart(Callback):
-        def on_train_epoch_start(self, trainer, *_):
-            trainer.save_checkpoint(tmp_path / f"epoch{trainer.current_epoch}.ckpt")
-
     def run(global_seed, *callbacks, **kwargs):
         seed_everything(global_seed, verbose=False)
         fit(model := Exact(), Data(), *callbacks, walker(), max_epochs=1, **kwargs)
         return sorted(model.batches[0])
 
-    first = run(1, SavesAtEpochStart())
-    assert run(2, ckpt_path=tmp_path / "epoch0.ckpt") == first
+    first = run(1, SavesAtEpochStart(tmp_path))
+    assert run(2, ckpt_path=tmp_path / "epoch=0.ckpt") == first
     assert run(2) != first
 
 

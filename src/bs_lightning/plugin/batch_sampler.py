@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bs_lightning.plan import EpochPlan, Pool
 from bs_lightning.plugin.loader import TrainingData
-from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, next_batch
+from bs_lightning.plugin.loops import batch_in_training, epochs_processed, in_epoch, mend_counters, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
 
@@ -35,8 +35,11 @@ class TrainerBatchSampler(PoolBatchSampler):
             epoch: The epoch to serve, where there is no Trainer. A Trainer knows more of its position.
         """
         self._has_begun = True
-        if self._data.trainer is None:
+        trainer = self._data.trainer
+        if trainer is None:
             super().set_epoch(epoch)
+        elif trainer.training and self._data.train_sampler is self:
+            mend_counters(trainer)
 
     def plan(self) -> EpochPlan:
         """Plan the rest of the epoch being trained.
@@ -54,7 +57,6 @@ class TrainerBatchSampler(PoolBatchSampler):
         if not self._has_begun or not trainer.training or self._data.train_sampler is not self:
             return self._uniform_plan()
 
-        count_epoch(trainer)
         if not in_epoch(trainer):
             return self._uniform_plan()  # a hook at the start or end of an epoch looks into the loader
         state = self._data.restored_state()

@@ -91,7 +91,7 @@ def in_epoch(trainer: Trainer) -> bool:
     counts those of the epoch before. In ``on_train_start`` of a resumed run it is ``True`` too early.
 
     Args:
-        trainer: The Trainer, after :func:`count_epoch`.
+        trainer: The Trainer, after :func:`mend_counters`.
 
     Returns:
         ``True`` in an epoch.
@@ -100,17 +100,30 @@ def in_epoch(trainer: Trainer) -> bool:
     return bool(progress.started > progress.processed)
 
 
-def count_epoch(trainer: Trainer) -> None:
-    """Count an epoch that Lightning has begun without counting it.
+def mend_counters(trainer: Trainer) -> None:
+    """Set Lightning's counters right, where they are wrong after resuming. Call it before each epoch.
 
-    This happens after resuming from a checkpoint that was written in ``on_train_batch_end`` of an epoch's last batch.
-    Lightning does not count the epoch that it trains next. To Lightning, a checkpoint from that epoch looks as if it
-    were taken between two epochs. A run resumed from it would train the epoch's first batches again.
+    - A batch that was begun but not trained, as in a checkpoint that was written within a step, stays counted as begun.
+      To Lightning, later checkpoints then look as if they were taken at a different place, and a run resumed from one
+      of them would train a batch again.
+    - After a checkpoint that was written in ``on_train_epoch_start``, the batches of the epoch before are still
+      counted, and the epoch that begins is not. Lightning would take the epoch for ended.
+    - After a checkpoint that was written in ``on_train_batch_end`` of an epoch's last batch, Lightning does not count
+      the epoch that it trains next. To Lightning, a checkpoint from that epoch looks as if it were taken between two
+      epochs. A run resumed from it would train the epoch's first batches again.
 
     Args:
         trainer: The Trainer.
     """
-    progress = trainer.fit_loop.epoch_progress
-    if trainer.fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    total = epoch_loop.batch_progress.total
+    total.ready = total.started = total.processed
+    # Lightning is about to count the batch in whose `on_train_batch_end` the checkpoint was written.
+    total.completed = total.processed - epoch_loop.restarted_on_train_batch_end
+    progress = fit_loop.epoch_progress
+    if fit_loop.restarted_on_epoch_start:
+        epoch_loop.batch_progress.reset_on_run()
+        progress.current.ready += 1
+    if fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
         progress.increment_ready()
         progress.increment_started()

@@ -1,11 +1,19 @@
 """Stream loader of a Trainer: serves a stream at the epoch and position at which the Trainer is."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from bs_lightning.plugin.loader import LightningLoader, TrainingData
-from bs_lightning.plugin.loops import batch_in_training, count_epoch, epochs_processed, in_epoch, position, restarting
+from bs_lightning.plugin.loops import (
+    batch_in_training,
+    epochs_processed,
+    in_epoch,
+    mend_counters,
+    position,
+    restarting,
+)
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
 
@@ -26,6 +34,19 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         super().__init__(stream, batch_size, **kwargs)
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first pass
+        self.batch_sampler: Any = SimpleNamespace(sampler=self)  # Lightning calls `set_epoch` of this sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Note that an epoch begins. Lightning calls this before each epoch, but after it has fetched a batch ahead.
+
+        Args:
+            epoch: The epoch to serve, where there is no Trainer. A Trainer knows more of its position.
+        """
+        trainer = self._data.trainer
+        if trainer is None:
+            super().set_epoch(epoch)
+        elif trainer.training and self._data.train_sampler is self:
+            mend_counters(trainer)
 
     @property
     def has_planned(self) -> bool:
@@ -59,7 +80,6 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         size = self._data.instances_per_pool(self.layout) or self.pool_size
         if not trainer.training or self._data.train_sampler is not self:
             return Pass(0, 0, stop, size, together=False)
-        count_epoch(trainer)
         epoch, processed = position(trainer)
         if trainer.overfit_batches:
             epoch = 0
