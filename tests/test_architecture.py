@@ -84,8 +84,8 @@ def attribute(owner, path, change):
     [
         ("fit_loop.epoch_loop.batch_progress.current.ready", "loops.next_batch"),
         ("fit_loop.epoch_loop.batch_progress.current.completed", "loops.batch_in_training"),
-        ("fit_loop.epoch_loop.batch_progress.current.processed", "loops.position"),
-        ("fit_loop.epoch_loop.batch_progress.is_last_batch", "loops.position"),
+        ("fit_loop.epoch_loop.batch_progress.current.processed", "loops.step_is_done"),
+        ("fit_loop.epoch_loop.batch_progress.is_last_batch", "loops.epoch_is_trained"),
         ("fit_loop.restarting", "loops.restarting"),
         ("fit_loop.epoch_progress.current.processed", "loops.epochs_processed"),
         ("fit_loop.epoch_progress.current.ready", "loops.mend_counters"),

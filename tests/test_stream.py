@@ -9,7 +9,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Exact, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, walker
+from parts import (
+    Exact,
+    Model,
+    Points,
+    SavesAtBatchStart,
+    assert_equal,
+    fit,
+    pool_order,
+    rng_states,
+    same_cluster_share,
+    walker,
+)
 from processes import batches_by_step, run, run_all
 from stream_parts import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
 from torch.utils.data import IterableDataset
@@ -389,11 +400,47 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(kind, flags, tmp_pat
     for step in (2, per_epoch - 1, per_epoch, per_epoch + 3, per_epoch + 4, 2 * per_epoch + 1):
         resumed = train(Exact(), tmp_path / f"step={step}.ckpt")
         if kind == "Stateful" and not flags and step == per_epoch:
-            # Lightning fetches the next epoch's first batch before it has counted the epoch that ended.
+            # Lightning fetches the next epoch's first batch before it has counted the warm-up that ended.
             assert [len(batch) for batch in resumed] == [len(batch) for batch in whole[step:]]
             assert [len(set(sum(resumed[start : start + per_epoch], []))) for start in (0, per_epoch)] == [103, 103]
         else:
             assert resumed == whole[step:], f"from step {step}"
+
+
+class Masks(Exact):
+    """Records the mask of each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def training_step(self, batch, batch_idx):
+        self.masks.append(self.trainer.datamodule.likely_false_negatives().tolist())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["Stateful", "SizedStateful"])
+@pytest.mark.parametrize("first", [5, 11, 12, 23])
+def test_a_resumed_run_may_be_resumed_again(kind, first, tmp_path):
+    """From each side of an epoch's last batch: Lightning says alike of both that the last batch was fetched."""
+
+    def train(model, folder, ckpt_path=None):
+        saves = ModelCheckpoint(folder / "after", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        settings = {"max_epochs": 3, "enable_checkpointing": True, "default_root_dir": folder}
+        callbacks = walker(32, mask_nearest=3), saves, SavesAtBatchStart(folder / "before")
+        fit(model, StreamData(8, 96, kind, seed=11), *callbacks, ckpt_path=ckpt_path, **settings)
+        return model
+
+    torch.manual_seed(0)
+    whole = train(Masks(), tmp_path)
+    assert any(map(any, whole.masks[first]))
+    for saved in ("before", "after"):
+        resumed = train(Masks(), tmp_path / saved, tmp_path / saved / f"step={first}.ckpt")
+        assert (resumed.batches, resumed.masks) == (whole.batches[first:], whole.masks[first:])
+        for path in (f"before/step={first}", "before/step=23", "after/step=24", "before/step=35"):
+            step = int(path.partition("=")[2])
+            again = train(Masks(), tmp_path / "again", tmp_path / saved / f"{path}.ckpt")
+            assert (again.batches, again.masks) == (whole.batches[step:], whole.masks[step:]), f"from {path}"
 
 
 def test_resuming_a_stream_without_state_warns(tmp_path):

@@ -41,7 +41,7 @@ def batch_in_training(trainer: Trainer | None, n_epochs_processed: int | None) -
 
 
 def position(trainer: Trainer) -> tuple[int, int]:
-    """Return the epoch that is trained next, and how many of its batches have been trained.
+    """Return the epoch that is trained next, and how many of its batches have been trained, of a resumed run.
 
     Unlike :func:`next_batch`, it is right while Lightning fetches a batch ahead, as it does from a loader of unknown
     length. After a resume it does so before it has counted the epoch whose last batch had been trained.
@@ -54,9 +54,45 @@ def position(trainer: Trainer) -> tuple[int, int]:
     """
     progress = trainer.fit_loop.epoch_progress.current
     batches = trainer.fit_loop.epoch_loop.batch_progress
-    if restarting(trainer) and batches.is_last_batch:
-        return progress.ready, 0
-    return progress.processed, batches.current.processed
+    return (progress.ready, 0) if batches.is_last_batch else (progress.processed, batches.current.processed)
+
+
+def batches_processed(trainer: Trainer) -> int:
+    """Return the number of batches that have been trained, of all epochs.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The number of batches.
+    """
+    processed: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    return processed
+
+
+def step_is_done(trainer: Trainer) -> bool:
+    """Return whether the batch that was begun last has been trained, as in ``on_train_batch_end``.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        ``True`` if so, and also between two batches.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.processed == progress.ready)
+
+
+def epoch_is_trained(trainer: Trainer) -> bool:
+    """Return whether the last batch of an epoch has been trained, and no batch of the next epoch has been begun.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        ``True`` if so. ``False`` if the epoch was left before its last batch, as ``max_steps`` may do.
+    """
+    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and step_is_done(trainer))
 
 
 def restarting(trainer: Trainer) -> bool:

@@ -3,16 +3,20 @@
 from types import SimpleNamespace
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch.utils.data import IterableDataset
 
 from bs_lightning.plugin.loader import LightningLoader, TrainingData
 from bs_lightning.plugin.loops import (
     batch_in_training,
+    batches_processed,
+    epoch_is_trained,
     epochs_processed,
     in_epoch,
     mend_counters,
     position,
     restarting,
+    step_is_done,
 )
 from bs_lightning.stream import Pass, StreamLoader
 from bs_lightning.stream_state import StreamState
@@ -33,7 +37,8 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
     def __init__(self, data: TrainingData, stream: IterableDataset[Any], batch_size: int, **kwargs: Any) -> None:
         super().__init__(stream, batch_size, **kwargs)
         self._data = data
-        self._n_epochs_processed: int | None = None  # before the first pass
+        self._n_epochs_processed: int | None = None  # before the first epoch
+        self._n_batches_before = 0  # trained before the pass
         self.batch_sampler: Any = SimpleNamespace(sampler=self)  # Lightning calls `set_epoch` of this sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -47,6 +52,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
             super().set_epoch(epoch)
         elif trainer.training and self._data.train_sampler is self:
             mend_counters(trainer)
+            self._n_epochs_processed = epochs_processed(trainer)
 
     @property
     def has_planned(self) -> bool:
@@ -62,13 +68,20 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         raise TypeError("trained_batch() gives dataset indices, which a stream has not. Put a key into each instance.")
 
     def state(self) -> StreamState:
-        """Return the position of training within the pass."""
-        trainer, state = self._data.trainer, super().state()
-        if trainer is None or self._pass is None:
+        """Return the position of training: within the pass, or before the next one."""
+        trainer, state, run = self._data.trainer, super().state(), self._pass
+        if trainer is None or run is None:
             return state
-        _, served = position(trainer)
-        pool = self._pass.pool_of(served) or self._pass.pool_of(served - 1)
-        return StreamState(state.seed, state.global_batch_size, self._pass.epoch, 0 if pool is None else served, pool)
+        served = self._n_served(run, trainer)
+        if served > run.start and epoch_is_trained(trainer):
+            return StreamState(state.seed, state.global_batch_size, run.epoch + 1, 0, None)
+        pool = run.pool_of(served) or run.pool_of(served - 1)
+        return StreamState(state.seed, state.global_batch_size, run.epoch, 0 if pool is None else served, pool)
+
+    def _n_served(self, run: Pass, trainer: Trainer) -> int:
+        """The number of the pass's batches that have been trained. Lightning may have fetched one more."""
+        # Lightning's number of the batch in its epoch goes on from the epoch before, after some resumes.
+        return run.start + batches_processed(trainer) - self._n_batches_before
 
     def _begin(self) -> Pass:
         """Begin the pass of the epoch being trained, or a throwaway uniform pass for anyone else who iterates."""
@@ -80,7 +93,11 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         size = self._data.instances_per_pool(self.layout) or self.pool_size
         if not trainer.training or self._data.train_sampler is not self:
             return Pass(0, 0, stop, size, together=False)
-        epoch, processed = position(trainer)
+        state = self._data.restored_stream_state()
+        epoch, start = epochs_processed(trainer), 0
+        if restarting(trainer):
+            # Lightning's counters do not tell whether an epoch's last batch has been trained, or only fetched.
+            epoch, start = position(trainer) if state is None else (state.epoch, state.served)
         if trainer.overfit_batches:
             epoch = 0
         is_trained = self._pass is not None and self._pass.served > self._pass.start and not self._pass.ended
@@ -88,25 +105,26 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         is_fetched = self._n_instances is None and self._pass is None
         if is_trained or not (in_epoch(trainer) or is_fetched):
             return Pass(epoch, 0, stop, size, together=False)  # a hook looks into the loader
-        restored, start = None, 0
-        state = self._data.restored_stream_state()
+        restored = None
         if state is not None:
             self.seed = state.seed
-        if restarting(trainer) and processed:
-            start = processed
+        if start:
             if self._pass is not None and self._pass.epoch == epoch:
                 restored = self._pass.restored  # Lightning asks for an iterator of this epoch a second time
             else:
-                unknown = StreamState(self.seed, self.layout.global_batch_size, epoch, processed, None)
+                unknown = StreamState(self.seed, self.layout.global_batch_size, epoch, start, None)
                 restored = self._readable(state or unknown)
         if trainer.num_training_batches != float("inf"):
             stop = int(trainer.num_training_batches)
         planning = self._data.planning(self.layout)
         plan_pool = None if planning is None else planning.plan_pool
         self._pass = Pass(epoch, start, stop, size, plan_pool, restored)
-        self._n_epochs_processed = epochs_processed(trainer)
+        self._n_batches_before = batches_processed(trainer)
         return self._pass
 
     def _trained_batch_number(self) -> int | None:
         """The number in its epoch of the batch being trained."""
-        return batch_in_training(self._data.trainer, self._n_epochs_processed)
+        trainer, run = self._data.trainer, self._pass
+        if trainer is None or run is None or batch_in_training(trainer, self._n_epochs_processed) is None:
+            return None
+        return self._n_served(run, trainer) - step_is_done(trainer)
