@@ -152,6 +152,24 @@ def test_a_checkpoint_may_be_written_at_an_epochs_start(val_check_interval, tmp_
         assert again.batches == whole.batches[30:]
 
 
+@pytest.mark.parametrize("max_steps", [12, 14, 24])
+def test_a_run_that_max_steps_ended_may_go_on(max_steps, tmp_path):
+    """It goes on with the next epoch's first batch."""
+    torch.manual_seed(0)
+    whole, begun, resumed = Exact(), Exact(), Exact()
+    begun.load_state_dict(whole.state_dict())
+    train(whole, tmp_path, max_epochs=-1, max_steps=36)
+    made = train(begun, tmp_path, max_epochs=-1, max_steps=max_steps)
+    made.save_checkpoint(tmp_path / "ended.ckpt")
+    train(resumed, tmp_path, ckpt_path=tmp_path / "ended.ckpt", max_epochs=-1, max_steps=36)
+    assert begun.batches == whole.batches[:max_steps]
+    assert len(resumed.batches) == 36 - max_steps
+    if max_steps == 14:
+        assert [len(batches) for batches in resumed.epochs.values()] == [12, 10]
+    else:
+        assert resumed.batches == whole.batches[max_steps:]
+
+
 @pytest.mark.parametrize("step", [2, 5, 9])
 def test_looking_into_the_loader_while_an_epoch_is_trained_disturbs_nothing(step, tmp_path):
     """Checkpoints, `trained_batch` and the number of encoded pools stay the same."""

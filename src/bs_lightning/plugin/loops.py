@@ -142,8 +142,9 @@ def mend_counters(trainer: Trainer) -> None:
     - A batch that was begun but not trained, as in a checkpoint that was written within a step, stays counted as begun.
       To Lightning, later checkpoints then look as if they were taken at a different place, and a run resumed from one
       of them would train a batch again.
-    - After a checkpoint that was written in ``on_train_epoch_start``, the batches of the epoch before are still
-      counted, and the epoch that begins is not. Lightning would take the epoch for ended.
+    - After a checkpoint that was written in ``on_train_epoch_start``, or after a fit that ``max_steps`` had ended, the
+      batches of the epoch before are still counted. Lightning would take them for batches of the epoch that begins.
+    - After a checkpoint that was written in ``on_train_epoch_start``, the epoch that begins is not counted.
     - After a checkpoint that was written in ``on_train_batch_end`` of an epoch's last batch, Lightning does not count
       the epoch that it trains next. To Lightning, a checkpoint from that epoch looks as if it were taken between two
       epochs. A run resumed from it would train the epoch's first batches again.
@@ -158,8 +159,9 @@ def mend_counters(trainer: Trainer) -> None:
     total.completed = total.processed - epoch_loop.restarted_on_train_batch_end
     progress = fit_loop.epoch_progress
     if fit_loop.restarted_on_epoch_start:
-        epoch_loop.batch_progress.reset_on_run()
         progress.current.ready += 1
+    if restarting(trainer) and not (fit_loop.restarted_mid_epoch or fit_loop.restarted_on_epoch_end):
+        epoch_loop.batch_progress.reset_on_run()
     if fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
         progress.increment_ready()
         progress.increment_started()
