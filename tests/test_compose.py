@@ -85,6 +85,11 @@ def test_defaults_are_those_of_the_docs_and_survive_pickling():
     assert (composer.graph.n_neighbors, composer.restart_probability, composer.replacement) == (15, 0.2, False)
 
 
+def test_refuses_a_graph_that_takes_no_seed():
+    with pytest.raises(TypeError, match=r"graph must take \(embeddings, \*, seed=0\), got .*lambda.*'seed'"):
+        RWRComposer(lambda embeddings: 0)
+
+
 @pytest.mark.parametrize("alpha", [0, -1, 1.5, float("nan")])
 def test_refuses_a_restart_probability_out_of_range(alpha):
     with pytest.raises(ValueError, match=rf"restart_probability must lie in \(0, 1\], got {alpha}"):

@@ -22,6 +22,11 @@ from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, Composer,
         ({"embed": 3}, TypeError, "embed must be a function of .pl_module, batch., got 3"),
         ({"encode_batch_size": 0}, ValueError, "encode_batch_size must be at least 1, got 0"),
         (
+            {"composer": lambda embeddings, batch_size: 0},
+            TypeError,
+            r"composer must take \(embeddings, batch_size, \*, seed, epoch\), got .*lambda.*'seed'",
+        ),
+        (
             {"composer": RWRComposer},
             TypeError,
             r"composer must be an object, such as RWRComposer\(\), got the class",

@@ -1,5 +1,6 @@
 """Checks of arguments that several modules share."""
 
+import inspect
 import math
 import operator
 from numbers import Real
@@ -84,6 +85,30 @@ def check_instance_callable(name: str, value: Any, example: str) -> None:
         raise TypeError(f"{name} must be an object, such as {example}, got the class {value.__name__}.")
     if not callable(value):
         raise TypeError(f"{name} must be callable, such as {example}, got {value!r}.")
+
+
+def check_signature(name: str, function: Any, form: str, *args: Any, **kwargs: Any) -> None:
+    """Refuse a function that cannot be called with these arguments.
+
+    Args:
+        name: The argument's name.
+        function: What is called.
+        form: What it must take, for the message.
+        *args: Positional arguments of such a call.
+        **kwargs: Its keyword arguments.
+
+    Raises:
+        TypeError: Naming the argument, what it must take, and what it takes.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions that are written in C do not say
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        called = getattr(function, "__qualname__", type(function).__qualname__)
+        raise TypeError(f"{name} must take {form}, got {called}{signature}: {error}.") from None
 
 
 def check_length(name: str, values: Any, n_instances: int) -> None:

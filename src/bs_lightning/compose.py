@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_instance_callable, check_integer
+from bs_lightning._checks import check_instance_callable, check_integer, check_signature
 from bs_lightning._types import Batches, Embeddings, Neighbors
 from bs_lightning.edges import check_graph, without_edges
 from bs_lightning.graphs import Graph, NNDescentGraph, RandomCandidateGraph, SharedGraph
@@ -135,12 +135,15 @@ def as_composer(composer: Composer | ComposeFunction) -> Composer:
         A composer.
 
     Raises:
-        TypeError: If ``composer`` is not callable, is a class instead of an object, or is a graph.
+        TypeError: If ``composer`` is not callable, is a class or a graph, or takes other arguments.
     """
     check_instance_callable("composer", composer, "RWRComposer()")
     if isinstance(composer, SharedGraph):
         raise TypeError(f"composer must be a composer, got the graph {composer!r}. Give RWRComposer(graph).")
-    return composer if isinstance(composer, Composer) else FunctionComposer(composer)
+    made = composer if isinstance(composer, Composer) else FunctionComposer(composer)
+    asked = dict.fromkeys(asked_for(made))
+    check_signature("composer", composer, "(embeddings, batch_size, *, seed, epoch)", None, 2, seed=0, epoch=0, **asked)
+    return made
 
 
 def asked_for(composer: Composer) -> set[str]:
@@ -186,12 +189,13 @@ class GraphComposer(Composer):
         graph: Builds the graph; ``None`` is ``NNDescentGraph(n_neighbors=15)``.
 
     Raises:
-        TypeError: If ``graph`` is not callable.
+        TypeError: If ``graph`` is not callable, or takes other arguments.
     """
 
     def __init__(self, graph: Graph | None = None) -> None:
         if graph is not None:
             check_instance_callable("graph", graph, "ExactGraph(n_neighbors=15)")
+            check_signature("graph", graph, "(embeddings, *, seed=0)", None, seed=0)
         self.graph = NNDescentGraph() if graph is None else graph
 
     @property
@@ -227,7 +231,7 @@ class RWRComposer(GraphComposer):
         seconds: Seconds that the last call spent in ``"graph"`` and ``"walk"``.
 
     Raises:
-        TypeError: If ``graph`` is not callable, or an argument has a wrong type.
+        TypeError: If ``graph`` is not callable or takes other arguments, or an argument has a wrong type.
         ValueError: If ``restart_probability`` is a number outside ``(0, 1]``, or ``n_roots`` is below 1.
 
     Example:
