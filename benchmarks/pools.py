@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--embeddings", required=True, help="an .npz file with z [N, d] and y [N]")
     parser.add_argument("--pool-sizes", type=int, nargs="+", default=[1024, 2560, 5120, 25600])
     parser.add_argument("--exact-up-to", type=int, default=5120, help="largest pool for ExactGraph")
-    parser.add_argument("--instances", type=int, default=25600, help="instances in an epoch")
+    parser.add_argument("--instances", type=int, default=25600, help="most instances in an epoch")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--n-neighbors", type=int, default=15)
     parser.add_argument("--restart-probability", type=float, default=0.2)
@@ -121,10 +121,10 @@ def main() -> None:
     for graph in graphs:  # compiles
         rwr_batches(graph(z[: 4 * args.batch_size]), args.batch_size)
 
-    whole = args.instances // args.batch_size * args.batch_size
+    whole = len(orders[0]) // args.batch_size * args.batch_size
     uniform = describe(z, y, orders[0][:whole].reshape(-1, args.batch_size))
     print_row(row("uniform batches", "", *uniform), with_header=True)
-    for pool_size in args.pool_sizes:
+    for pool_size in (size for size in args.pool_sizes if size <= whole):
         for graph in graphs:
             if isinstance(graph, ExactGraph) and pool_size > args.exact_up_to:
                 continue

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import csv_files
+from benchmarks import csv_files, pools
 from benchmarks.composers import __main__ as composers
 from benchmarks.composers import catalog, plot, scale, table
+from bs_lightning import _walk_kernel
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,3 +150,13 @@ def test_a_results_file_gains_columns_and_keeps_its_rows(tmp_path):
     assert path.read_bytes() == b'arm,seed,loss\n"a, b",0,\n,1,0.333333\n'
     assert csv_files.read(path)[1] == {"arm": "", "seed": "1", "loss": "0.333333"}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_pools_of_fewer_embeddings_than_an_epoch(tmp_path, monkeypatch, capsys):
+    for name in ("PATIENCE", "walk_batches"):  # the script sets them
+        monkeypatch.setattr(_walk_kernel, name, getattr(_walk_kernel, name))
+    given = ("--embeddings", clustered(tmp_path, 330), "--batch-size", 32, "--pool-sizes", 128, 512, "--repeats", 1)
+    monkeypatch.setattr(sys, "argv", ["pools", *map(str, given)])
+    pools.main()
+    found = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert found == [["| uniform batches", ""], ["| NNDescentGraph", "128"], ["| ExactGraph", "128"]]
