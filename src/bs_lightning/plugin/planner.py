@@ -86,7 +86,7 @@ class TrainerPlanner:
         self._own_rule = own_rule
         self._rules: Sequence[Rule] = ()
         self.layout: BatchLayout
-        self._batch_size = 0
+        self._batch_size: int
         self._labels: Tensor | None = None
         self._described: dict[str, tuple[float, int]] = {}  # a sum over batches, and their number
 
