@@ -22,6 +22,7 @@ from datasets import DatasetDict, Features, Image, Sequence, Value
 from hf_parts import POOL, B, N, RecordedSimCSE, Records, bert, bert_trainer, composer, pairs, sentence_trainer
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.losses import MatryoshkaLoss
+from transformers import TrainerCallback
 
 from bs_lightning import ExactGraph, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools, RWRComposer
 from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
@@ -161,6 +162,21 @@ def test_resuming_within_a_pool(tmp_path, more):
     assert again.batches == whole.batches[2 * trained :]
 
 
+@pytest.mark.parametrize(("step", "more"), [(12, {}), (3, {"ignore_data_skip": True})], ids=str)
+def test_a_run_that_skips_no_data_resumes_with_its_workers(tmp_path, step, more):
+    class Sees(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            workers.append(kwargs["train_dataloader"].num_workers)
+
+    workers = []
+    more |= {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": 1}
+    sentence_trainer(tmp_path, **more).train()
+    resumed = sentence_trainer(tmp_path, **more)
+    resumed.add_callback(Sees())
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert workers == (24 - step) * [1]
+
+
 def test_a_second_training_starts_anew(tmp_path):
     trainer = sentence_trainer(tmp_path, num_train_epochs=1, composer=hf_parts.in_order)
     for _ in range(2):
@@ -172,6 +188,11 @@ def test_a_second_training_starts_anew(tmp_path):
 def test_the_seed_of_batches(tmp_path, seeds, used):
     batches = list(sentence_trainer(tmp_path, composer=hf_parts.in_order, **seeds).get_train_dataloader().batch_sampler)
     assert batches == list(PoolBatchSampler(N, B, seed=used))
+
+
+def test_an_epoch_that_is_served_again_begins_with_its_first_batch(tmp_path):
+    sampler = sentence_trainer(tmp_path, composer=hf_parts.in_order).get_train_dataloader().batch_sampler
+    assert list(sampler) == list(sampler)
 
 
 def test_by_default_a_pool_is_ten_batches(tmp_path):
@@ -211,6 +232,17 @@ def test_the_first_side_is_the_first_column(tmp_path):
     embeddings, indices = pools[0]
     expected = torch.nn.functional.normalize(embed_pairs(trainer.model.state_dict(), indices), dim=-1)
     torch.testing.assert_close(embeddings, expected)
+
+
+def test_a_single_column_of_texts_has_one_side(tmp_path):
+    def compose(embeddings, batch_size, *, seed, epoch):
+        shapes.append(embeddings.shape)
+        return hf_parts.in_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    shapes = []
+    data = pairs().remove_columns("positive")  # for losses of texts and labels
+    next(iter(sentence_trainer(tmp_path, data=data, composer=compose).get_train_dataloader().batch_sampler))
+    assert shapes == [(POOL, 16)]
 
 
 def test_a_composer_with_replacement(tmp_path):

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import logging
 import math
 import pkgutil
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -48,6 +50,19 @@ def test_only_the_adapters_import_other_trainers_and_nothing_imports_them():
 def test_an_import_does_not_warn_in_a_notebook():
     for path in SOURCE.rglob("*.py"):
         assert "tqdm.auto" not in set(imported(path)), f"{path}: without ipywidgets, tqdm.auto warns in a notebook"
+
+
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_messages_go_where_the_user_logs_else_to_the_screen(is_set_up, monkeypatch, capsys):
+    log = logging.getLogger("bs_lightning")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    theirs = [logging.StreamHandler(sys.stdout)] if is_set_up else []
+    monkeypatch.setattr(logging.root, "handlers", theirs)
+    importlib.reload(bs_lightning)
+    log.info("a message")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (("a message\n", "") if is_set_up else ("", "a message\n"))
 
 
 def test_imports_have_no_circle():

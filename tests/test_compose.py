@@ -90,6 +90,15 @@ def test_refuses_a_graph_that_takes_no_seed():
         RWRComposer(lambda embeddings: 0)
 
 
+def test_prepares_the_graph_that_compiles(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(NNDescentGraph, "prepare", lambda graph, *given: prepared.append(given))
+    example = torch.zeros(2, 8)
+    for composer in (RWRComposer(), RWRComposer(ExactGraph())):
+        composer.prepare(5000, example)
+    assert prepared == [(5000, example)]
+
+
 @pytest.mark.parametrize("alpha", [0, -1, 1.5, float("nan")])
 def test_refuses_a_restart_probability_out_of_range(alpha):
     with pytest.raises(ValueError, match=rf"restart_probability must lie in \(0, 1\], got {alpha}"):

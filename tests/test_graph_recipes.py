@@ -184,6 +184,7 @@ def test_drop_nodes():
     assert len(kept) == 54
     assert numbered_edges(view) == [(a, b) for a, b in numbered_edges(graph) if a in kept and b in kept]
     assert drop_nodes(graph).x[:, 0].tolist() != kept
+    assert drop_nodes(graph, share=1.0).num_nodes == 1
 
 
 def test_perturb_edges():

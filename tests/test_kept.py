@@ -1,5 +1,7 @@
 """Embeddings of the whole dataset that are kept for some epochs: ``BatchSamplerCallback(encode_every=...)``."""
 
+import time
+
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -85,6 +87,16 @@ def test_the_graph_of_all_data_is_kept_as_long():
     sizes.clear()
     fit(Counts(), Data(8, 100), walker(48, composer=composer, encode_every=2), max_epochs=3)
     assert sizes == [48] * 6
+
+
+def test_the_log_says_how_long_the_graph_of_all_data_took():
+    class Slow(ExactGraph):
+        def __call__(self, embeddings, *, seed=0):
+            time.sleep(0.05)
+            return super().__call__(embeddings, seed=seed)
+
+    made = fit(Counts(), Data(8, 100), walker("all", composer=RWRComposer(Slow(5)), encode_every=2), max_epochs=1)
+    assert made.callback_metrics["batch_sampler/graph_seconds"] >= 0.05
 
 
 @pytest.mark.parametrize("loader", [{}, {"num_workers": 2, "prefetch_factor": 8}], ids=str)

@@ -298,6 +298,14 @@ def test_padding_changes_nothing(pooling, side):
     assert torch.allclose(encoder(alone)[0], encoder(beside)[0], atol=1e-5)
 
 
+def test_mean_pooling_is_the_mean_over_a_texts_own_tokens():
+    encoder, batch = TextEncoder(bert(), "mean"), tokens("r0 g1", "b3")
+    states, n_tokens = encoder.transformer(**batch).last_hidden_state, batch["attention_mask"].sum(dim=1)
+    assert n_tokens.tolist() == [4, 3]
+    expected = torch.stack([row[:n].mean(dim=0) for row, n in zip(states, n_tokens, strict=True)])
+    torch.testing.assert_close(encoder(batch), expected)
+
+
 def test_the_dual_encoder_may_have_two_encoders():
     batch = tokens("r0"), tokens("r0")
     queries, documents = DualEncoder(bert()).embed(batch)

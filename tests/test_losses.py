@@ -1,6 +1,7 @@
 """The losses against literal loops, under masks, in low precision, and over two processes."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -372,6 +373,14 @@ def test_every_loss_is_there_twice():
     modules = {each.removesuffix("Loss").lower() for each in losses.__all__ if each[0].isupper()}
     assert modules == {name.replace("_", "") for name in functions}
     assert {case[0].__name__ for case in CASES.values()} == functions
+
+
+def test_a_module_has_the_defaults_of_its_function():
+    for function, module, _ in CASES.values():
+        of_function, of_module = (inspect.signature(each).parameters for each in (function, module))
+        assert {name: of_function[name].default for name in of_module} == {
+            name: parameter.default for name, parameter in of_module.items()
+        }
 
 
 # Bad input

@@ -1,5 +1,7 @@
 """Embeddings of a whole dataset in a file, and batches that are composed from them."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,18 @@ def test_moves_a_batch_that_takes_only_a_device(tmp_path):
         collate_fn=lambda items: OnlyToDevice(torch.stack(items)),
     )
     np.testing.assert_allclose(rows, torch.nn.functional.normalize(data, dim=1), atol=1e-3)
+
+
+def test_a_named_tuple_keeps_its_names(tmp_path):
+    class Item(NamedTuple):
+        row: torch.Tensor
+        name: str
+
+    data = [Item(row, "row") for row in torch.eye(4)]
+    rows = encode_dataset(
+        torch.nn.Identity(), data, tmp_path / "r.npy", batch_size=2, embed=lambda batch: batch.row, progress=False
+    )
+    assert np.array_equal(rows, np.eye(4))
 
 
 def test_a_failure_leaves_an_earlier_file_and_nothing_else(tmp_path):

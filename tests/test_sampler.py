@@ -278,6 +278,10 @@ def test_the_mask_of_a_hand_written_loop():
     for _ in range(10):
         next(batches)
     restored = resumed(make(), made.state_dict())
+    restored.plan()
+    assert restored.trained_batch() is None  # since it was resumed, it has served none
+    assert restored.likely_false_negatives() is None
+    restored = resumed(make(), made.state_dict())
     assert list(served(restored, PoolLoader(torch.arange(98), restored))) == masks[10:]
     uniform = PoolBatchSampler(98, 4)
     next(iter(PoolLoader(torch.arange(98), uniform)))

@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -93,6 +94,12 @@ def test_refuses_parts_of_epochs(make, name, value):
 def test_refuses_what_is_not_a_number(make, words):
     with pytest.raises(TypeError, match=words):
         make()
+
+
+@pytest.mark.parametrize("schedule", [LinearDecay(0.2, 0.05, 10), Staircase()])
+def test_a_schedule_cannot_be_changed_past_the_checks(schedule):
+    with pytest.raises(FrozenInstanceError):
+        schedule.start = 2
 
 
 def test_numpy_numbers_are_used_as_python_numbers():

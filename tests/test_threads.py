@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.util
+import logging
 import multiprocessing
 import os
 import platform
@@ -209,13 +210,15 @@ def test_each_process_compiles_where_no_file_can_be_locked(monkeypatch):
     assert compiled == [True]
 
 
-def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch):
+def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("bs_lightning"), "propagate", True)  # so that caplog receives the message
     monkeypatch.setattr(_nndescent, "_compiled", False)
     monkeypatch.setattr(sys, "executable", "false")
     NNDescentGraph(5).prepare(100, torch.zeros(2, 8))
     assert _nndescent._compiler is not None
     assert NNDescentGraph(5)(torch.randn(100, 8)).shape == (100, 5)
     assert _nndescent._compiler is None
+    assert "the process that compiles pynndescent's kernels failed. They are compiled here." in caplog.text
 
 
 @pytest.mark.parametrize("size", [0, 100])

@@ -12,6 +12,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from parts import Data, Model, Points, assert_equal, fit, pool_order, rng_states, same_cluster_share, trainer, walker
 from stream_parts import StreamData
 
@@ -308,6 +309,15 @@ def test_seed_none_takes_the_global_seed():
         fit(model, data, max_epochs=1)
         orders.append(model.batches)
     assert orders[0] != orders[1]
+
+
+def test_all_processes_take_the_global_seed_of_rank_0(monkeypatch):
+    seed_everything(123, verbose=False)
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, value, src=0: 1 if value == 123 else value)
+    with_seed, without = Model(), Model()
+    fit(with_seed, Data(seed=1), max_epochs=1)
+    fit(without, Data(), max_epochs=1)
+    assert without.batches == with_seed.batches
 
 
 def test_a_loader_without_a_trainer_serves_the_epoch_that_is_set():
