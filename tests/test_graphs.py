@@ -533,6 +533,14 @@ def test_nndescent_is_determined_by_the_seed():
     assert not any(np.array_equal(one, other) for other in others)
 
 
+def test_nndescent_prepares_for_one_side_or_for_two(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(graphs, "compile_ahead", lambda n_sides: prepared.append(n_sides))
+    for example in (gaussian(2), two_sides(2)):
+        NNDescentGraph().prepare(100, example)
+    assert prepared == [1, 2]
+
+
 def test_nndescent_uses_no_more_threads_than_it_may(monkeypatch):
     embeddings = gaussian(1500, dim=64)
     NNDescentGraph(15)(embeddings)

@@ -200,6 +200,14 @@ def test_many_batches_of_two_sides_at_once(labels):
     assert together == pytest.approx(updated(InBatchHardness(), one_by_one).compute().item())
 
 
+def test_metrics_say_which_values_are_better():
+    """A ``MetricTracker`` asks them for it."""
+    assert InBatchAccuracy.higher_is_better
+    lower = (Alignment, InBatchFalseNegativeRate, NegativesAbovePositive, Uniformity)
+    assert [metric.higher_is_better for metric in lower] == [False] * 4
+    assert InBatchHardness.higher_is_better is None  # harder negatives teach more, up to a limit
+
+
 def test_large_batches_are_compared_in_parts(monkeypatch):
     expected = in_batch_accuracy(TWO_SIDES), negatives_above_positive(TWO_SIDES)
     monkeypatch.setattr("bs_lightning.metrics._pairs.BLOCK_ENTRIES", 2 * SIZE**2)

@@ -473,6 +473,14 @@ def test_resuming_without_the_state_of_the_datamodule_warns(tmp_path):
     assert len(model.batches) == 12 - 5
 
 
+def test_a_loader_without_a_trainer_serves_the_epoch_that_is_set():
+    loader, expected = StreamData(8, 100, seed=1).train_dataloader(), StreamLoader(Stream(100), 8, seed=1)
+    for epoch in (0, 1):
+        for each in (loader, expected):
+            each.set_epoch(epoch)
+        assert served(loader) == served(expected)
+
+
 @pytest.mark.parametrize("kind", ["Stream", "Sized"])
 def test_the_mask_is_that_of_the_batch_being_trained(kind):
     class Masked(Model):

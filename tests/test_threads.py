@@ -221,6 +221,18 @@ def test_an_ended_compiler_that_failed_stops_nothing(monkeypatch, caplog):
     assert "the process that compiles pynndescent's kernels failed. They are compiled here." in caplog.text
 
 
+def test_the_process_that_compiles_ends_with_the_one_that_started_it(monkeypatch):
+    compiler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    importer = threading.Thread(target=compiler.wait)
+    importer.start()
+    monkeypatch.setattr(_nndescent, "_compiler", compiler)
+    monkeypatch.setattr(_nndescent, "_importer", importer)
+    _nndescent._stop_compiler(-1)  # in a process that was forked
+    assert importer.is_alive()
+    _nndescent._stop_compiler(os.getpid())
+    assert not importer.is_alive()
+
+
 @pytest.mark.parametrize("size", [0, 100])
 def test_small_pools_prepare_nothing(monkeypatch, size):
     monkeypatch.setattr(graphs, "_SMALL_POOL", 100)

@@ -269,6 +269,15 @@ def test_the_momentum_encoder_gets_no_gradient():
     assert len(model.optimizers().param_groups[0]["params"]) == len(weights(model.encoder, model.projector)) + 4
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_optimizer_has_the_settings_and_all_weights_that_have_a_gradient(name):
+    model = vision_parts.model(name, learning_rate=0.125, weight_decay=0.25)
+    fit(model, vision_parts.data(), max_steps=1)
+    (group,) = model.optimizers().param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.125, 0.25)
+    assert set(group["params"]) == {parameter for parameter in model.parameters() if parameter.grad is not None}
+
+
 def test_a_momentum_encoder_in_half_precision_is_refused():
     with pytest.raises(ValueError, match=r'are torch.bfloat16, .* Use Trainer.precision="bf16-mixed"'):
         fit(vision_parts.model("moco_v3"), vision_parts.data(), max_epochs=1, precision="bf16-true")
