@@ -110,6 +110,7 @@ def attribute(owner, path, change):
         ("fit_loop.restarted_mid_epoch", "loops.mend_counters"),
         ("fit_loop.restarted_on_epoch_start", "loops.mend_counters"),
         ("fit_loop.epoch_loop.restarted_on_train_batch_end", "loops.mend_counters"),
+        ("fit_loop.epoch_loop.restarting", "loops.mend_counters"),
         *(
             (f"fit_loop.epoch_loop.batch_progress.{name}", "loops.mend_counters")
             for name in ("total.ready", "total.started", "total.processed", "total.completed", "reset_on_run")

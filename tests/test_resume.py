@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from parts import Data, Exact, SavesAtBatchStart, fit, walker
 from processes import batches_by_step, run, run_all
+from stream_parts import StreamData
 from torch.utils.data import DataLoader
 
 # Each epoch has 12 batches of 8, in pools of 4 batches. The first epoch is uniform.
@@ -150,6 +151,33 @@ def test_a_checkpoint_may_be_written_at_an_epochs_start(val_check_interval, tmp_
         again = Exact()
         train(again, tmp_path, ckpt_path=tmp_path / "resumed" / "step=30.ckpt", **flags)
         assert again.batches == whole.batches[30:]
+
+
+class SetsEpochs(Exact):
+    """Tells the loader the epoch in each hook, as some loops must."""
+
+    def tell(self, *_):
+        self.trainer.train_dataloader.set_epoch(self.current_epoch)
+
+    on_train_start = on_train_epoch_start = on_train_batch_start = on_train_batch_end = on_train_epoch_end = tell
+
+
+@pytest.mark.parametrize("data", [ValidatedData, StreamData])
+@pytest.mark.parametrize(
+    "saves", [SavesAtBatchStart, SavesAtBatchEnd, SavesAtEpochStart], ids=lambda each: each.__name__
+)
+def test_setting_the_epoch_by_hand_disturbs_nothing(saves, data, tmp_path):
+    kind = {"kind": "SizedStateful"} if data is StreamData else {}
+    torch.manual_seed(0)
+    whole = Exact()
+    train(whole, tmp_path, saves, data=data, loader=kind)
+    steps = {"epoch=1": 12, "epoch=2": 24} if saves is SavesAtEpochStart else {f"step={n}": n for n in (5, 12, 23, 24)}
+    for name, step in steps.items():
+        resumed, again = SetsEpochs(), SetsEpochs()
+        train(resumed, tmp_path / "resumed", every_step, ckpt_path=tmp_path / f"{name}.ckpt", data=data, loader=kind)
+        assert resumed.batches == whole.batches[step:], f"from {name}"
+        train(again, tmp_path, ckpt_path=tmp_path / "resumed" / "step=30.ckpt", data=data, loader=kind)
+        assert again.batches == whole.batches[30:], f"from {name}"
 
 
 @pytest.mark.parametrize("max_steps", [12, 14, 24])

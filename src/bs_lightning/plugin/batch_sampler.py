@@ -38,7 +38,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._data.trainer
         if trainer is None:
             super().set_epoch(epoch)
-        elif trainer.training and self._data.train_sampler is self:
+        elif trainer.training and self._data.train_sampler is self and self._trained_batch_number() is None:
             mend_counters(trainer)
 
     def plan(self) -> EpochPlan:

@@ -137,7 +137,7 @@ def in_epoch(trainer: Trainer) -> bool:
 
 
 def mend_counters(trainer: Trainer) -> None:
-    """Set Lightning's counters right, where they are wrong after resuming. Call it before each epoch.
+    """Set Lightning's counters right, where they are wrong after resuming. Call it before each epoch, once or more.
 
     - A batch that was begun but not trained, as in a checkpoint that was written within a step, stays counted as begun.
       To Lightning, later checkpoints then look as if they were taken at a different place, and a run resumed from one
@@ -157,10 +157,12 @@ def mend_counters(trainer: Trainer) -> None:
     total.ready = total.started = total.processed
     # Lightning is about to count the batch in whose `on_train_batch_end` the checkpoint was written.
     total.completed = total.processed - epoch_loop.restarted_on_train_batch_end
+    if not epoch_loop.restarting:
+        return  # a batch has been trained since
     progress = fit_loop.epoch_progress
     if fit_loop.restarted_on_epoch_start:
-        progress.current.ready += 1
-    if restarting(trainer) and not (fit_loop.restarted_mid_epoch or fit_loop.restarted_on_epoch_end):
+        progress.current.ready = progress.current.processed + 1
+    if not (fit_loop.restarted_mid_epoch or fit_loop.restarted_on_epoch_end):
         epoch_loop.batch_progress.reset_on_run()
     if fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
         progress.increment_ready()

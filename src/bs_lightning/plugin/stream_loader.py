@@ -50,7 +50,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         trainer = self._data.trainer
         if trainer is None:
             super().set_epoch(epoch)
-        elif trainer.training and self._data.train_sampler is self:
+        elif trainer.training and self._data.train_sampler is self and self._trained_batch_number() is None:
             mend_counters(trainer)
             self._n_epochs_processed = epochs_processed(trainer)
 
