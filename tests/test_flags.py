@@ -187,6 +187,13 @@ def test_fast_dev_run():
         fit(model, Data(), walker(embed=lambda module, batch: None, warmup_epochs=1), fast_dev_run=True)
 
 
+def test_barebones_does_not_warn_of_logs_that_the_user_did_not_ask_for(recwarn):
+    model = Model()
+    fit(model, Data(), walker(), barebones=True)
+    assert len(model.batches) == 24
+    assert not [warning for warning in recwarn if "self.log" in str(warning.message)]
+
+
 @pytest.mark.parametrize("overfit", [3, 0.25])
 def test_overfit_batches_serves_the_same_batches_each_epoch(overfit, caplog):
     model, counts, records = Model(), Counts(), Records()

@@ -510,8 +510,9 @@ class BatchSamplerCallback(Callback):
         if spent:
             log |= {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
             log["batch_sampler/time_share"] = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
-        # Without a batch size, Lightning would look for one in the epoch's last batch, which may be of any kind.
-        pl_module.log_dict(log, sync_dist=True, batch_size=1)
+        if not trainer.barebones:  # it logs nothing, and warns of each value
+            # Without a batch size, Lightning would look for one in the epoch's last batch, which may be of any kind.
+            pl_module.log_dict(log, sync_dist=True, batch_size=1)
         if self._must_check_mask and self.should_plan(trainer):
             trainer.datamodule.warn_of_unread_mask()
             self._must_check_mask = False
