@@ -1,5 +1,6 @@
 """Streams: data that can only be read in order, served in composed batches from a buffer."""
 
+import weakref
 from functools import partial
 
 import numpy as np
@@ -406,6 +407,14 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(kind, flags, tmp_pat
             assert [len(set(sum(resumed[start : start + per_epoch], []))) for start in (0, per_epoch)] == [103, 103]
         else:
             assert resumed == whole[step:], f"from step {step}"
+
+
+def test_a_loader_that_nobody_needs_ends_at_once():
+    """In a cycle it would wait for the garbage collector, and torch then ten seconds for its workers."""
+    loader = StreamData().train_dataloader()
+    alive = weakref.ref(loader)
+    del loader
+    assert alive() is None
 
 
 class Masks(Exact):

@@ -39,7 +39,11 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first epoch
         self._n_batches_before = 0  # trained before the pass
-        self.batch_sampler: Any = SimpleNamespace(sampler=self)  # Lightning calls `set_epoch` of this sampler
+
+    @property
+    def batch_sampler(self) -> Any:
+        """What Lightning looks into for a ``sampler`` whose ``set_epoch`` it calls."""
+        return SimpleNamespace(sampler=self)  # not an attribute: a cycle would keep workers from ending at once
 
     def set_epoch(self, epoch: int) -> None:
         """Note that an epoch begins. Lightning calls this before each epoch, but after it has fetched a batch ahead.
