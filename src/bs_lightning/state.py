@@ -135,8 +135,6 @@ class SamplerState:
             ValueError: If the state was taken after all batches of a different epoch, or lacks the pool that serves
                 batch ``start``.
         """
-        if epoch != self.epoch and self.served < self.stop:
-            return  # `max_steps` ended the epoch early, and the Trainer begins the next one in its middle
         if epoch != self.epoch:
             raise ValueError(
                 f"The checkpoint was taken after all {self.served} batches of epoch {self.epoch}, but training would "

@@ -99,11 +99,11 @@ class TrainerBatchSampler(PoolBatchSampler):
                 state.check_same_batches(self.layout, self.groups_digest)
             if start > 0:
                 state.check_position(self.epoch, start)
-            if start > 0 and state.epoch != self.epoch:
+            elif state.epoch != self.epoch and state.mid_epoch:
                 rank_zero_warn(
                     f"The checkpoint was taken after {state.served} of {state.stop} batches of epoch {state.epoch}, as "
-                    f"max_steps ended training there. Lightning goes on at batch {start} of epoch {self.epoch}: the "
-                    "batches before it are not served."
+                    f"max_steps or a hook ended the epoch there. Lightning goes on with epoch {self.epoch}: the other "
+                    "batches are not served."
                 )
             return state.pool
         if start > 0:
