@@ -397,6 +397,12 @@ def test_images_of_mixed_size_and_mode(tmp_path):
     assert torch.equal(pixels[0], pixels[4])
 
 
+def test_by_default_images_have_the_size_that_clips_models_take():
+    data = ImageTextData([(IMAGES[0], "r0")], tokenizer(), 4)
+    data.setup()
+    assert data.pool_dataset()[0][0].shape == (3, 224, 224)
+
+
 def test_images_are_cut_at_random_in_training_only():
     stripes = Image.fromarray(np.arange(8 * 64, dtype=np.uint32).astype(np.uint8).reshape(8, 64))
     data = image_data([(stripes, "r0")] * 2)

@@ -200,11 +200,19 @@ def test_many_batches_of_two_sides_at_once(labels):
     assert together == pytest.approx(updated(InBatchHardness(), one_by_one).compute().item())
 
 
-def test_metrics_say_which_values_are_better():
-    """A ``MetricTracker`` asks them for it."""
-    assert InBatchAccuracy.higher_is_better
-    lower = (Alignment, InBatchFalseNegativeRate, NegativesAbovePositive, Uniformity)
-    assert [metric.higher_is_better for metric in lower] == [False] * 4
+def test_metrics_say_which_values_are_better_and_whether_they_have_a_gradient():
+    """A ``MetricTracker`` asks which are better."""
+    said = {
+        metric: (metric.higher_is_better, metric.is_differentiable)
+        for metric in (InBatchAccuracy, InBatchFalseNegativeRate, NegativesAbovePositive, Alignment, Uniformity)
+    }
+    assert said == {
+        InBatchAccuracy: (True, False),
+        InBatchFalseNegativeRate: (False, False),
+        NegativesAbovePositive: (False, False),
+        Alignment: (False, True),
+        Uniformity: (False, True),
+    }
     assert InBatchHardness.higher_is_better is None  # harder negatives teach more, up to a limit
 
 

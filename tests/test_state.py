@@ -45,7 +45,7 @@ def goes_on(state):
 
 STATE = taken(10)
 PATHS = [(name,) for name in STATE] + [("pool", name) for name in STATE["pool"]]
-WRONG = [None, True, -1, 3, 7, 10**6, 1.5, "x", "5", [1], {}, torch.tensor([1]), torch.zeros(2, 2)]
+WRONG = [None, True, -1, 3, 7, 27, 10**6, 1.5, "x", "5", [1], {}, torch.tensor([1]), torch.zeros(2, 2)]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)

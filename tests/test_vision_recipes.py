@@ -74,6 +74,7 @@ def test_recycling(name):
     records = Records()
     made = fit(vision_parts.model(name), vision_parts.data(), walker(32, recycle=True), records)
     assert "batch_sampler/hardness" in made.callback_metrics
+    assert "train/loss" in made.progress_bar_metrics
     assert_each_index_once(records)
 
 
