@@ -8,6 +8,8 @@ Then it must find the names of the letters of DejaVu Serif among all names.
 
 The learning rate and the temperature are those that were best for uniform batches on DejaVu Sans Mono, with seed 0. The
 walks were chosen there, too, with other seeds: `python examples/glyphs.py --validation` measures there.
+
+`--weighted` trains all arms with the weighted loss, which gives more weight to hard negatives of any batch.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, NNDescentGraph, RWRComposer
-from bs_lightning.losses import info_nce
+from bs_lightning.losses import info_nce, weighted
 from bs_lightning.metrics import in_batch_hardness
 
 TRAIN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
@@ -57,6 +60,8 @@ so uniform batches also get as many seconds."""
 
 Batch = tuple[Tensor, Tensor]
 """Pictures, floats ``[B, 24, 24]``, and the words of their names, integers ``[B, length]``, 0 after the last word."""
+Loss = Callable[..., Tensor]
+"""Both sides, floats ``[B, d]`` each, and ``temperature`` -> the loss."""
 
 
 # The data: letters, and what they are called
@@ -149,10 +154,13 @@ class PicturesAndNames(Dataset[tuple[Tensor, Tensor]]):
 
 
 class CLIP(LightningModule):
-    """A tower for pictures and a tower for names, trained with the InfoNCE loss in both directions."""
+    """A tower for pictures and a tower for names, trained with a loss in both directions."""
 
-    def __init__(self, n_words: int, width: int = 128, learning_rate: float = 8e-3, temperature: float = 0.1) -> None:
+    def __init__(
+        self, n_words: int, loss: Loss, width: int = 128, learning_rate: float = 8e-3, temperature: float = 0.1
+    ) -> None:
         super().__init__()
+        self.loss = loss
         self.learning_rate, self.temperature = learning_rate, temperature
         self.picture_tower = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS**2, 512), nn.ReLU(), nn.Linear(512, width))
         self.words = nn.EmbeddingBag(n_words + 1, width, padding_idx=0)
@@ -165,7 +173,7 @@ class CLIP(LightningModule):
         return self.picture_tower(pictures), bags + self.name_tower(bags)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return info_nce(*self.embed(batch), temperature=self.temperature)
+        return self.loss(*self.embed(batch), temperature=self.temperature)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, fused=True)
@@ -196,11 +204,11 @@ def walks() -> RWRComposer:
     return RWRComposer(NNDescentGraph(n_neighbors=5), restart_probability=0.5)
 
 
-def train(letters: Letters, walked: bool, epochs: int, seed: int) -> CLIP:
+def train(letters: Letters, walked: bool, epochs: int, seed: int, loss: Loss = info_nce) -> CLIP:
     """Return a model trained in uniform or in walked batches."""
     seed_everything(seed, verbose=False)
     torch.set_num_threads(1)  # more threads do not speed up so small a model, and slow it down on shared cores
-    model = CLIP(n_words=int(letters.words.max()))
+    model = CLIP(int(letters.words.max()), loss)
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=[BatchSamplerCallback("all", walks(), encode_every=ENCODE_EVERY)] if walked else [],
@@ -292,7 +300,10 @@ def main() -> None:
     """Train in both kinds of batches with every seed, print the table and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--validation", action="store_true", help="measure on the font on which settings were chosen")
-    font = VALIDATION_FONT if parser.parse_args().validation else TEST_FONT
+    parser.add_argument("--weighted", action="store_true", help="train with the weighted loss instead of InfoNCE")
+    args = parser.parse_args()
+    font = VALIDATION_FONT if args.validation else TEST_FONT
+    loss = partial(weighted, negatives="other_side") if args.weighted else info_nce
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
@@ -305,7 +316,7 @@ def main() -> None:
     for seed in SEEDS:
         for arm, (walked, epochs) in arms.items():
             start = time.perf_counter()
-            model = train(letters, walked, epochs, seed)
+            model = train(letters, walked, epochs, seed, loss)
             seconds = time.perf_counter() - start
             runs[arm].append([*find_names(model, letters, indices, pictures), seconds])
         found = "; ".join(f"{arm} {results[-1][0]:.1f}%" for arm, results in runs.items())
