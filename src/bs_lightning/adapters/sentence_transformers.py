@@ -134,8 +134,8 @@ def keep_apart(batches: Batches, texts: list[set[str]], seed: int) -> tuple[Batc
     """Exchange instances between batches so that no two instances of a batch share a text.
 
     An instance that shares a text is exchanged with one of a different batch, if both then share none. So no exchange
-    brings a new repetition. Texts of more instances than there are batches stay where they are. Texts of nearly as many
-    instances may be left together, as each instance is moved once.
+    brings a new repetition. Texts of more instances than there are batches do not count in this. Texts of nearly as
+    many instances may be left together, as each instance is moved once.
 
     Args:
         batches: Positions in the pool, int64 ``[n, B]``.
