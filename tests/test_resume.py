@@ -180,20 +180,24 @@ def test_setting_the_epoch_by_hand_disturbs_nothing(saves, data, tmp_path):
         assert again.batches == whole.batches[30:], f"from {name}"
 
 
+@pytest.mark.parametrize("kind", [None, "SizedStateful", "Stateful"])
 @pytest.mark.parametrize("max_steps", [12, 14, 24])
-def test_a_run_that_max_steps_ended_may_go_on(max_steps, tmp_path):
-    """It goes on with the next epoch's first batch."""
+def test_a_run_that_max_steps_ended_may_go_on(max_steps, kind, tmp_path):
+    """It goes on with the next epoch's first batch, and may be resumed again."""
     torch.manual_seed(0)
-    whole, begun, resumed = Exact(), Exact(), Exact()
+    whole, begun, resumed, again = Exact(), Exact(), Exact(), Exact()
     begun.load_state_dict(whole.state_dict())
-    train(whole, tmp_path, max_epochs=-1, max_steps=36)
-    made = train(begun, tmp_path, max_epochs=-1, max_steps=max_steps)
+    source = {"data": StreamData, "loader": {"kind": kind}} if kind else {}
+    train(whole, tmp_path, max_epochs=-1, max_steps=36, **source)
+    made = train(begun, tmp_path, max_epochs=-1, max_steps=max_steps, **source)
     made.save_checkpoint(tmp_path / "ended.ckpt")
-    train(resumed, tmp_path, ckpt_path=tmp_path / "ended.ckpt", max_epochs=-1, max_steps=36)
+    train(resumed, tmp_path, every_step, ckpt_path=tmp_path / "ended.ckpt", max_epochs=-1, max_steps=36, **source)
     assert begun.batches == whole.batches[:max_steps]
     assert len(resumed.batches) == 36 - max_steps
     if max_steps == 14:
         assert [len(batches) for batches in resumed.epochs.values()] == [12, 10]
+        train(again, tmp_path, ckpt_path=tmp_path / "step=26.ckpt", max_epochs=-1, max_steps=36, **source)
+        assert again.batches == resumed.batches[12:]
     else:
         assert resumed.batches == whole.batches[max_steps:]
 

@@ -100,8 +100,11 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         state = self._data.restored_stream_state()
         epoch, start = epochs_processed(trainer), 0
         if restarting(trainer):
-            # Lightning's counters do not tell whether an epoch's last batch has been trained, or only fetched.
-            epoch, start = position(trainer) if state is None else (state.epoch, state.served)
+            if state is None:
+                epoch, start = position(trainer)
+            elif state.epoch >= epoch or trainer.overfit_batches:  # else `max_steps` or a hook has ended its pass
+                # Lightning's counters do not tell whether an epoch's last batch has been trained, or only fetched.
+                epoch, start = state.epoch, state.served
         if trainer.overfit_batches:
             epoch = 0
         is_trained = self._pass is not None and self._pass.served > self._pass.start and not self._pass.ended
