@@ -90,6 +90,21 @@ def test_refuses_a_graph_that_takes_no_seed():
         RWRComposer(lambda embeddings: 0)
 
 
+def test_takes_a_composer_whose_decorator_gives_an_argument():
+    def half(function):
+        @functools.wraps(function)
+        def decorated(*args, **kwargs):
+            return function(*args, share=0.5, **kwargs)
+
+        return decorated
+
+    @half
+    def compose(embeddings, batch_size, *, share, seed, epoch):
+        return share
+
+    assert call_composer(as_composer(compose), torch.zeros(4, 2), 2, seed=0, epoch=0) == 0.5
+
+
 def test_prepares_the_graph_that_compiles(monkeypatch):
     prepared = []
     monkeypatch.setattr(NNDescentGraph, "prepare", lambda graph, *given: prepared.append(given))

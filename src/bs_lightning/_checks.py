@@ -101,7 +101,7 @@ def check_signature(name: str, function: Any, form: str, *args: Any, **kwargs: A
         TypeError: Naming the argument, what it must take, and what it takes.
     """
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # a decorator may add arguments
     except ValueError:  # some functions that are written in C do not say
         return
     try:
