@@ -109,6 +109,10 @@ def attribute(owner, path, change):
         ("fit_loop.epoch_progress.increment_started", "loops.mend_counters"),
         ("fit_loop.restarted_mid_epoch", "loops.mend_counters"),
         ("fit_loop.restarted_on_epoch_start", "loops.mend_counters"),
+        ("fit_loop.restarted_on_epoch_end", "loops.mend_counters"),
+        ("fit_loop.reset_restart_stage", "loops.mend_counters"),
+        ("fit_loop._restarting", "loops.mend_counters"),
+        ("fit_loop.epoch_progress.increment_completed", "loops.mend_counters"),
         ("fit_loop.epoch_loop.restarted_on_train_batch_end", "loops.mend_counters"),
         ("fit_loop.epoch_loop.restarting", "loops.mend_counters"),
         *(

@@ -76,6 +76,7 @@ STEPS = {11, 12, 14, 16, 24}
         (SavesAtBatchStart, {}),
         (after_validation, {"val_check_interval": 5}),
         (each_epoch, {}),
+        (each_epoch, {"max_epochs": -1, "max_steps": EPOCHS * 12}),
         (every_step, {"limit_train_batches": 7}),
         (every_step, {"reload_dataloaders_every_n_epochs": 1}),
     ],
@@ -200,6 +201,29 @@ def test_a_run_that_max_steps_ended_may_go_on(max_steps, kind, tmp_path):
         assert again.batches == resumed.batches[12:]
     else:
         assert resumed.batches == whole.batches[max_steps:]
+
+
+def test_a_run_of_max_steps_that_goes_on_from_an_epochs_end_steps_its_schedule(tmp_path):
+    """Lightning steps no plateau schedule at the end of an epoch that it takes for resumed in its middle."""
+
+    class Plateaus(Exact):
+        def configure_optimizers(self):
+            self.stepped = []
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "value"}}
+
+        def on_train_epoch_end(self):
+            self.log("value", 1.0)
+
+        def lr_scheduler_step(self, scheduler, metric):
+            self.stepped.append(self.global_step)
+
+    whole, resumed = Plateaus(), Plateaus()
+    limits = {"max_epochs": -1, "max_steps": 36}
+    train(whole, tmp_path, each_epoch, **limits)
+    train(resumed, tmp_path / "resumed", ckpt_path=tmp_path / "step=12.ckpt", **limits)
+    assert (whole.stepped, resumed.stepped) == ([12, 24, 36], [24, 36])
 
 
 @pytest.mark.parametrize("step", [2, 5, 9])

@@ -409,6 +409,29 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(kind, flags, tmp_pat
             assert resumed == whole[step:], f"from step {step}"
 
 
+def test_a_run_of_max_steps_goes_on_from_an_epochs_end(tmp_path):
+    """Lightning would train one more batch of the epoch that has ended, and then begin the next."""
+
+    def train(model, folder, ckpt_path=None):
+        each_epoch = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+        within = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=30)
+        saves = each_epoch, within
+        settings = {"max_epochs": -1, "max_steps": 40, "enable_checkpointing": True, "default_root_dir": folder}
+        data = StreamData(8, 96, "SizedStateful", seed=11)
+        fit(model, data, walker(32, warmup_epochs=1), *saves, ckpt_path=ckpt_path, **settings)
+        return model
+
+    torch.manual_seed(0)
+    whole = train(Exact(), tmp_path)
+    for step in (12, 24):
+        resumed = train(Exact(), tmp_path / f"from {step}", tmp_path / f"step={step}.ckpt")
+        assert resumed.batches == whole.batches[step:]
+        assert list(resumed.epochs) == list(range(step // 12, 4))
+        for later in (30, 36):
+            again = train(Exact(), tmp_path / "again", tmp_path / f"from {step}" / f"step={later}.ckpt")
+            assert again.batches == whole.batches[later:]
+
+
 def test_a_loader_that_nobody_needs_ends_at_once():
     """In a cycle it would wait for the garbage collector, and torch then ten seconds for its workers."""
     loader = StreamData().train_dataloader()

@@ -145,6 +145,8 @@ def mend_counters(trainer: Trainer) -> None:
     - After a checkpoint that was written in ``on_train_epoch_start``, or after a fit that ``max_steps`` had ended, the
       batches of the epoch before are still counted. Lightning would take them for batches of the epoch that begins.
     - After a checkpoint that was written in ``on_train_epoch_start``, the epoch that begins is not counted.
+    - With ``max_steps``, after a checkpoint that was written in ``on_train_epoch_end``, Lightning would go on with the
+      epoch that has ended, and train one batch more in it.
     - After a checkpoint that was written in ``on_train_batch_end`` of an epoch's last batch, Lightning does not count
       the epoch that it trains next. To Lightning, a checkpoint from that epoch looks as if it were taken between two
       epochs. A run resumed from it would train the epoch's first batches again.
@@ -160,9 +162,14 @@ def mend_counters(trainer: Trainer) -> None:
     if not epoch_loop.restarting:
         return  # a batch has been trained since
     progress = fit_loop.epoch_progress
+    if fit_loop.restarted_on_epoch_end:
+        progress.increment_completed()
+        fit_loop.reset_restart_stage()
+        # With `max_steps`, the setter of `fit_loop.restarting` sets True whatever it is given.
+        fit_loop._restarting = epoch_loop.restarting = False
     if fit_loop.restarted_on_epoch_start:
         progress.current.ready = progress.current.processed + 1
-    if not (fit_loop.restarted_mid_epoch or fit_loop.restarted_on_epoch_end):
+    if not fit_loop.restarted_mid_epoch:
         epoch_loop.batch_progress.reset_on_run()
     if fit_loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
         progress.increment_ready()
