@@ -191,7 +191,7 @@ class TwoGroups(Data):
 def test_refuses_several_groups_of_an_instance():
     with pytest.raises(
         ValueError,
-        match=r"one group for each instance, \[N\], got groups of shape \[100, 2\]",
+        match=r"give each instance one group, \[N\], got groups of shape \[100, 2\]",
     ):
         fit(Model(), TwoGroups(8, 100, separate_groups=True), walker())
 

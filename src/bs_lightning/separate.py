@@ -22,7 +22,7 @@ def check_separable(groups: Indices, n_batches: int) -> None:
     """
     if groups.ndim != 1:
         raise ValueError(
-            f"To keep groups apart needs one group for each instance, [N], got groups of shape {list(groups.shape)}. "
+            f"To keep groups apart, give each instance one group, [N], got groups of shape {list(groups.shape)}. "
             f"{_INSTEAD}"
         )
     numbers, counts = np.unique(groups, return_counts=True)
