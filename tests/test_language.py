@@ -572,6 +572,7 @@ def test_pairs_are_no_negatives_of_pairs_that_share_a_text():
 def test_a_warning_says_when_groups_leave_out_many_negatives(tmp_path):
     for data in (
         PairData([("q0", f"d{number}") for number in range(30)], tokenizer(), 4),
+        PairData([("r0", "r0")] * 30, tokenizer(), 4),
         SentenceData(["r0"] * 30, tokenizer(), 4),
         ImageTextData([(IMAGES[0], f"r{number}") for number in range(30)], tokenizer(), 4),
     ):

@@ -277,12 +277,12 @@ def warn_of_large_groups(groups: Tensor) -> Tensor:
     Returns:
         ``groups``.
     """
-    sizes = groups.flatten().bincount().double()
-    left_out = float((sizes * (sizes - 1)).sum()) / max(len(groups) * (len(groups) - 1), 1)
+    n_instances, sizes = len(groups), groups.flatten().bincount().double()
+    left_out = float((sizes * (sizes - 1)).sum()) / max(n_instances * (n_instances - 1), 1)
     if left_out > 0.1:
         rank_zero_warn(
-            f"{int(sizes.max())} of the {len(groups)} instances share a text or image, and so are not each other's "
-            f"negatives. The loss leaves out up to {min(left_out, 1):.0%} of all negatives. Remove what many instances "
-            "share, or override train_groups()."
+            f"{min(int(sizes.max()), n_instances)} of the {n_instances} instances share a text or image, and so are "
+            f"not each other's negatives. The loss leaves out up to {min(left_out, 1):.0%} of all negatives. Remove "
+            "what many instances share, or override train_groups()."
         )
     return groups
