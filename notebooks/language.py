@@ -48,6 +48,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from bs_lightning import BatchSamplerCallback, ExactGraph, RWRComposer, encode_dataset
 from bs_lightning.metrics import in_batch_accuracy, in_batch_false_negative_rate, in_batch_hardness
 from bs_lightning.recipes.dual_encoder import DualEncoder, PairData
+from bs_lightning.recipes.text_files import text_groups
+from bs_lightning.rules import SameGroup
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
@@ -122,15 +124,15 @@ print(tokenizer.tokenize("Compute the pseudo_inverse of a matrix"))
 # %% [markdown]
 # ## DataModule, and the first false negatives
 #
-# The recipe's `PairData` is a `BatchSamplerDataModule`: it has `train_dataset`, and a `train_groups` that gives the
-# same number to pairs with a common text. Pairs of one group are not each other's negatives in the loss. We add
-# `train_labels`, so that the share of such false negatives in a batch is logged.
+# The recipe's `PairData` is a `BatchSamplerDataModule`: it has `train_dataset`, and a `train_groups` that numbers both
+# texts of each pair. Pairs with a common text are not each other's negatives in the loss. We add `train_labels`, which
+# numbers the queries, so that the share of such false negatives in a batch is logged.
 
 
 # %%
 class Functions(PairData):
     def train_labels(self):
-        return self.train_groups()
+        return text_groups(query for query, _ in self.pairs)
 
 
 def make_data():
@@ -139,8 +141,8 @@ def make_data():
 
 data = make_data()
 data.setup()
-groups = data.train_groups()
-print(f"{len(groups) - len(groups.unique()):,} functions of {len(groups):,} repeat a text of another")
+groups = data.train_labels()
+print(f"{len(groups) - len(groups.unique()):,} functions of {len(groups):,} repeat the query of another")
 for sentence, count in Counter(sentence for _, sentence, _, _ in train).most_common(4):
     print(f"{count:3} x {sentence}")
 
@@ -243,12 +245,13 @@ embeddings = encode_dataset(
 embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))  # [N, 2, d]: query, document
 epoch = len(train) // 64
 first_epoch = {name: torch.stack(served[name][:epoch]) for name in ("uniform", "all")}
+shared_text = SameGroup(data.train_groups())  # marks the pairs that the loss leaves out
 
 
 def show(batch, n_queries=2, n_documents=3):
     queries, documents = embeddings[batch].unbind(1)
     similarity = queries @ documents.T
-    wrong = similarity.masked_fill(groups[batch][:, None] == groups[batch], -1)
+    wrong = similarity.masked_fill(shared_text.in_batch(batch.numpy()), -1)
     for query in wrong.amax(dim=1).argsort(descending=True)[:n_queries]:
         print(f'"{train[batch[query]][1][:90]}"')
         for document in similarity[query].argsort(descending=True)[:n_documents]:
@@ -262,10 +265,10 @@ for name, batches in first_epoch.items():
         show(batch)
 
 # %% [markdown]
-# In the uniform batches the right function comes first. These are the two hardest queries of 64, so a close second can
-# be there by chance. The second uniform batch holds two functions with the same code. They are one group, so they are
-# no negatives, and the loss leaves them out. In the composed batches several functions are near
-# copies of the right one in words. Some of them are ranked before it. This is what the model has yet to learn.
+# In the uniform batches the right function comes first, or its twin does. These are the two hardest queries of 64, so a
+# close second can be there by chance. The second uniform batch holds two functions with the same code. They are no
+# negatives of each other, and the loss leaves the pair out. In the composed batches several functions are near copies
+# of the right one in words. Some of them are ranked before it. This is what the model has yet to learn.
 #
 # ## How similar are the negatives?
 #
@@ -277,7 +280,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constra
 bins = np.linspace(-1, 1, 61)
 for axis, (name, batches) in zip(axes, first_epoch.items(), strict=True):
     similarity = embeddings[batches][:, :, 0] @ embeddings[batches][:, :, 1].mT
-    same = groups[batches][:, :, None] == groups[batches][:, None, :]
+    same = torch.stack([shared_text.in_batch(batch.numpy()) for batch in batches])
     positive = torch.eye(64, dtype=torch.bool).expand_as(same)
     for label, pairs in {"negatives": ~same, "false negatives": same & ~positive, "positives": positive}.items():
         if pairs.any():
@@ -337,9 +340,9 @@ for name, log in {"start": start_log, **logs}.items():
 # the second (step 104), and falls again. Auto finds a loss below its target at once. It makes pools of some hundred
 # pairs, larger ones later, and holds the loss at about 0.3.
 #
-# Both composed runs end above the uniform run on held-out functions: by one to two points of R@1 and by half a point to
-# one point of MRR. This is one seed. A point of R@1 is 14 of 1,416 queries, so the order of "all" and "auto" may be
-# chance. Over six seeds, [a larger study of the same task](../docs/when-it-helps.md) found +0.7 ± 0.3 points of MRR.
+# Both composed runs end above the uniform run on held-out functions, by half a point to one point of R@1 and of MRR.
+# This is one seed. Half a point of R@1 is 7 of 1,416 queries, so the differences may be chance. Over six seeds,
+# [a larger study of the same task](../docs/when-it-helps.md) found +0.7 ± 0.3 points of MRR.
 #
 # What made composing useful here is what the pages on settings ask for: uniform batches had become easy, and the false
 # negatives were known. In the first steps of the start model the loss of uniform batches was about three. There
