@@ -74,6 +74,10 @@ class Pools(Cut):
                 f"{layout.batch_size} x {layout.world_size} processes, got {self.size}. Ten global batches suit most."
             )
 
+    def n_batches(self, layout: BatchLayout) -> int:
+        """Return the number of batches in a pool of a stream, whose length is not known. Half a batch is rounded up."""
+        return max(1, int(self.size / layout.global_batch_size + 0.5))
+
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
         """Cut off a pool, as :class:`Cut` says.
 

@@ -329,9 +329,10 @@ class StreamLoader:
 
     def _n_wanted(self, start: int, run: "Pass") -> int:
         """Return how many instances to read for the pool that begins at batch ``start``."""
+        pools = Pools(run.pool_size)
         if run.stop is None or run.stop <= start:
-            return max(int(run.pool_size / self.layout.global_batch_size + 0.5), 1) * self.batch_size
-        _, end = Pools(run.pool_size).next_pool(start, run.stop, self.layout)
+            return pools.n_batches(self.layout) * self.batch_size
+        _, end = pools.next_pool(start, run.stop, self.layout)
         return (end - start) * self.batch_size
 
     def _read(

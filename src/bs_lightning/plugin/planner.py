@@ -154,10 +154,10 @@ class TrainerPlanner:
         """
         layout = self.layout
         if isinstance(cut, Pools):
-            n_batches = layout.n_full
-            if self.trainer.datamodule.streams:  # whose layout holds one batch, as the length is not known
-                n_batches = int(cut.size / layout.global_batch_size + 0.5)
-            return cut.next_pool(0, n_batches, layout)[1] * layout.global_batch_size
+            # The layout of a stream holds one batch, as its length is not known.
+            streams = self.trainer.datamodule.streams
+            n_batches = cut.n_batches(layout) if streams else cut.next_pool(0, layout.n_full, layout)[1]
+            return n_batches * layout.global_batch_size
         return layout.n_full * layout.global_batch_size
 
     def describe_uniform(self, epoch: int) -> None:
