@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 
 import pytest
 import torch
@@ -192,7 +193,11 @@ def test_a_run_that_max_steps_ended_may_go_on(max_steps, kind, tmp_path):
     train(whole, tmp_path, max_epochs=-1, max_steps=36, **source)
     made = train(begun, tmp_path, max_epochs=-1, max_steps=max_steps, **source)
     made.save_checkpoint(tmp_path / "ended.ckpt")
-    train(resumed, tmp_path, every_step, ckpt_path=tmp_path / "ended.ckpt", max_epochs=-1, max_steps=36, **source)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(resumed, tmp_path, every_step, ckpt_path=tmp_path / "ended.ckpt", max_epochs=-1, max_steps=36, **source)
+    said = [str(warning.message) for warning in caught if "other batches are not served" in str(warning.message)]
+    assert bool(said) == (max_steps == 14)
     assert begun.batches == whole.batches[:max_steps]
     assert len(resumed.batches) == 36 - max_steps
     if max_steps == 14:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset
 
 from bs_lightning.plugin.loader import LightningLoader, TrainingData
@@ -102,9 +103,15 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         if restarting(trainer):
             if state is None:
                 epoch, start = position(trainer)
-            elif state.epoch >= epoch or trainer.overfit_batches:  # else `max_steps` or a hook has ended its pass
+            elif state.epoch >= epoch or trainer.overfit_batches:
                 # Lightning's counters do not tell whether an epoch's last batch has been trained, or only fetched.
                 epoch, start = state.epoch, state.served
+            elif state.served:
+                rank_zero_warn(
+                    f"The checkpoint was taken after {state.served} batches of epoch {state.epoch}, as max_steps or a "
+                    f"hook ended the epoch there. Lightning goes on with epoch {epoch}, which reads the stream anew: "
+                    "the other batches are not served."
+                )
         if trainer.overfit_batches:
             epoch = 0
         is_trained = self._pass is not None and self._pass.served > self._pass.start and not self._pass.ended
