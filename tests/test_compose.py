@@ -1,5 +1,6 @@
 import functools
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ def test_composes_harder_batches_than_uniform_ones():
 def test_what_a_partial_function_has_bound_stays_bound():
     def compose(embeddings, batch_size, *, seed, epoch, labels, indices):
         got.append((labels, indices))
+        return [[0, 1], [2, 3]]
 
     got = []
     composer = as_composer(functools.partial(compose, labels="bound"))
@@ -91,18 +93,27 @@ def test_refuses_a_graph_that_takes_no_seed():
 
 
 def test_takes_a_composer_whose_decorator_gives_an_argument():
-    def half(function):
+    def from_two(function):
         @functools.wraps(function)
         def decorated(*args, **kwargs):
-            return function(*args, share=0.5, **kwargs)
+            return function(*args, first=2, **kwargs)
 
         return decorated
 
-    @half
-    def compose(embeddings, batch_size, *, share, seed, epoch):
-        return share
+    @from_two
+    def compose(embeddings, batch_size, *, first, seed, epoch):
+        return [[first, 3], [0, 1]]
 
-    assert call_composer(as_composer(compose), torch.zeros(4, 2), 2, seed=0, epoch=0) == 0.5
+    batches = call_composer(as_composer(compose), torch.zeros(4, 2), 2, seed=0, epoch=0)
+    assert batches.tolist() == [[2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_a_call_checks_the_batches(replacement):
+    composer = as_composer(lambda embeddings, batch_size, *, seed, epoch: [[0, 1], [1, 2]])
+    composer.replacement = replacement
+    with nullcontext() if replacement else pytest.raises(ValueError, match="returned position 1 twice"):
+        call_composer(composer, torch.zeros(4, 2), 2, seed=0, epoch=0)
 
 
 def test_prepares_the_graph_that_compiles(monkeypatch):

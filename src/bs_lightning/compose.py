@@ -22,6 +22,7 @@ from bs_lightning._types import Batches, Embeddings, Neighbors
 from bs_lightning.edges import check_graph, without_edges
 from bs_lightning.graphs import Graph, NNDescentGraph, RandomCandidateGraph, SharedGraph
 from bs_lightning.isolation import isolated
+from bs_lightning.plan import check_batches
 from bs_lightning.walk import check_restart_probability, rwr_batches
 
 
@@ -164,7 +165,9 @@ def asked_for(composer: Composer) -> set[str]:
 def call_composer(
     composer: Composer, embeddings: Tensor, batch_size: int, *, seed: int, epoch: int, **offered: Any
 ) -> Batches:
-    """Call a composer with what it asks for, and restore the random states and numbers of threads that it changes.
+    """Call a composer with what it asks for, and check its batches.
+
+    Random states and numbers of threads that the composer changes are restored.
 
     Args:
         composer: A composer.
@@ -175,11 +178,16 @@ def call_composer(
         **offered: What composers may ask for. What is missing here is ``None``.
 
     Returns:
-        What the composer returned, not checked yet.
+        Positions in the pool, int64 ``[P // batch_size, batch_size]``.
+
+    Raises:
+        TypeError: If the composer does not return integers.
+        ValueError: If it does not return batches of the pool.
     """
     more = {name: offered.get(name) for name in asked_for(composer)}
     with isolated():
-        return composer(embeddings, batch_size, seed=seed, epoch=epoch, **more)
+        batches = composer(embeddings, batch_size, seed=seed, epoch=epoch, **more)
+    return check_batches(batches, len(embeddings), batch_size, replacement=composer.replacement)
 
 
 class GraphComposer(Composer):

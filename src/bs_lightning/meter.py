@@ -44,7 +44,7 @@ from bs_lightning.losses import info_nce
 from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.metrics._pairs import accuracy_and_negatives_above
 from bs_lightning.permutation import KeyedPermutation, permutation
-from bs_lightning.plan import check_batches, pool_seed
+from bs_lightning.plan import pool_seed
 
 _MEASURED_BATCHES = 40  # for each pool size
 _WARM_UP = 8192  # instances: enough that a graph compiles all that it needs
@@ -211,8 +211,7 @@ def _compose(composer: Composer, embeddings: Tensor, pool: Order, batch_size: in
     """Compose a pool, given as dataset indices ``[P]``, into batches of positions in the pool."""
     indices = pool.astype(np.int64)
     rows = embeddings[torch.from_numpy(indices).to(embeddings.device)]
-    batches = call_composer(composer, rows, batch_size, seed=seed, epoch=0, indices=indices)
-    return check_batches(batches, len(pool), batch_size, replacement=composer.replacement)
+    return call_composer(composer, rows, batch_size, seed=seed, epoch=0, indices=indices)
 
 
 def _measure_batch(rows: Tensor, temperature: float) -> list[float]:

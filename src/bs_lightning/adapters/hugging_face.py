@@ -20,7 +20,7 @@ from bs_lightning.encoding import encode
 from bs_lightning.isolation import no_trace
 from bs_lightning.loader import SETTINGS, BatchFetcher, PoolLoader, check_map_style
 from bs_lightning.metrics._batches import describe_composed
-from bs_lightning.plan import PlannedPool, Planning, check_batches
+from bs_lightning.plan import PlannedPool, Planning
 from bs_lightning.pools import Pools
 from bs_lightning.sampler import PoolBatchSampler
 
@@ -191,8 +191,7 @@ class ComposedBatchesTrainer(Trainer):
         Returns:
             Positions in the pool, int64 ``[P // batch_size, batch_size]``.
         """
-        batches = call_composer(self.composer, embeddings, batch_size, seed=seed, epoch=epoch, indices=indices)
-        return check_batches(batches, len(indices), batch_size, replacement=self.composer.replacement)
+        return call_composer(self.composer, embeddings, batch_size, seed=seed, epoch=epoch, indices=indices)
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         """Embed a pool, each process its share, and let the main process compose it for all."""

@@ -22,7 +22,7 @@ from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
 from bs_lightning.metrics._batches import describe, describe_composed
 from bs_lightning.permutation import permutation
-from bs_lightning.plan import NO_PAIRS, PlannedPool, check_batches
+from bs_lightning.plan import NO_PAIRS, PlannedPool
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.graph import TrainerGraph
 from bs_lightning.plugin.processes import failing_together, gather, own_share
@@ -296,9 +296,8 @@ class TrainerPlanner:
         own = None if own_rule is None else _once_per_graph(MoreSimilar(embeddings, own_rule))
         offered = self._offered(indices, own) | {"neighbors": neighbors}
         start = time.perf_counter()
-        returned = call_composer(composer, embeddings, self._batch_size, seed=seed, epoch=epoch, **offered)
+        batches = call_composer(composer, embeddings, self._batch_size, seed=seed, epoch=epoch, **offered)
         seconds = dict(composer.seconds) or {"compose": time.perf_counter() - start}
-        batches = check_batches(returned, len(indices), self._batch_size, replacement=composer.replacement)
         pairs = NO_PAIRS
         if composer.neighbors is not None:
             pairs = self._likely_false_negatives(composer.neighbors, embeddings, own)
