@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bs_lightning.plan import EpochPlan, Pool
-from bs_lightning.plugin.loader import TrainingData
+from bs_lightning.plugin.loader import TrainingData, trains_on
 from bs_lightning.plugin.loops import batch_in_training, epochs_processed, in_epoch, mend_counters, next_batch
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
@@ -38,7 +38,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._data.trainer
         if trainer is None:
             super().set_epoch(epoch)
-        elif trainer.training and self._data.train_sampler is self and self._trained_batch_number() is None:
+        elif trains_on(self._data, self) and self._trained_batch_number() is None:
             mend_counters(trainer)
 
     def plan(self) -> EpochPlan:
@@ -54,11 +54,8 @@ class TrainerBatchSampler(PoolBatchSampler):
         trainer = self._data.trainer
         if trainer is None:
             return super().plan()
-        if not self._has_begun or not trainer.training or self._data.train_sampler is not self:
-            return self._uniform_plan()
-
-        if not in_epoch(trainer):
-            return self._uniform_plan()  # a hook at the start or end of an epoch looks into the loader
+        if not (self._has_begun and trains_on(self._data, self) and in_epoch(trainer)):
+            return self._uniform_plan()  # a hook looks into the loader, at the start or end of an epoch for example
         state = self._data.restored_state()
         if state is not None:
             self.seed = state.seed

@@ -49,6 +49,19 @@ class TrainingData(Protocol):
         ...
 
 
+def trains_on(data: TrainingData, sampler: object) -> bool:
+    """Return whether a Trainer is training on the batches of a sampler, and not only looking into them.
+
+    Args:
+        data: The DataModule.
+        sampler: A batch sampler, or the loader of a stream.
+
+    Returns:
+        ``False`` also where there is no Trainer, and while it validates.
+    """
+    return data.trainer is not None and data.trainer.training and data.train_sampler is sampler
+
+
 class LightningLoader:
     """Adds to a loader what Lightning asks of it.
 

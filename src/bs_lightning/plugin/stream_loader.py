@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset
 
-from bs_lightning.plugin.loader import LightningLoader, TrainingData
+from bs_lightning.plugin.loader import LightningLoader, TrainingData, trains_on
 from bs_lightning.plugin.loops import (
     batch_in_training,
     batches_processed,
@@ -55,7 +55,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         trainer = self._data.trainer
         if trainer is None:
             super().set_epoch(epoch)
-        elif trainer.training and self._data.train_sampler is self and self._trained_batch_number() is None:
+        elif trains_on(self._data, self) and self._trained_batch_number() is None:
             mend_counters(trainer)
             self._n_epochs_processed = epochs_processed(trainer)
 
@@ -96,7 +96,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         # With `overfit_batches` every epoch has the same batches.
         stop = None if self._n_instances is None else len(self)
         size = self._data.instances_per_pool(self.layout) or self.pool_size
-        if not trainer.training or self._data.train_sampler is not self:
+        if not trains_on(self._data, self):
             return Pass(0, 0, stop, size, together=False)
         state = self._data.restored_stream_state()
         epoch, start = epochs_processed(trainer), 0
