@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -567,27 +566,6 @@ def test_pairs_are_no_negatives_of_pairs_that_share_a_text():
     data.train_dataloader()
     masked = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     assert data.false_negative_rules[0].in_batch(np.arange(4)).int().tolist() == masked
-
-
-def test_a_warning_says_when_groups_leave_out_many_negatives(tmp_path):
-    for data in (
-        PairData([("q0", f"d{number}") for number in range(30)], tokenizer(), 4),
-        PairData([("r0", "r0")] * 30, tokenizer(), 4),
-        SentenceData(["r0"] * 30, tokenizer(), 4),
-        ImageTextData([(IMAGES[0], f"r{number}") for number in range(30)], tokenizer(), 4),
-    ):
-        data.setup()
-        with pytest.warns(UserWarning, match="30 of the 30 instances share .* leaves out up to 100% of all negatives"):
-            data.train_groups()
-    data = SentenceData([f"r{max(number - 11, 0)}" for number in range(30)], tokenizer(), 4)
-    data.setup()
-    with pytest.warns(UserWarning, match="12 of the 30 instances share .* leaves out up to 15% of all"):
-        data.train_groups()
-    data = PairData([(f"q{number // 2}", f"d{number % 13}") for number in range(30)], tokenizer(), 4)
-    data.setup()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data.train_groups()
 
 
 def test_spearman():

@@ -454,6 +454,34 @@ def test_the_data_module_refuses(make, error, words):
         fit(Model(), make(), walker())
 
 
+_NUMBERS = np.arange(100)
+
+
+@pytest.mark.parametrize(
+    ("groups", "settings", "words"),
+    [
+        ([-7] * 100, {}, "100 of the 100 instances share a group.* marks up to 100% of all negatives"),
+        (np.stack([_NUMBERS, np.full(100, 200)], axis=1), {}, "100 of the 100 instances .* up to 100%"),
+        (np.maximum(_NUMBERS - 39, 0), {}, "40 of the 100 instances .* up to 16%"),
+        (np.stack([np.maximum(_NUMBERS - 39, 0)] * 2, axis=1), {}, "40 of the 100 instances .* up to 16%"),
+        (np.maximum(_NUMBERS - 29, 0), {}, None),
+        (np.stack([_NUMBERS // 2, 200 + _NUMBERS % 13], axis=1), {}, None),
+        (_NUMBERS % 9, {}, "12 of the 100 instances .* up to 10%"),
+        (_NUMBERS % 9, {"separate_groups": True, "batch_size": 4}, None),
+    ],
+    ids=["one", "one-shared", "large", "large-named-twice", "small", "pairs", "several", "apart"],
+)
+def test_large_groups_warn(groups, settings, words, recwarn):
+    class Given(Data):
+        def train_groups(self):
+            return groups
+
+    Given(**settings).train_dataloader()
+    shown = [str(each.message) for each in recwarn if "share a group" in str(each.message)]
+    assert len(shown) == (words is not None)
+    assert not shown or re.search(words, shown[0])
+
+
 def test_rules_of_a_hand_written_loop():
     sampler = PoolBatchSampler(20, 5, rules=[SameGroup(np.arange(20) // 5)])
     for batch in sampler:

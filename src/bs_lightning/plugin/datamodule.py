@@ -301,6 +301,8 @@ class BatchSamplerDataModule(LightningDataModule):
             groups=groups if self.separate_groups else None,
             **settings,
         )
+        if groups is not None and not self.separate_groups:  # groups that are kept apart cost no negatives
+            _warn_of_large_groups(groups)
         if self._planner is not None:
             self._planner.attach(self, sampler.layout)
         return TrainerLoader(dataset, sampler, **self.dataloader_kwargs)
@@ -551,6 +553,20 @@ def _are_integers(values: Any) -> bool:
     except (TypeError, ValueError, RuntimeError):  # rows of different lengths, bfloat16, a gradient, a sparse layout
         return False
     return array.ndim == 1 and array.dtype.kind in "iub"
+
+
+def _warn_of_large_groups(groups: NDArray[np.int64]) -> None:
+    """Warn if more than a tenth of all negatives are of one group."""
+    members = np.sort(groups.reshape(len(groups), -1), axis=1)
+    is_first = np.diff(members, axis=1, prepend=members[:, :1] - 1) != 0  # an instance may name a group twice
+    sizes = np.unique(members[is_first], return_counts=True)[1].astype(float)
+    marked = min(float((sizes * (sizes - 1)).sum()) / (len(groups) * (len(groups) - 1)), 1)
+    if marked > 0.1:
+        rank_zero_warn(
+            f"{int(sizes.max())} of the {len(groups)} instances share a group, such as a text or image, and so are not "
+            f"each other's negatives. likely_false_negatives() marks up to {marked:.0%} of all negatives. Remove what "
+            "many instances share, or return other groups from train_groups()."
+        )
 
 
 class _TrainedBuffer(Dataset[Any]):

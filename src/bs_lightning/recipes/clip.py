@@ -28,14 +28,7 @@ from bs_lightning.recipes.text_encoder import (
     model_width,
 )
 from bs_lightning.recipes.text_evaluation import evaluation_loader, retrieval
-from bs_lightning.recipes.text_files import (
-    check_columns,
-    is_table,
-    pair_groups,
-    read_pairs,
-    require,
-    warn_of_large_groups,
-)
+from bs_lightning.recipes.text_files import check_columns, is_table, pair_groups, read_pairs, require
 
 Batch = tuple[Tensor, Tokens]
 """Images, float32 ``[b, 3, height, width]``, and the tokens of their texts."""
@@ -240,7 +233,7 @@ class ImageTextData(BatchSamplerDataModule):
 
     def train_groups(self) -> Tensor:
         """Return the numbers of each pair's image and caption: pairs with one in common are of one group."""
-        return warn_of_large_groups(self.images_with_texts.groups())
+        return self.images_with_texts.groups()
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the pairs to validate on, all of them in every process."""

@@ -15,7 +15,7 @@ from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.schedules import with_decay
 from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
 from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
-from bs_lightning.recipes.text_files import pair_groups, read_pairs, warn_of_large_groups
+from bs_lightning.recipes.text_files import pair_groups, read_pairs
 
 
 class DualEncoder(EvaluatedModule):
@@ -136,4 +136,4 @@ class PairData(TextDataModule):
 
     def train_groups(self) -> Tensor:
         """Return the numbers of each pair's texts: pairs with one in common are of one group."""
-        return warn_of_large_groups(pair_groups(self.pairs))
+        return pair_groups(self.pairs)

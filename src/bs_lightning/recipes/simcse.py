@@ -15,7 +15,7 @@ from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.schedules import with_decay
 from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
 from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
-from bs_lightning.recipes.text_files import read_sentences, text_groups, warn_of_large_groups
+from bs_lightning.recipes.text_files import read_sentences, text_groups
 
 
 class SimCSE(EvaluatedModule):
@@ -139,4 +139,4 @@ class SentenceData(TextDataModule):
 
     def train_groups(self) -> Tensor:
         """Return the same number for equal sentences."""
-        return warn_of_large_groups(text_groups(self.sentences))
+        return text_groups(self.sentences)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 
@@ -266,23 +266,3 @@ def pair_groups(pairs: Sequence[tuple[Any, Any]]) -> Tensor:
     """
     numbers: dict[Any, int] = {}
     return torch.tensor([[numbers.setdefault(member, len(numbers)) for member in pair] for pair in pairs])
-
-
-def warn_of_large_groups(groups: Tensor) -> Tensor:
-    """Warn if more than a tenth of all negatives are of one group, so that the loss leaves them out.
-
-    Args:
-        groups: int64 of shape ``[N]`` or ``[N, 2]``.
-
-    Returns:
-        ``groups``.
-    """
-    n_instances, sizes = len(groups), groups.flatten().bincount().double()
-    left_out = float((sizes * (sizes - 1)).sum()) / max(n_instances * (n_instances - 1), 1)
-    if left_out > 0.1:
-        rank_zero_warn(
-            f"{min(int(sizes.max()), n_instances)} of the {n_instances} instances share a text or image, and so are "
-            f"not each other's negatives. The loss leaves out up to {min(left_out, 1):.0%} of all negatives. Remove "
-            "what many instances share, or override train_groups()."
-        )
-    return groups
