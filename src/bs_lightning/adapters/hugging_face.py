@@ -14,12 +14,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from bs_lightning._checks import check_integer
+from bs_lightning._description import describe_composed
 from bs_lightning._types import Batches, Indices
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, call_composer
 from bs_lightning.encoding import encode
 from bs_lightning.isolation import no_trace
 from bs_lightning.loader import SETTINGS, BatchFetcher, PoolLoader, check_map_style
-from bs_lightning.metrics._batches import describe_composed
 from bs_lightning.plan import PlannedPool, Planning
 from bs_lightning.pools import Pools
 from bs_lightning.sampler import PoolBatchSampler

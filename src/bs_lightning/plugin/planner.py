@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_length
+from bs_lightning._description import describe, describe_composed
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
 from bs_lightning.compose import Composer, RWRComposer, call_composer
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import mutual_nearest
-from bs_lightning.metrics._batches import describe, describe_composed
 from bs_lightning.permutation import permutation
 from bs_lightning.plan import NO_PAIRS, PlannedPool
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule

@@ -1,4 +1,4 @@
-"""What the batches of a pool are like: values to log, by name."""
+"""Description: a pool's batches -> what they are like, as values to log by name."""
 
 import numpy as np
 import torch
