@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from bs_lightning import BatchSamplerDataModule
 from bs_lightning.losses import info_nce
 from bs_lightning.recipes.schedules import cosine, with_decay
+from bs_lightning.recipes.text_data import evaluation_loader
 from bs_lightning.recipes.text_encoder import (
     Pooling,
     TextEncoder,
@@ -27,7 +28,7 @@ from bs_lightning.recipes.text_encoder import (
     load_tokenizer,
     model_width,
 )
-from bs_lightning.recipes.text_evaluation import evaluation_loader, retrieval
+from bs_lightning.recipes.text_evaluation import retrieval
 from bs_lightning.recipes.text_files import check_columns, is_table, pair_groups, read_pairs, require
 
 Batch = tuple[Tensor, Tokens]

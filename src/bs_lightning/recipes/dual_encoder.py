@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bs_lightning.losses import InfoNCELoss
 from bs_lightning.recipes.schedules import with_decay
+from bs_lightning.recipes.text_data import TextDataModule
 from bs_lightning.recipes.text_encoder import Pooling, TextEncoder, Tokens
-from bs_lightning.recipes.text_evaluation import EvaluatedModule, TextDataModule
+from bs_lightning.recipes.text_evaluation import EvaluatedModule
 from bs_lightning.recipes.text_files import pair_groups, read_pairs
 
 
