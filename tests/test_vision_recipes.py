@@ -24,9 +24,10 @@ from bs_lightning.recipes import augment, probes
 from bs_lightning.recipes import images as images_module
 from bs_lightning.recipes.__main__ import main
 from bs_lightning.recipes.augment import change_colors, crop_and_flip, random_view
+from bs_lightning.recipes.image_encoder import Standardize
 from bs_lightning.recipes.images import ImageData, ImageFolder, ParquetImages, Pixels, to_pixels
 from bs_lightning.recipes.moco_v3 import MoCoV3
-from bs_lightning.recipes.resnet import Residual, ResNet18, Standardize
+from bs_lightning.recipes.resnet import Residual, ResNet18
 from bs_lightning.recipes.simclr import SimCLR
 
 ROOT = Path(__file__).parents[1]

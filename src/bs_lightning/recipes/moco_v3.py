@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from bs_lightning._checks import check_number
 from bs_lightning.losses import InfoNCELoss
+from bs_lightning.recipes.image_encoder import Standardize, feature_width
 from bs_lightning.recipes.probes import ProbedModule
-from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
+from bs_lightning.recipes.resnet import ResNet18
 from bs_lightning.recipes.schedules import cosine, n_steps
 
 

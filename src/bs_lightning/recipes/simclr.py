@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bs_lightning.losses import NTXentLoss
+from bs_lightning.recipes.image_encoder import Standardize, feature_width
 from bs_lightning.recipes.probes import ProbedModule
-from bs_lightning.recipes.resnet import ResNet18, Standardize, feature_width
+from bs_lightning.recipes.resnet import ResNet18
 
 
 class SimCLR(ProbedModule):
