@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from bs_lightning._checks import check_integer
 from bs_lightning._types import Indices
 from bs_lightning.compose import ComposeFunction, Composer, FunctionComposer, RWRComposer, as_composer, asked_for
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plan import PlannedPool, Planning
+from bs_lightning.plugin.auto_pools import AutoPools
 from bs_lightning.plugin.batch_sampler import TrainerBatchSampler
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule, check_trainer
 from bs_lightning.plugin.encoder import EncodedEmbeddings, ModuleEmbed
@@ -20,11 +20,8 @@ from bs_lightning.plugin.planner import TrainerPlanner
 from bs_lightning.plugin.processes import check_equal
 from bs_lightning.plugin.sources import EmbeddingSource, KeptEmbeddings, RecycledEmbeddings, ReferenceEmbeddings
 from bs_lightning.plugin.stream_loader import TrainerStreamLoader
-from bs_lightning.pools import AdaptivePools, Cut, Pools, WholeData
+from bs_lightning.pools import Cut, Pools, WholeData
 from bs_lightning.rules import AbovePositive
-
-# The loss that adaptive pools hold. Where likely false negatives are left out, batches may be harder.
-_TARGET_LOSS, _TARGET_LOSS_WITH_RULE = 0.05, 0.3
 
 
 class BatchSamplerCallback(Callback):
@@ -179,12 +176,10 @@ class BatchSamplerCallback(Callback):
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.warmup_epochs = warmup_epochs
         self.target_loss = target_loss
-        self._adaptive: AdaptivePools | None = None
-        self._auto_composes = False  # what the log said last
-        if target_loss is not None:
-            AdaptivePools(target_loss)  # raises before training
-            if pool_size != "auto":
-                raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
+        AutoPools(target_loss)  # raises before training
+        if target_loss is not None and pool_size != "auto":
+            raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
+        self._adaptive: AutoPools | None = None
         self.refresh_every = refresh_every
         self.encode_every = encode_every
         self.recycle = recycle
@@ -277,9 +272,8 @@ class BatchSamplerCallback(Callback):
                 "separate_groups=True needs batches that share no instances, but the composer has replacement=True: "
                 f"{self.composer!r}."
             )
-        if self._adaptive is not None and self.target_loss is None:
-            has_rule = self.own_rule is not None or bool(data.false_negative_rules)
-            self._adaptive.target_loss = _TARGET_LOSS_WITH_RULE if has_rule else _TARGET_LOSS
+        if self._adaptive is not None:
+            self._adaptive.choose_target(self.own_rule is not None or bool(data.false_negative_rules))
         self.cut(layout).check(layout)
 
     def planning(self, layout: BatchLayout) -> Planning | None:
@@ -347,12 +341,9 @@ class BatchSamplerCallback(Callback):
         return self._planner_of_fit
 
     def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
-        pools = self._adaptive
-        if pools is not None:
-            if pools.composes != self._auto_composes:
-                _say_of_auto(pools, "goes on", "is")
-                self._auto_composes = pools.composes
-            if not pools.composes:
+        if self._adaptive is not None:
+            self._adaptive.say_what_changes()
+            if not self._adaptive.composes:
                 return self._planner.plan_uniform(indices)
         return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
 
@@ -388,8 +379,7 @@ class BatchSamplerCallback(Callback):
         else:
             source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
         if self.pool_size == "auto":
-            self._auto_composes = False
-            self._adaptive = AdaptivePools(_TARGET_LOSS if self.target_loss is None else self.target_loss)
+            self._adaptive = AutoPools(self.target_loss)
         self._planner_of_fit = TrainerPlanner(
             trainer,
             source,
@@ -493,17 +483,8 @@ class BatchSamplerCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._planner.source.keep(outputs)
-        if self._adaptive is not None and (outputs or not pl_module.automatic_optimization):
-            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if not isinstance(loss, Tensor):
-                raise TypeError(
-                    'pool_size="auto" needs training_step to return the loss, also with manual optimization, got '
-                    f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
-                )
-            # Lightning has divided the loss by the number of batches whose gradients it accumulates. The mean is taken
-            # at each step, so that the state of one process is the state of all.
-            times = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._adaptive.observe(trainer.strategy.reduce(loss.detach() * times, reduce_op="mean"))
+        if self._adaptive is not None:
+            self._adaptive.observe_step(trainer, pl_module, outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         log, spent = self._planner.description(), self._planner.seconds
@@ -519,8 +500,8 @@ class BatchSamplerCallback(Callback):
         self._planner.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._adaptive is not None and not self._adaptive.composes:
-            _say_of_auto(self._adaptive, "ended", "was")
+        if self._adaptive is not None:
+            self._adaptive.say_how_it_ended()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -556,21 +537,6 @@ class BatchSamplerCallback(Callback):
         if self._planner_of_fit is not None:
             self._planner_of_fit.source.close()
             self._planner_of_fit.graph.forget()
-
-
-def _say_of_auto(pools: AdaptivePools, goes_on: str, is_: str) -> None:
-    """Write a line to the log: with which batches ``pool_size="auto"`` goes on or ended, and why."""
-    what = f"pools of {round(pools.n_batches)} batches" if pools.composes else "uniform batches"
-    advice = ""
-    if not pools.composes:
-        advice = (
-            " Batches are composed once the loss is well below target_loss. At a temperature above 0.1 the least "
-            'possible loss may be above it: see target_loss in "Choosing settings".'
-        )
-    rank_zero_info(
-        f'BatchSamplerCallback: pool_size="auto" {goes_on} with {what}. The loss {is_} {pools.loss:.2g}, and '
-        f"target_loss is {pools.target_loss:.2g}.{advice}"
-    )
 
 
 def _check_pool_size(pool_size: Any) -> None:
