@@ -150,36 +150,10 @@ class BatchSamplerCallback(Callback):
         embed: ModuleEmbed | None = None,
         encode_batch_size: int | None = None,
     ) -> None:
-        _check_pool_size(pool_size)
-        check_integer("warmup_epochs", warmup_epochs, 0)
-        if embed is not None and not callable(embed):
-            raise TypeError(f"embed must be a function of (pl_module, batch), got {embed!r}.")
-        if encode_batch_size is not None:
-            check_integer("encode_batch_size", encode_batch_size, 1)
-        if encode_every is not None:
-            check_integer("encode_every", encode_every, 1)
-        if mask_nearest is not None:
-            check_integer("mask_nearest", mask_nearest, 1, "5 suits pools of ten batches.")
-        if own_rule is not None and not isinstance(own_rule, AbovePositive):
-            raise TypeError(f"own_rule must be AbovePositive(...) or None, got {own_rule!r}.")
-        if recycle and from_reference:
-            raise ValueError("recycle=True and from_reference=True name two sources of embeddings. Give one of them.")
-        if (recycle or from_reference) and (embed, encode_batch_size, encode_every) != (None, None, None):
-            source = "recycle" if recycle else "from_reference"
-            raise ValueError(f"{source}=True encodes nothing: leave out embed, encode_batch_size and encode_every.")
-        if encode_every is not None and refresh_every is not None:
-            raise ValueError(
-                f"encode_every={encode_every} keeps embeddings for epochs, refresh_every={refresh_every} renews them "
-                "every few steps. Give one of them."
-            )
         self.pool_size = pool_size
         self.composer = RWRComposer() if composer is None else as_composer(composer)
         self.warmup_epochs = warmup_epochs
         self.target_loss = target_loss
-        AutoPools(target_loss)  # raises before training
-        if target_loss is not None and pool_size != "auto":
-            raise ValueError(f'target_loss={target_loss} is for pool_size="auto", got pool_size={pool_size!r}.')
-        self._adaptive: AutoPools | None = None
         self.refresh_every = refresh_every
         self.encode_every = encode_every
         self.recycle = recycle
@@ -189,19 +163,8 @@ class BatchSamplerCallback(Callback):
         self.per_rank = per_rank
         self.embed = embed
         self.encode_batch_size = encode_batch_size
-        for name, value in (("mask_nearest", mask_nearest), ("own_rule", own_rule)):
-            if value is not None and not self.composer.finds_nearest:
-                raise TypeError(
-                    f"{name}={value} needs a composer that finds each instance's nearest neighbours in the whole pool, "
-                    f"such as RWRComposer() with NNDescentGraph() or ExactGraph(), got {composer!r}."
-                )
-        if refresh_every is not None:
-            if pool_size is not None:
-                raise ValueError(
-                    f"refresh_every={refresh_every} composes the whole dataset, so pool_size must be left out, got "
-                    f"{pool_size}. Each pool is refreshed at its start anyway."
-                )
-            Planning(self._plan_pool, WholeData(refresh_every), self.composer.replacement)  # raises before training
+        self._check_arguments()
+        self._adaptive: AutoPools | None = None
         self._planner_of_fit: TrainerPlanner | None = None
         self._epoch_start = 0.0
         self._must_rehearse = self._must_describe = self._must_check_mask = False
@@ -306,6 +269,198 @@ class BatchSamplerCallback(Callback):
             return WholeData(self.refresh_every)
         return Pools(self.resolve_pool_size(self._planner.trainer, layout))
 
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_trainer(trainer)
+        data = trainer.datamodule
+        if not isinstance(data, BatchSamplerDataModule):
+            got = "none" if data is None else type(data).__name__
+            raise TypeError(
+                f"BatchSamplerCallback needs a BatchSamplerDataModule, got {got}. Subclass it and pass it as "
+                "trainer.fit(model, datamodule=...)."
+            )
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        if replicas != trainer.world_size:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} trains {replicas} replicas on {trainer.world_size} processes. "
+                "BatchSamplerCallback needs a whole replica in each process (no tensor parallelism)."
+            )
+        if trainer.overfit_batches:
+            rank_zero_info("BatchSamplerCallback: with overfit_batches, every epoch serves the same uniform batches.")
+        if self.pool_size == "auto":
+            self._adaptive = AutoPools(self.target_loss)
+        self._planner_of_fit = TrainerPlanner(
+            trainer,
+            self._source(trainer),
+            self.composer,
+            per_rank=self.per_rank,
+            mask_nearest=self.mask_nearest,
+            own_rule=self.own_rule,
+        )
+        data.register_planner(self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sampler = trainer.datamodule.train_sampler
+        if sampler is None:
+            raise TypeError(
+                f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
+                "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
+            )
+        self._check_processes(trainer, sampler)
+        self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
+        self._must_check_mask = True
+        self._warn_if_all_is_warm_up(trainer, pl_module.automatic_optimization)
+        self._warn_of_single_batches(trainer, sampler.layout)
+        self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_epoch(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._must_rehearse:  # not earlier: the module's start hooks may make what `embed` needs
+            self._planner.rehearse(self.cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch))
+            self._must_rehearse = False
+        if self._must_describe:
+            self._planner.describe_uniform(trainer.current_epoch)
+            self._must_describe = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._planner.source.keep(outputs)
+        if self._adaptive is not None:
+            self._adaptive.observe_step(trainer, pl_module, outputs)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log, spent = self._planner.description(), self._planner.seconds
+        if spent:
+            log |= {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
+            log["batch_sampler/time_share"] = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
+        if not trainer.barebones:  # it logs nothing, and warns of each value
+            # Without a batch size, Lightning would look for one in the epoch's last batch, which may be of any kind.
+            pl_module.log_dict(log, sync_dist=True, batch_size=1)
+        if self._must_check_mask and self.should_plan(trainer):
+            trainer.datamodule.warn_of_unread_mask()
+            self._must_check_mask = False
+        self._planner.end_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._adaptive is not None:
+            self._adaptive.say_how_it_ended()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return  # a second Trainer may evaluate on the DataModule while a first one fits
+        self._close()
+        if isinstance(trainer.datamodule, BatchSamplerDataModule):
+            trainer.datamodule.forget_planner()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {} if self._planner_of_fit is None else self._planner_of_fit.source.state_dict()
+        return state if self._adaptive is None else state | {"adaptive": self._adaptive.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        of_source = {name: value for name, value in state_dict.items() if name != "adaptive"}
+        if self._planner_of_fit is not None:
+            self._planner_of_fit.source.load_state_dict(of_source)
+            self._planner_of_fit.graph.forget()
+        if self._adaptive is not None and "adaptive" in state_dict:
+            self._adaptive.load_state_dict(state_dict["adaptive"])
+
+    # Shared by the methods above
+
+    @property
+    def _planner(self) -> TrainerPlanner:
+        """The planner, from ``setup`` on."""
+        if self._planner_of_fit is None:
+            raise RuntimeError(f"{type(self).__name__}.setup must call super().setup(trainer, pl_module, stage).")
+        return self._planner_of_fit
+
+    def _source(self, trainer: Trainer) -> EmbeddingSource:
+        """Return where the embeddings of pools come from."""
+        if self.recycle:
+            return RecycledEmbeddings(trainer, self.per_rank, needs_two_sides=self.own_rule is not None)
+        if self.from_reference:
+            return ReferenceEmbeddings(trainer, self.per_rank)
+        if self.encode_every is not None:
+            encoder = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, per_rank=False)
+            return KeptEmbeddings(trainer, encoder, self.encode_every, self.per_rank)
+        return EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
+
+    def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
+        if self._adaptive is not None:
+            self._adaptive.say_what_changes()
+            if not self._adaptive.composes:
+                return self._planner.plan_uniform(indices)
+        return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
+
+    def _plans_ahead(self, cut: Cut) -> bool:
+        """Return whether pools may be planned while earlier pools are trained."""
+        return self._planner.source.foreseen and isinstance(cut, Pools)
+
+    def _start_epoch(self, trainer: Trainer) -> None:
+        self._must_describe = not trainer.overfit_batches and not self.should_plan(trainer)
+        self._epoch_start = time.perf_counter()
+
+    def _close(self) -> None:
+        if self._planner_of_fit is not None:
+            self._planner_of_fit.source.close()
+            self._planner_of_fit.graph.forget()
+
+    # What is refused and warned of before training
+
+    def _check_arguments(self) -> None:
+        """Refuse arguments that are out of range, or exclude each other."""
+        _check_pool_size(self.pool_size)
+        check_integer("warmup_epochs", self.warmup_epochs, 0)
+        if self.embed is not None and not callable(self.embed):
+            raise TypeError(f"embed must be a function of (pl_module, batch), got {self.embed!r}.")
+        if self.encode_batch_size is not None:
+            check_integer("encode_batch_size", self.encode_batch_size, 1)
+        if self.encode_every is not None:
+            check_integer("encode_every", self.encode_every, 1)
+        if self.mask_nearest is not None:
+            check_integer("mask_nearest", self.mask_nearest, 1, "5 suits pools of ten batches.")
+        if self.own_rule is not None and not isinstance(self.own_rule, AbovePositive):
+            raise TypeError(f"own_rule must be AbovePositive(...) or None, got {self.own_rule!r}.")
+        AutoPools(self.target_loss)  # raises if it is out of range
+        if self.target_loss is not None and self.pool_size != "auto":
+            raise ValueError(
+                f'target_loss={self.target_loss} is for pool_size="auto", got pool_size={self.pool_size!r}.'
+            )
+        if self.recycle and self.from_reference:
+            raise ValueError("recycle=True and from_reference=True name two sources of embeddings. Give one of them.")
+        encoding = (self.embed, self.encode_batch_size, self.encode_every)
+        if (self.recycle or self.from_reference) and encoding != (None, None, None):
+            source = "recycle" if self.recycle else "from_reference"
+            raise ValueError(f"{source}=True encodes nothing: leave out embed, encode_batch_size and encode_every.")
+        for name in ("mask_nearest", "own_rule"):
+            if getattr(self, name) is not None and not self.composer.finds_nearest:
+                raise TypeError(
+                    f"{name}={getattr(self, name)} needs a composer that finds each instance's nearest neighbours in "
+                    "the whole pool, such as RWRComposer() with NNDescentGraph() or ExactGraph(), got "
+                    f"{self.composer!r}."
+                )
+        if self.refresh_every is None:
+            return
+        if self.encode_every is not None:
+            raise ValueError(
+                f"encode_every={self.encode_every} keeps embeddings for epochs, refresh_every={self.refresh_every} "
+                "renews them every few steps. Give one of them."
+            )
+        if self.pool_size is not None:
+            raise ValueError(
+                f"refresh_every={self.refresh_every} composes the whole dataset, so pool_size must be left out, got "
+                f"{self.pool_size}. Each pool is refreshed at its start anyway."
+            )
+        Planning(self._plan_pool, WholeData(self.refresh_every), self.composer.replacement)  # raises if they do not fit
+
     def _check_stream(self, layout: BatchLayout) -> None:
         """Refuse what cannot work on a stream, whose instances come once and have no index."""
         size, n_processes = self.pool_size, layout.world_size
@@ -332,77 +487,6 @@ class BatchSamplerCallback(Callback):
         for applies, words in refusals:
             if applies:
                 raise ValueError(f"train_dataset() is a stream: {words}")
-
-    @property
-    def _planner(self) -> TrainerPlanner:
-        """The planner, from ``setup`` on."""
-        if self._planner_of_fit is None:
-            raise RuntimeError(f"{type(self).__name__}.setup must call super().setup(trainer, pl_module, stage).")
-        return self._planner_of_fit
-
-    def _plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
-        if self._adaptive is not None:
-            self._adaptive.say_what_changes()
-            if not self._adaptive.composes:
-                return self._planner.plan_uniform(indices)
-        return self._planner.plan_pool(indices, seed=seed, epoch=epoch)
-
-    # Lightning's hooks
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        check_trainer(trainer)
-        data = trainer.datamodule
-        if not isinstance(data, BatchSamplerDataModule):
-            got = "none" if data is None else type(data).__name__
-            raise TypeError(
-                f"BatchSamplerCallback needs a BatchSamplerDataModule, got {got}. Subclass it and pass it as "
-                "trainer.fit(model, datamodule=...)."
-            )
-        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-        if replicas != trainer.world_size:
-            raise ValueError(
-                f"{type(trainer.strategy).__name__} trains {replicas} replicas on {trainer.world_size} processes. "
-                "BatchSamplerCallback needs a whole replica in each process (no tensor parallelism)."
-            )
-        if trainer.overfit_batches:
-            rank_zero_info("BatchSamplerCallback: with overfit_batches, every epoch serves the same uniform batches.")
-        source: EmbeddingSource
-        if self.recycle:
-            source = RecycledEmbeddings(trainer, self.per_rank, needs_two_sides=self.own_rule is not None)
-        elif self.from_reference:
-            source = ReferenceEmbeddings(trainer, self.per_rank)
-        elif self.encode_every is not None:
-            encoder = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, per_rank=False)
-            source = KeptEmbeddings(trainer, encoder, self.encode_every, self.per_rank)
-        else:
-            source = EncodedEmbeddings(trainer, self.embed, self.encode_batch_size, self.per_rank)
-        if self.pool_size == "auto":
-            self._adaptive = AutoPools(self.target_loss)
-        self._planner_of_fit = TrainerPlanner(
-            trainer,
-            source,
-            self.composer,
-            per_rank=self.per_rank,
-            mask_nearest=self.mask_nearest,
-            own_rule=self.own_rule,
-        )
-        data.register_planner(self)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sampler = trainer.datamodule.train_sampler
-        if sampler is None:
-            raise TypeError(
-                f"The batches of {type(trainer.datamodule).__name__} are served by a train_dataloader that is not "
-                "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
-            )
-        self._check_processes(trainer, sampler)
-        self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
-        self._must_check_mask = True
-        self._warn_if_all_is_warm_up(trainer, pl_module.automatic_optimization)
-        self._warn_of_single_batches(trainer, sampler.layout)
-        self._start_epoch(trainer)  # a run that resumes in mid-epoch skips `on_train_epoch_start`
 
     def _check_processes(self, trainer: Trainer, sampler: TrainerBatchSampler | TrainerStreamLoader) -> None:
         """Refuse processes that would plan differently."""
@@ -467,76 +551,6 @@ class BatchSamplerCallback(Callback):
                 f"A pool holds one batch of {layout.global_batch_size} of the dataset's {layout.n_instances} "
                 "instances, so composing changes nothing. Raise pool_size or lower batch_size."
             )
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_epoch(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._must_rehearse:  # not earlier: the module's start hooks may make what `embed` needs
-            self._planner.rehearse(self.cut(self._planner.layout), epoch=max(self.warmup_epochs, trainer.current_epoch))
-            self._must_rehearse = False
-        if self._must_describe:
-            self._planner.describe_uniform(trainer.current_epoch)
-            self._must_describe = False
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._planner.source.keep(outputs)
-        if self._adaptive is not None:
-            self._adaptive.observe_step(trainer, pl_module, outputs)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log, spent = self._planner.description(), self._planner.seconds
-        if spent:
-            log |= {f"batch_sampler/{step}_seconds": value for step, value in spent.items()}
-            log["batch_sampler/time_share"] = sum(spent.values()) / (time.perf_counter() - self._epoch_start)
-        if not trainer.barebones:  # it logs nothing, and warns of each value
-            # Without a batch size, Lightning would look for one in the epoch's last batch, which may be of any kind.
-            pl_module.log_dict(log, sync_dist=True, batch_size=1)
-        if self._must_check_mask and self.should_plan(trainer):
-            trainer.datamodule.warn_of_unread_mask()
-            self._must_check_mask = False
-        self._planner.end_epoch()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._adaptive is not None:
-            self._adaptive.say_how_it_ended()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return  # a second Trainer may evaluate on the DataModule while a first one fits
-        self._close()
-        if isinstance(trainer.datamodule, BatchSamplerDataModule):
-            trainer.datamodule.forget_planner()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {} if self._planner_of_fit is None else self._planner_of_fit.source.state_dict()
-        return state if self._adaptive is None else state | {"adaptive": self._adaptive.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        of_source = {name: value for name, value in state_dict.items() if name != "adaptive"}
-        if self._planner_of_fit is not None:
-            self._planner_of_fit.source.load_state_dict(of_source)
-            self._planner_of_fit.graph.forget()
-        if self._adaptive is not None and "adaptive" in state_dict:
-            self._adaptive.load_state_dict(state_dict["adaptive"])
-
-    def _plans_ahead(self, cut: Cut) -> bool:
-        """Return whether pools may be planned while earlier pools are trained."""
-        return self._planner.source.foreseen and isinstance(cut, Pools)
-
-    def _start_epoch(self, trainer: Trainer) -> None:
-        self._must_describe = not trainer.overfit_batches and not self.should_plan(trainer)
-        self._epoch_start = time.perf_counter()
-
-    def _close(self) -> None:
-        if self._planner_of_fit is not None:
-            self._planner_of_fit.source.close()
-            self._planner_of_fit.graph.forget()
 
 
 def _check_pool_size(pool_size: Any) -> None:
