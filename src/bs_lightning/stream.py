@@ -1,9 +1,7 @@
 """Stream: instances that can only be read in order -> batches composed from a buffer of them."""
 
 import copy
-import io
 import itertools
-import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -16,15 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bs_lightning._checks import check_integer, check_seed
+from bs_lightning._stream_reader import Reader
 from bs_lightning.layout import BatchLayout
-from bs_lightning.loader import (
-    SETTINGS,
-    BatchFetcher,
-    BatchIterator,
-    check_dataloader_kwargs,
-    end_workers,
-    workers_generator,
-)
+from bs_lightning.loader import SETTINGS, BatchFetcher, BatchIterator, check_dataloader_kwargs, workers_generator
 from bs_lightning.mask import pair_mask
 from bs_lightning.permutation import permutation
 from bs_lightning.plan import PlannedPool, PoolPlanner, check_planned, pool_seed
@@ -120,7 +112,7 @@ class StreamLoader:
         for name in SETTINGS:  # read when workers start: Lightning sets a `worker_init_fn` that is None
             setattr(self, name, getattr(checked, name))
         self._n_instances = self._shortest(stream)
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
         self._pass: Pass | None = None
         self._loaded: StreamState | None = None
 
@@ -262,7 +254,7 @@ class StreamLoader:
             stream.load_state_dict(copy.deepcopy(run.restored.readings[self.rank].state))
         reader, self._reader = self._reader, None  # a second pass meanwhile gets workers of its own
         if reader is None or stream is not self.stream:
-            reader = _Reader(stream, self.batch_size, self._reading_settings(run.epoch))
+            reader = Reader(stream, self.batch_size, self._reading_settings(run.epoch))
         settings = {"collate_fn": self.collate_fn, "pin_memory": self.pin_memory, "generator": torch.Generator()}
         load = BatchFetcher(run.buffer, **settings)
         try:
@@ -484,46 +476,6 @@ class Buffer(Dataset[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Buffer, ()  # a copy in a worker needs no instances
-
-
-class _Reader:
-    """Reads single instances of a stream in order, by worker processes that it keeps from pass to pass."""
-
-    def __init__(self, stream: IterableDataset[Any], batch_size: int, settings: dict[str, Any]) -> None:
-        self._unpack = pickle.loads if settings["num_workers"] else list
-        pack = _packed if settings["num_workers"] else list
-        settings = settings | {"persistent_workers": settings["num_workers"] > 0, "collate_fn": pack}
-        self._loader = DataLoader(stream, batch_size, **settings)
-
-    def __iter__(self) -> Iterator[Any]:
-        for chunk in self._loader:
-            yield from self._unpack(chunk)
-
-    def close(self) -> None:
-        """End the workers."""
-        end_workers(self._loader)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return object, ()  # a copy in a worker reads nothing
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays, which is ten times as fast."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is Tensor:
-            try:
-                return torch.from_numpy, (value.numpy(),)
-            except (TypeError, RuntimeError):  # of a dtype, layout or device that NumPy lacks
-                pass
-        return NotImplemented
-
-
-def _packed(instances: list[Any]) -> bytes:
-    """Pickle instances in a worker. As tensors, each would keep a file open for as long as the buffer holds it."""
-    file = io.BytesIO()
-    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(instances)
-    return file.getvalue()
 
 
 def _state(stream: Any, read: int) -> Any:
