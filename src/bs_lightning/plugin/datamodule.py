@@ -148,54 +148,7 @@ class BatchSamplerDataModule(LightningDataModule):
                 "super().__init__(batch_size, num_workers=..., ...)."
             )
 
-    @property
-    def trainer(self) -> Trainer | None:
-        """The Trainer that uses the data, once it was attached.
-
-        While a Trainer fits, a hook may evaluate with a second Trainer on the same DataModule. It is the second one
-        until that is done, and then the first one again.
-        """
-        guest = self._guest
-        return guest if guest is not None and guest.state.status is TrainerStatus.RUNNING else self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:
-        check_trainer(trainer)
-        fitting = self._trainer
-        if trainer not in (None, fitting) and fitting is not None and _is_fitting(fitting):
-            if _is_fitting(trainer):
-                raise RuntimeError(
-                    f"A second Trainer cannot fit on this {type(self).__name__} while a first one does: it would take "
-                    "over the plan of batches. Give the second fit a DataModule of its own."
-                )
-            self._guest = trainer
-            return
-        self._trainer, self._guest = trainer, None
-        self._planner = None  # the callback of this Trainer registers in its `setup`
-        self._seed_of_fit = None
-
-    def register_planner(self, planner: BatchPlanner) -> None:
-        """Let a planner plan the batches of the current Trainer. ``BatchSamplerCallback.setup`` calls this.
-
-        Args:
-            planner: The callback.
-
-        Raises:
-            TypeError: If the Trainer has a planner already.
-        """
-        if self._planner not in (None, planner):
-            raise TypeError(
-                f"The Trainer has two callbacks that compose batches, {type(self._planner).__name__} and "
-                f"{type(planner).__name__}. Give it one."
-            )
-        self._planner, self._mask_was_read = planner, False
-        # A `setup` of the DataModule that reads `trainer.estimated_stepping_batches` has made the loader already.
-        if self.train_sampler is not None:
-            planner.attach(self, self.train_sampler.layout)
-
-    def forget_planner(self) -> None:
-        """Serve uniform batches from now on. ``BatchSamplerCallback.teardown`` calls this."""
-        self._planner = None
+    # Methods that you override
 
     def train_dataset(self) -> Dataset[Any]:
         """The dataset to train on: map-style, or a stream. Must be overridden; called once per ``train_dataloader``.
@@ -252,87 +205,7 @@ class BatchSamplerDataModule(LightningDataModule):
         """
         return None
 
-    @property
-    def false_negative_rules(self) -> tuple[Rule, ...]:
-        """The rules that the data gives: from groups, and from reference embeddings."""
-        return self._rules
-
-    @property
-    def checked_reference(self) -> Embeddings | None:
-        """The reference embeddings, once the training data was asked for."""
-        return self._reference
-
-    def train_dataloader(self) -> PoolLoader | StreamLoader:
-        """The loader that serves the plan. Not to be overridden.
-
-        Raises:
-            TypeError: If the dataset is neither map-style nor a stream, a stream comes with labels, groups, reference
-                embeddings or a pool dataset, ``batch_size`` is not an integer, ``separate_groups`` or
-                ``reference_rule`` lacks the method that it needs, or ``training_step`` takes ``dataloader_iter``.
-            ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, ``drop_last=False``
-                would leave fewer than two instances for a process, groups or reference embeddings have another length,
-                or a stream comes with ``separate_groups`` or ``reference_rule``.
-        """
-        self._check_methods()
-        dataset = self.train_dataset()
-        self._train_dataset = dataset
-        ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        settings: dict[str, Any] = {
-            "drop_last": self.drop_last,
-            "seed": self._resolve_seed(),
-            "rank": ranks["rank"] if ranks else 0,
-            "world_size": ranks["num_replicas"] if ranks else 1,
-        }
-        if self.streams:
-            self._check_stream()
-            # One dictionary, as LightningCLI would offer all arguments of a stream's loader for a DataModule otherwise.
-            settings |= self.dataloader_kwargs
-            stream = TrainerStreamLoader(self, dataset, self.batch_size, **settings)  # type: ignore[arg-type]
-            if self._planner is not None:
-                self._planner.attach(self, stream.layout)
-            return stream
-        check_map_style(dataset, "train_dataset()")
-        groups = self._read_rules(len(dataset))  # type: ignore[arg-type]
-        sampler = TrainerBatchSampler(
-            self,
-            len(dataset),  # type: ignore[arg-type]
-            self.batch_size,
-            rules=self._rules,
-            groups=groups if self.separate_groups else None,
-            **settings,
-        )
-        if groups is not None and not self.separate_groups:  # groups that are kept apart cost no negatives
-            _warn_of_large_groups(groups)
-        if self._planner is not None:
-            self._planner.attach(self, sampler.layout)
-        return TrainerLoader(dataset, sampler, **self.dataloader_kwargs)
-
-    def planning(self, layout: BatchLayout) -> Planning | None:
-        """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
-        return None if self._planner is None else self._planner.planning(layout)
-
-    def instances_per_pool(self, layout: BatchLayout) -> int | None:
-        """The pool size in instances, also where batches are uniform; ``None`` without a callback."""
-        cut = None if self._planner is None else self._planner.cut(layout)
-        return cut.size if isinstance(cut, Pools) else None
-
-    @property
-    def streams(self) -> bool:
-        """Whether the training data is a stream, once it was asked for."""
-        return isinstance(self._train_dataset, IterableDataset)
-
-    def pool_loading(self) -> tuple[Dataset[Any], dict[str, Any]]:
-        """Return what to embed pools from, and the arguments for loading it. For the callback.
-
-        Returns:
-            The pool dataset and its ``DataLoader`` arguments. For a stream, the buffer that has been read.
-        """
-        kwargs = dict(self.dataloader_kwargs)
-        if self.pool_collate_fn is not None:
-            kwargs["collate_fn"] = self.pool_collate_fn
-        if not self.streams:
-            return self.pool_dataset(), kwargs
-        return _TrainedBuffer(self), {name: kwargs[name] for name in ("collate_fn", "pin_memory") if name in kwargs}
+    # Asked in training
 
     def trained_batch(self) -> Indices:
         """The dataset indices of the global batch being trained, int64 ``[B]``. A process's slice of it is contiguous.
@@ -390,16 +263,89 @@ class BatchSamplerDataModule(LightningDataModule):
         self._mask_was_read = True
         return mask
 
-    def warn_of_unread_mask(self) -> None:
-        """Warn if pairs are marked as likely false negatives, but nobody has asked for them in this fit."""
-        # Groups that are kept apart have no pair in a batch.
-        marks = any(not (self.separate_groups and isinstance(rule, SameGroup)) for rule in self._rules)
-        marks |= self._planner is not None and self._planner.finds_false_negatives
-        if marks and not self._mask_was_read:
-            rank_zero_warn(
-                "Likely false negatives may be marked, but training_step has not asked for them, so the loss takes "
-                "them as negatives. Give the loss self.trainer.datamodule.likely_false_negatives()."
+    def _in_training(self, asked: str, value: _T | None) -> _T:
+        """Refuse to answer a question about the batch being trained while there is none."""
+        if value is None:
+            stage = None if self.trainer is None else self.trainer.state.stage
+            raise RuntimeError(
+                f"{asked}() was called while no batch is being trained (trainer.state.stage is "
+                f"{stage and stage.value!r}). Call it in training_step or in hooks from on_train_batch_start to "
+                "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
             )
+        return value
+
+    # Lightning's
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer that uses the data, once it was attached.
+
+        While a Trainer fits, a hook may evaluate with a second Trainer on the same DataModule. It is the second one
+        until that is done, and then the first one again.
+        """
+        guest = self._guest
+        return guest if guest is not None and guest.state.status is TrainerStatus.RUNNING else self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        check_trainer(trainer)
+        fitting = self._trainer
+        if trainer not in (None, fitting) and fitting is not None and _is_fitting(fitting):
+            if _is_fitting(trainer):
+                raise RuntimeError(
+                    f"A second Trainer cannot fit on this {type(self).__name__} while a first one does: it would take "
+                    "over the plan of batches. Give the second fit a DataModule of its own."
+                )
+            self._guest = trainer
+            return
+        self._trainer, self._guest = trainer, None
+        self._planner = None  # the callback of this Trainer registers in its `setup`
+        self._seed_of_fit = None
+
+    def train_dataloader(self) -> PoolLoader | StreamLoader:
+        """The loader that serves the plan. Not to be overridden.
+
+        Raises:
+            TypeError: If the dataset is neither map-style nor a stream, a stream comes with labels, groups, reference
+                embeddings or a pool dataset, ``batch_size`` is not an integer, ``separate_groups`` or
+                ``reference_rule`` lacks the method that it needs, or ``training_step`` takes ``dataloader_iter``.
+            ValueError: If ``batch_size`` is below 2, the dataset is smaller than a global batch, ``drop_last=False``
+                would leave fewer than two instances for a process, groups or reference embeddings have another length,
+                or a stream comes with ``separate_groups`` or ``reference_rule``.
+        """
+        self._check_methods()
+        dataset = self.train_dataset()
+        self._train_dataset = dataset
+        ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        settings: dict[str, Any] = {
+            "drop_last": self.drop_last,
+            "seed": self._resolve_seed(),
+            "rank": ranks["rank"] if ranks else 0,
+            "world_size": ranks["num_replicas"] if ranks else 1,
+        }
+        if self.streams:
+            self._check_stream()
+            # One dictionary, as LightningCLI would offer all arguments of a stream's loader for a DataModule otherwise.
+            settings |= self.dataloader_kwargs
+            stream = TrainerStreamLoader(self, dataset, self.batch_size, **settings)  # type: ignore[arg-type]
+            if self._planner is not None:
+                self._planner.attach(self, stream.layout)
+            return stream
+        check_map_style(dataset, "train_dataset()")
+        groups = self._read_rules(len(dataset))  # type: ignore[arg-type]
+        sampler = TrainerBatchSampler(
+            self,
+            len(dataset),  # type: ignore[arg-type]
+            self.batch_size,
+            rules=self._rules,
+            groups=groups if self.separate_groups else None,
+            **settings,
+        )
+        if groups is not None and not self.separate_groups:  # groups that are kept apart cost no negatives
+            _warn_of_large_groups(groups)
+        if self._planner is not None:
+            self._planner.attach(self, sampler.layout)
+        return TrainerLoader(dataset, sampler, **self.dataloader_kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, sizes and the pool being served: tensors and plain Python. Call it where you override it."""
@@ -414,6 +360,89 @@ class BatchSamplerDataModule(LightningDataModule):
         if holds_state(state_dict) and self.trainer is self._trainer:  # a guest evaluates only
             self._checkpoint = (None if self.trainer is None else self.trainer.ckpt_path, state_dict)
 
+    # Asked by the callback
+
+    def register_planner(self, planner: BatchPlanner) -> None:
+        """Let a planner plan the batches of the current Trainer. ``BatchSamplerCallback.setup`` calls this.
+
+        Args:
+            planner: The callback.
+
+        Raises:
+            TypeError: If the Trainer has a planner already.
+        """
+        if self._planner not in (None, planner):
+            raise TypeError(
+                f"The Trainer has two callbacks that compose batches, {type(self._planner).__name__} and "
+                f"{type(planner).__name__}. Give it one."
+            )
+        self._planner, self._mask_was_read = planner, False
+        # A `setup` of the DataModule that reads `trainer.estimated_stepping_batches` has made the loader already.
+        if self.train_sampler is not None:
+            planner.attach(self, self.train_sampler.layout)
+
+    def forget_planner(self) -> None:
+        """Serve uniform batches from now on. ``BatchSamplerCallback.teardown`` calls this."""
+        self._planner = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training data is a stream, once it was asked for."""
+        return isinstance(self._train_dataset, IterableDataset)
+
+    @property
+    def false_negative_rules(self) -> tuple[Rule, ...]:
+        """The rules that the data gives: from groups, and from reference embeddings."""
+        return self._rules
+
+    @property
+    def checked_reference(self) -> Embeddings | None:
+        """The reference embeddings, once the training data was asked for."""
+        return self._reference
+
+    def pool_loading(self) -> tuple[Dataset[Any], dict[str, Any]]:
+        """Return what to embed pools from, and the arguments for loading it. For the callback.
+
+        Returns:
+            The pool dataset and its ``DataLoader`` arguments. For a stream, the buffer that has been read.
+        """
+        kwargs = dict(self.dataloader_kwargs)
+        if self.pool_collate_fn is not None:
+            kwargs["collate_fn"] = self.pool_collate_fn
+        if not self.streams:
+            return self.pool_dataset(), kwargs
+        return _TrainedBuffer(self), {name: kwargs[name] for name in ("collate_fn", "pin_memory") if name in kwargs}
+
+    def warn_of_unread_mask(self) -> None:
+        """Warn if pairs are marked as likely false negatives, but nobody has asked for them in this fit."""
+        # Groups that are kept apart have no pair in a batch.
+        marks = any(not (self.separate_groups and isinstance(rule, SameGroup)) for rule in self._rules)
+        marks |= self._planner is not None and self._planner.finds_false_negatives
+        if marks and not self._mask_was_read:
+            rank_zero_warn(
+                "Likely false negatives may be marked, but training_step has not asked for them, so the loss takes "
+                "them as negatives. Give the loss self.trainer.datamodule.likely_false_negatives()."
+            )
+
+    # Asked by what serves the batches
+
+    @property
+    def train_sampler(self) -> TrainerBatchSampler | TrainerStreamLoader | None:
+        """What serves the batches the Trainer is training on: a batch sampler, the loader of a stream, or ``None``."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        if isinstance(loader, TrainerStreamLoader):
+            return loader
+        return loader.batch_sampler if isinstance(loader, TrainerLoader) else None  # type: ignore[return-value]
+
+    def planning(self, layout: BatchLayout) -> Planning | None:
+        """How the batches of the epoch that begins are composed; ``None`` for uniform batches."""
+        return None if self._planner is None else self._planner.planning(layout)
+
+    def instances_per_pool(self, layout: BatchLayout) -> int | None:
+        """The pool size in instances, also where batches are uniform; ``None`` without a callback."""
+        cut = None if self._planner is None else self._planner.cut(layout)
+        return cut.size if isinstance(cut, Pools) else None
+
     def restored_state(self) -> SamplerState | None:
         """Our state in the checkpoint that the current fit was resumed from, if it was and has it."""
         state = self._restored(of_stream=False)
@@ -424,14 +453,6 @@ class BatchSamplerDataModule(LightningDataModule):
         state = self._restored(of_stream=True)
         return None if state is None else StreamState.from_dict(state)
 
-    @property
-    def train_sampler(self) -> TrainerBatchSampler | TrainerStreamLoader | None:
-        """What serves the batches the Trainer is training on: a batch sampler, the loader of a stream, or ``None``."""
-        loader = None if self.trainer is None else self.trainer.train_dataloader
-        if isinstance(loader, TrainerStreamLoader):
-            return loader
-        return loader.batch_sampler if isinstance(loader, TrainerLoader) else None  # type: ignore[return-value]
-
     def _restored(self, of_stream: bool) -> dict[str, Any] | None:
         """The dictionary in the checkpoint that the current fit was resumed from, if it is of the kind of the data."""
         if self._checkpoint is None or self.trainer is None or self.trainer.ckpt_path is None:
@@ -439,16 +460,7 @@ class BatchSamplerDataModule(LightningDataModule):
         path, state = self._checkpoint
         return state if path == self.trainer.ckpt_path and ("stream" in state) == of_stream else None
 
-    def _in_training(self, asked: str, value: _T | None) -> _T:
-        """Refuse to answer a question about the batch being trained while there is none."""
-        if value is None:
-            stage = None if self.trainer is None else self.trainer.state.stage
-            raise RuntimeError(
-                f"{asked}() was called while no batch is being trained (trainer.state.stage is "
-                f"{stage and stage.value!r}). Call it in training_step or in hooks from on_train_batch_start to "
-                "on_train_batch_end; in a step that validation shares, only `if self.trainer.training`."
-            )
-        return value
+    # Parts of train_dataloader
 
     def _check_methods(self) -> None:
         """Refuse what a subclass has put in the place of a method, and a module that fetches batches itself."""
