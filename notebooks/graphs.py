@@ -45,7 +45,7 @@ from torch_geometric.data import Data
 
 from bs_lightning import BatchSamplerCallback, RWRComposer
 from bs_lightning.metrics import in_batch_false_negative_rate, in_batch_hardness
-from bs_lightning.recipes.graph_data import represent
+from bs_lightning.recipes.graph_evaluation import represent
 from bs_lightning.recipes.graphcl import GraphCL, GraphCLDataModule
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -23,7 +23,8 @@ from torch_geometric.transforms import OneHotDegree
 
 from bs_lightning.losses import DebiasedLoss, HardLoss
 from bs_lightning.recipes.__main__ import main
-from bs_lightning.recipes.graph_data import GraphDataModule, Graphs, represent, svm_accuracies
+from bs_lightning.recipes.graph_data import GraphDataModule, Graphs
+from bs_lightning.recipes.graph_evaluation import represent, svm_accuracies
 from bs_lightning.recipes.graphcl import (
     GraphCL,
     GraphCLDataModule,
@@ -394,9 +395,10 @@ def test_bad_graphs_are_refused():
             represent(make(), [Data(x=torch.ones(4, 3))])
 
 
-@pytest.mark.parametrize("module", ["graph_data", "graphcl", "mvgrl"])
+@pytest.mark.parametrize("module", ["graph_data", "graph_evaluation", "graphcl", "mvgrl"])
 def test_a_missing_extra_says_how_to_install_it(module, monkeypatch):
-    for name in ("torch_geometric", "torch_geometric.data", f"bs_lightning.recipes.{module}"):
+    missing = ("sklearn.svm",) if module == "graph_evaluation" else ("torch_geometric", "torch_geometric.data")
+    for name in (*missing, f"bs_lightning.recipes.{module}"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"bs_lightning.recipes.{module}")
     with pytest.raises(ImportError, match=r"pip install 'bs-lightning\[graphs\]'"):

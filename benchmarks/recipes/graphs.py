@@ -28,7 +28,8 @@ from bs_lightning import BatchSamplerCallback, Composer, ExactGraph, RWRComposer
 from bs_lightning.baselines import knn_batches
 from bs_lightning.losses import DebiasedLoss, HardLoss
 from bs_lightning.metrics import InBatchFalseNegativeRate, InBatchHardness
-from bs_lightning.recipes.graph_data import GraphDataModule, represent, svm_accuracies
+from bs_lightning.recipes.graph_data import GraphDataModule
+from bs_lightning.recipes.graph_evaluation import represent, svm_accuracies
 from bs_lightning.recipes.graphcl import GraphCL, GraphCLDataModule, GraphCLLoss
 from bs_lightning.recipes.mvgrl import MVGRL
 
