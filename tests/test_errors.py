@@ -228,6 +228,48 @@ def test_a_function_that_cannot_embed_is_named():
     assert "let the function that you gave as embed take batch[0]" in error.value.__notes__[0]
 
 
+class Embeds(Model):
+    def embed(self, batch):
+        return self.encoder(batch)
+
+
+class ForwardOfTwo(Model):
+    def forward(self, first, second):
+        return self.encoder(first)
+
+
+class Rows(Data):
+    def train_dataset(self):
+        return torch.utils.data.TensorDataset(torch.zeros(self.n, 8))
+
+
+class TwoViews(Data):
+    def train_dataset(self):
+        return [([torch.zeros(8), torch.zeros(8)], 0)] * self.n
+
+
+class Clean(Data):
+    def pool_dataset(self):
+        return [{"x": torch.zeros(8)}] * self.n
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (Embeds, Data, "of 2 parts. If the first part is the input, let your embed take batch[0]. Otherwise override"),
+        (Embeds, Rows, "of 1 part. If the first part is the input, let your embed take batch[0]."),
+        (Embeds, Clean, "a dict. Let your embed take such a batch."),
+        (Embeds, TwoViews, "Its first part holds 2 parts itself. If those are views, override pool_dataset()"),
+        (ForwardOfTwo, Data, "forward needs other arguments than a batch, so define `def embed(self, batch)`"),
+        (ForwardOfTwo, Clean, "forward needs other arguments than a batch, so define `def embed(self, batch)`"),
+    ],
+)
+def test_advice_where_a_batch_cannot_be_embedded(model, data, words):
+    with pytest.raises(TypeError) as error:
+        fit(model(), data(), walker())
+    assert words in error.value.__notes__[0]
+
+
 def test_a_function_that_takes_no_module_is_told_its_arguments():
     class Clean(Data):
         def pool_dataset(self):
