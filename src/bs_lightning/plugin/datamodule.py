@@ -142,6 +142,13 @@ class BatchSamplerDataModule(LightningDataModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.train_dataloader is not BatchSamplerDataModule.train_dataloader:
+            owner = next(base for base in cls.__mro__ if "train_dataloader" in vars(base))
+            if owner is not cls:
+                raise TypeError(
+                    f"{cls.__name__} takes train_dataloader from {owner.__name__}, so the batches that "
+                    "BatchSamplerCallback composes would be bypassed. Name BatchSamplerDataModule before "
+                    f"{owner.__name__} among the bases, and return the dataset from train_dataset()."
+                )
             raise TypeError(
                 f"{cls.__name__} must not override train_dataloader: the batches that BatchSamplerCallback composes "
                 "would be bypassed. Return the dataset from train_dataset() and give DataLoader's arguments to "
