@@ -328,7 +328,7 @@ def test_a_trainer_of_pytorch_lightning():
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     for data in ({"datamodule": Data()}, {"train_dataloaders": torch.utils.data.DataLoader(Points(), batch_size=8)}):
         theirs = pytorch_lightning.Trainer(callbacks=[walker()], max_epochs=1, **quiet)
-        with pytest.raises(TypeError, match="bs_lightning uses the package lightning: write `from lightning import"):
+        with pytest.raises(TypeError, match=r"uses the package lightning: write `import lightning\.pytorch as pl` or"):
             theirs.fit(Theirs(), **data)
 
 

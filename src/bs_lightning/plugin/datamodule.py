@@ -557,7 +557,7 @@ def check_trainer(trainer: object) -> None:
     if trainer is not None and not isinstance(trainer, Trainer):
         raise TypeError(
             f"This Trainer is of {type(trainer).__module__}, but bs_lightning uses the package lightning: "
-            "write `from lightning import Trainer, LightningModule`."
+            "write `import lightning.pytorch as pl` or `from lightning import Trainer, LightningModule`."
         )
 
 
