@@ -49,6 +49,11 @@ class SimCLR(LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
+class LabelledSimCLR(SimCLR):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0], batch_idx)
+
+
 class CLIP(SimCLR):
     def __init__(self):
         super().__init__()
@@ -80,9 +85,13 @@ def test_the_readmes_use(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_usage_page():
+def test_the_usage_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Lightning logs and saves here
     examples = printed("docs/usage.md")
-    data, _, mask, recycle, composer = names = [{} for _ in examples]
+    data, port, _, mask, recycle, composer = names = [{} for _ in examples]
+    pictures = [(picture, 0) for picture in torch.randn(150, 8)]
+    views = [([picture, picture + 0.1], label) for picture, label in pictures]
+    port |= {"two_views": views, "images": pictures, "val_loader": [], "SimCLR": LabelledSimCLR}
     for code, namespace in zip(examples, names, strict=True):
         exec(code, namespace)
     trials = [
@@ -95,6 +104,7 @@ def test_the_usage_page():
         trainer = Trainer(max_epochs=2, callbacks=callback, logger=False, enable_checkpointing=False)
         trainer.fit(model, datamodule=data["Data"](batch_size=32))
         assert {"batch_sampler/hardness", "batch_sampler/false_negative_rate"} <= trainer.callback_metrics.keys()
+    assert "batch_sampler/uniform_hardness" in port["trainer"].callback_metrics  # of composed epochs
 
 
 def test_the_hand_written_loop():
