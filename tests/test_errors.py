@@ -332,6 +332,16 @@ def test_a_trainer_of_pytorch_lightning():
             theirs.fit(Theirs(), **data)
 
 
+def test_a_datamodule_of_pytorch_lightning():
+    class Theirs(pytorch_lightning.LightningDataModule):
+        pass
+
+    with pytest.raises(TypeError, match=r"Mine has a base of pytorch_lightning\..* uses the package lightning"):
+
+        class Mine(BatchSamplerDataModule, Theirs):
+            pass
+
+
 # What a module or composer returns
 
 

@@ -85,7 +85,8 @@ class BatchSamplerDataModule(LightningDataModule):
             not choose indices: ``num_workers``, ``collate_fn``, ``pin_memory`` and so on.
 
     Raises:
-        TypeError: If a subclass overrides ``train_dataloader``, ``seed`` is no integer, or ``reference_rule`` no rule.
+        TypeError: If a subclass overrides ``train_dataloader`` or has a base of ``pytorch_lightning``, ``seed`` is no
+            integer, or ``reference_rule`` no rule.
         ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, or ``seed`` is negative.
 
     Example:
@@ -141,6 +142,12 @@ class BatchSamplerDataModule(LightningDataModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        theirs = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "pytorch_lightning"]
+        if theirs:  # its methods would come after those of lightning's class, which do nothing
+            raise TypeError(
+                f"{cls.__name__} has a base of {theirs[0].__module__}, but bs_lightning uses the package lightning: "
+                "write `import lightning.pytorch as pl` where that base is defined."
+            )
         if cls.train_dataloader is not BatchSamplerDataModule.train_dataloader:
             owner = next(base for base in cls.__mro__ if "train_dataloader" in vars(base))
             if owner is not cls:
