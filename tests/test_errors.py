@@ -272,6 +272,28 @@ def test_advice_where_a_batch_cannot_be_embedded(model, data, words):
     assert words in error.value.__notes__[0]
 
 
+def two_views(instances):
+    points = torch.stack([instance[1] for instance in instances])
+    return [points, points], torch.tensor([instance[0] for instance in instances])
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "is_advised"),
+    [
+        (Data(collate_fn=two_views), "Its first part holds 2 parts itself", True),
+        (Clean(collate_fn=lambda instances: [instances]), "Let your embed take such a batch.", True),
+        (Data(collate_fn=two_views, pool_collate_fn=two_views), "Let your embed take such a batch.", False),
+        (TwoViews(), "Its first part holds 2 parts itself", False),
+    ],
+)
+def test_advice_where_collate_fn_may_make_the_views(data, words, is_advised):
+    with pytest.raises(TypeError) as error:
+        fit(Embeds(), data, walker())
+    note = error.value.__notes__[0]
+    assert words in note
+    assert ("If your collate_fn makes the views, give the DataModule a pool_collate_fn" in note) == is_advised
+
+
 def test_a_function_that_takes_no_module_is_told_its_arguments():
     class Clean(Data):
         def pool_dataset(self):
@@ -379,7 +401,7 @@ def test_a_collate_fn_that_drops_rows():
     def drop(items):
         return torch.utils.data.default_collate(items[1:])
 
-    with pytest.raises(ValueError, match=r"31 rows for 32 instances.*collate_fn must not drop any"):
+    with pytest.raises(ValueError, match=r"31 rows for 32 instances.*collate_fn must neither add nor drop any"):
         fit(Model(), Data(8, 96, collate_fn=drop), walker())
 
 

@@ -131,5 +131,5 @@ def _check_piece(piece: Tensor, n_rows: int, shape: torch.Size) -> None:
     if len(piece) != n_rows:
         raise ValueError(
             f"embed returned {len(piece)} rows for {n_rows} instances. One embedding per instance is needed: "
-            "pool_dataset must give one view of each, and collate_fn must not drop any."
+            "pool_dataset must give one view of each, and collate_fn must neither add nor drop any."
         )

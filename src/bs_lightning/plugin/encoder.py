@@ -160,8 +160,12 @@ class EncodedEmbeddings(EmbeddingSource):
                     return self._embed(batch)
             except Exception as error:
                 how = "give pool_collate_fn a function for" if data.streams else "override pool_dataset() to return"
-                is_training_data = type(data).pool_dataset is BatchSamplerDataModule.pool_dataset
-                error.add_note(_advice(batch, is_training_data, how, *self._advice_for))
+                is_collated_alike = data.pool_collate_fn is None
+                is_training_data = type(data).pool_dataset is BatchSamplerDataModule.pool_dataset and is_collated_alike
+                note = _advice(batch, is_training_data, how, *self._advice_for)
+                if is_collated_alike and not data.streams and data.dataloader_kwargs.get("collate_fn") is not None:
+                    note += " If your collate_fn makes the views, give the DataModule a pool_collate_fn without them."
+                error.add_note(note)
                 raise
 
         with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
@@ -212,7 +216,7 @@ def _advice(batch: Any, is_training_data: bool, how: str, if_first: str | None, 
 
     Args:
         batch: What could not be embedded.
-        is_training_data: Whether the DataModule leaves ``pool_dataset()`` as it is.
+        is_training_data: Whether the batch is one of the training data, collated as those are.
         how: How to embed something else.
         if_first: What to do if the input is the first part of the batch; ``None`` where that would not help.
         otherwise: What to do where nothing is known about the batch.
