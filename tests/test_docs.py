@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningModule, Trainer
 from parts import Model
 from torch.utils.data import Dataset
 
-from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, RWRComposer
+from bs_lightning import BatchSamplerCallback, BatchSamplerDataModule, ExactGraph, NNDescentGraph, RWRComposer
 from bs_lightning.losses import info_nce
 
 ROOT = Path(__file__).parents[1]
@@ -63,8 +64,8 @@ class CLIP(SimCLR):
         return info_nce(*self.embed(batch), temperature=0.1)
 
 
-def printed(page):
-    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+def printed(page, language="python"):
+    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     return [textwrap.dedent(code) for code in found]
 
 
@@ -105,6 +106,16 @@ def test_the_usage_page(tmp_path, monkeypatch):
         trainer.fit(model, datamodule=data["Data"](batch_size=32))
         assert {"batch_sampler/hardness", "batch_sampler/false_negative_rate"} <= trainer.callback_metrics.keys()
     assert "batch_sampler/uniform_hardness" in port["trainer"].callback_metrics  # of composed epochs
+
+
+def test_the_config_of_the_callback():
+    (config,) = printed("docs/usage.md", "yaml")
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    (callback,) = parser.instantiate(parser.parse_string(config)).callbacks
+    assert (callback.pool_size, callback.encode_every) == ("all", 4)
+    assert callback.composer.restart_probability == 0.5
+    assert repr(callback.composer.graph) == repr(NNDescentGraph(n_neighbors=5))
 
 
 def test_the_hand_written_loop():
