@@ -142,6 +142,13 @@ class ValidatedData(Data):
         return torch.utils.data.DataLoader(Points(12), 4)
 
 
+class OrderedByRank(Data):
+    """Its instances stand in a different order on each rank."""
+
+    def train_labels(self):
+        return np.roll(np.arange(self.n), int(os.environ.get("LOCAL_RANK", 0)))
+
+
 class Run(Model):
     """Without randomness of its own; may be slow on one rank, fail, or kill its process in mid-training."""
 
@@ -234,6 +241,7 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     if differs == "recycled num_workers":
         loader = {"num_workers": rank}
     make = GroupedData if groups else ValidatedData if validate else StreamData if stream else Data
+    make = OrderedByRank if differs == "labels" else make
     fit(
         model,
         make(batch_size, n, drop_last=drop_last, seed=seed, separate_groups=groups, **loader or {}, **stream or {}),

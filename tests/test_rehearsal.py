@@ -221,6 +221,7 @@ def test_embed_may_need_what_the_start_of_training_makes():
     ("differs", "words"),
     [
         ("n", "same n_instances, got 203 on rank 0, 211 on rank 1"),
+        ("labels", r"same checksum_of_labels, got \d+ on rank 0, \d+ on rank 1"),
         ("seed", "same seed, got 0 on rank 0, 1 on rank 1"),
         ("width", r"same shape_of_an_embedding, got \[4\] on rank 0, \[3\] on rank 1"),
         ("recycled width", r"same shape_of_an_embedding, got \[4\] on"),

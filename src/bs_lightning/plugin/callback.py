@@ -505,6 +505,7 @@ class BatchSamplerCallback(Callback):
             own_rule=self.own_rule,
             from_reference=self.from_reference,
             groups=sampler.groups_digest,
+            checksum_of_labels=self._planner.labels_checksum,
             refresh_every=self.refresh_every,
             encode_every=self.encode_every,
             recycle=self.recycle,

@@ -2,6 +2,7 @@
 
 import copy
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -108,6 +109,11 @@ class TrainerPlanner:
         self._labels = None if labels is None else _as_labels(labels)
         if labels is not None:
             check_length("train_labels()", labels, layout.n_instances)
+
+    @property
+    def labels_checksum(self) -> int | None:
+        """A number that differs where processes have their labels in a different order; ``None`` without labels."""
+        return None if self._labels is None else zlib.crc32(self._labels.numpy().tobytes())
 
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.

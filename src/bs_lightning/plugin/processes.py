@@ -95,8 +95,8 @@ def check_equal(trainer: Trainer, **values: Any) -> None:
         if any(value != seen[0] for value in seen):
             listed = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(seen))
             raise ValueError(
-                f"All processes must have the same {name}, got {listed}. Give every process the whole dataset and the "
-                "same settings: each serves its own slice of every batch."
+                f"All processes must have the same {name}, got {listed}. Give every process the whole dataset, in "
+                "the same order, and the same settings: each serves its own slice of every batch."
             )
 
 
