@@ -190,6 +190,7 @@ def test_one_process_of_a_machine_compiles_and_the_others_wait(tmp_path, monkeyp
     monkeypatch.setattr(_nndescent, "descend", lambda *_, **__: compiled.append(is_locked()))
     _nndescent.compile_now(1, None)
     assert compiled == [True]
+    assert not any(tmp_path.iterdir())  # files would gather
     assert not is_locked()
     with FileLock(_nndescent._lock_file(1)):  # another process compiles
         waiting = threading.Thread(target=_nndescent.compile_now, args=(1, None))
@@ -198,6 +199,7 @@ def test_one_process_of_a_machine_compiles_and_the_others_wait(tmp_path, monkeyp
         assert waiting.is_alive()
     waiting.join()
     assert compiled == [True]
+    assert not any(tmp_path.iterdir())
 
 
 def test_each_process_compiles_where_no_file_can_be_locked(monkeypatch):

@@ -157,8 +157,19 @@ def compile_now(n_sides: int, spare_folder: str | None) -> None:
     _spare_folder = spare_folder
     if hasattr(os, "nice"):  # not on Windows
         os.nice(10)
+    path = _lock_file(n_sides)
     try:
-        lock = FileLock(_lock_file(n_sides))
+        _compile_alone(n_sides, path)
+    finally:
+        # A file would stay for each folder that keeps kernels. Who comes after its removal finds them compiled.
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def _compile_alone(n_sides: int, lock_file: str) -> None:
+    """Compile, or wait for the end of another process that does."""
+    try:
+        lock = FileLock(lock_file)
         lock.acquire(blocking=False)
     except Timeout:
         with contextlib.suppress(Timeout), lock.acquire(timeout=_MOST_COMPILING):
