@@ -366,6 +366,19 @@ def test_a_temporary_folder_serves_where_no_other_can_be_written(monkeypatch, ca
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("holds_kernels", [False, True])
+def test_a_temporary_folder_stays_only_if_it_holds_kernels(holds_kernels, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(atexit, "register", lambda _: None)  # a process that is killed removes nothing
+    monkeypatch.setattr(_nndescent, "_spare_folder", None)
+    folder = Path(_nndescent._temporary_folder())
+    if holds_kernels:
+        (folder / "kernel.nbc").touch()
+    _nndescent._import_after(subprocess.Popen(["false"]))
+    assert folder.exists() == holds_kernels
+    assert Path(_nndescent._temporary_folder()).exists()  # if somebody still needs one
+
+
 @pytest.mark.usefixtures("pynndescent_without_a_folder")
 def test_says_what_pynndescent_needs_where_no_folder_can_be_written(monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", mock.Mock(side_effect=PermissionError))
