@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 SCRIPT = Path(__file__).with_name("run.py")
 PATIENCE = 60.0  # seconds without progress after which a run counts as hanging
+LIMIT = 600.0  # seconds after which a command counts as hanging; busy cores slow down all of it
 
 
 class Hung(Exception):
@@ -25,7 +26,9 @@ class Finished(NamedTuple):
     error: str  # what it wrote to its standard error
 
 
-def finish(command: list[Any], timeout: float = 240, cwd: Path | None = None, watched: Path | None = None) -> Finished:
+def finish(
+    command: list[Any], timeout: float = LIMIT, cwd: Path | None = None, watched: Path | None = None
+) -> Finished:
     """Run a command to its end; then end every process that it has started and left behind.
 
     Args:
@@ -85,9 +88,9 @@ def _last_words(process: "subprocess.Popen[str]") -> str:
     return process.communicate()[1]
 
 
-def run(folder: Path, *, fails: bool = False, devices: int = 2, timeout: float = 240, **settings: Any) -> Any:
+def run(folder: Path, *, fails: bool = False, devices: int = 2, **settings: Any) -> Any:
     """Run to the end and return what each rank recorded; with ``fails``, return the error output."""
-    done = _start({folder: settings}, devices, timeout)
+    done = _start({folder: settings}, devices)
     if fails:
         assert done.returncode != 0
         return done.error
@@ -97,18 +100,18 @@ def run(folder: Path, *, fails: bool = False, devices: int = 2, timeout: float =
 
 def run_all(folder: Path, runs: dict[str, dict[str, Any]], devices: int = 2) -> dict[str, list[dict[str, Any]]]:
     """Run each in its subfolder, in the same processes, whose start takes longer; return what each rank recorded."""
-    done = _start({folder / name: settings for name, settings in runs.items()}, devices, timeout=240)
+    done = _start({folder / name: settings for name, settings in runs.items()}, devices)
     assert done.returncode == 0, done.error[-4000:]
     return {name: seen(folder / name, devices) for name in runs}
 
 
-def _start(runs: dict[Path, dict[str, Any]], devices: int, timeout: float) -> Finished:
+def _start(runs: dict[Path, dict[str, Any]], devices: int) -> Finished:
     command: list[Any] = [sys.executable, SCRIPT]
     for folder, settings in runs.items():
         folder.mkdir(exist_ok=True)
         strategy = {"strategy": "ddp" if devices > 1 else "auto"}
         command += [folder, json.dumps(strategy | {"devices": devices} | settings)]
-    return finish(command, timeout)
+    return finish(command)
 
 
 def seen(folder: Path, world_size: int) -> list[dict[str, Any]]:

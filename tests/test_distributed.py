@@ -127,7 +127,7 @@ def test_two_nodes_of_two_processes_under_torchrun(tmp_path):
         command += [f"--node-rank={node}", "--master-addr=localhost", "--master-port=29517"]
         nodes.append([*command, SCRIPT, tmp_path, settings])
     with ThreadPoolExecutor() as launchers:
-        for done in launchers.map(lambda command: finish(command, timeout=240), nodes):
+        for done in launchers.map(finish, nodes):
             assert done.returncode == 0, done.error[-4000:]
     ranks = seen(tmp_path, 4)
     assert_covered(ranks, batch_size=2)
@@ -257,7 +257,7 @@ def test_kept_embeddings_killed_and_resumed(kind, tmp_path):
     ids=str,
 )
 def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
-    stderr = run(tmp_path, fail=fail, fails=True, timeout=120, **how)
+    stderr = run(tmp_path, fail=fail, fails=True, **how)
     why = {"encode": "no embedding on rank 1", "graph": "no graph", "kept graph": "The graph must return a row"}[fail]
     assert why in stderr
     if how != {"sharded": True}:

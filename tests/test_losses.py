@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import LIMIT
 from torch import nn
 
 from bs_lightning import losses
@@ -523,7 +524,7 @@ def test_two_processes_train_as_one(tmp_path):
     torch.save((both, masked), tmp_path / "data.pt")
     processes = mp.spawn(_on_rank, (str(tmp_path),), nprocs=2, join=False)
     try:
-        assert any(processes.join(timeout=120) for _ in range(2))  # each call returns when a process ends
+        assert any(processes.join(timeout=LIMIT) for _ in range(2))  # each call returns when a process ends
     finally:
         for process in processes.processes:
             process.kill()

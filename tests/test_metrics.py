@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import LIMIT
 from torchmetrics import MetricCollection
 
 from bs_lightning.metrics import (
@@ -547,7 +548,7 @@ def test_two_processes_compute_what_one_does_over_all_data(tmp_path):
     torch.save((X, Y, LABELS), tmp_path / "data.pt")
     processes = mp.spawn(_on_rank, (str(tmp_path),), nprocs=2, join=False)
     try:
-        assert any(processes.join(timeout=60) for _ in range(2))  # each call returns when a process ends
+        assert any(processes.join(timeout=LIMIT) for _ in range(2))  # each call returns when a process ends
     finally:
         for process in processes.processes:
             process.kill()

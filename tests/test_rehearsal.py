@@ -230,7 +230,7 @@ def test_embed_may_need_what_the_start_of_training_makes():
     ],
 )
 def test_processes_that_differ_are_refused_in_all(differs, words, tmp_path):
-    stderr = run(tmp_path, fails=True, differs=differs, recycle=differs.startswith("recycled"), timeout=120)
+    stderr = run(tmp_path, fails=True, differs=differs, recycle=differs.startswith("recycled"))
     assert len(re.findall(f"ValueError: All processes must have the {words}", stderr)) == 2
 
 

@@ -753,4 +753,4 @@ def test_two_processes_killed_and_resumed(tmp_path):
     ids=str,
 )
 def test_two_processes_refuse(how, words, tmp_path):
-    assert words in run(tmp_path, fails=True, timeout=120, **TWO | {"stream": {"kind": "Stream"}} | how)
+    assert words in run(tmp_path, fails=True, **TWO | {"stream": {"kind": "Stream"}} | how)

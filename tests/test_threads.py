@@ -22,6 +22,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 from numba.core import caching, event
+from processes import LIMIT
 from threadpoolctl import ThreadpoolController
 
 from bs_lightning import NNDescentGraph, _nndescent, _walk_kernel, graphs, rwr_batches
@@ -131,7 +132,7 @@ def run(*arguments, **environment):
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_THREADING_LAYER"} | environment
     environment["PYTHONPATH"] = os.pathsep.join([source, environment.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -267,7 +268,7 @@ def forked():
     queue = context.Queue()
     process = context.Process(target=build_and_double, args=(queue,))
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=LIMIT)
     assert process.exitcode == 0
     return queue.get(timeout=1)
 
