@@ -39,7 +39,7 @@ def finish(
 
     Raises:
         Hung: If nothing changed in the watched folder; the text shows where the processes were.
-        subprocess.TimeoutExpired: If the command took longer than ``timeout``.
+        subprocess.TimeoutExpired: If the command took longer than ``timeout``; a note shows where the processes were.
     """
     process = subprocess.Popen(
         command,
@@ -56,11 +56,12 @@ def finish(
             try:
                 _, error = process.communicate(timeout=timeout if watched is None else 1)
                 break
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as late:
                 now = time.time()
                 if watched is not None and now - _last_change(watched, since=started) > PATIENCE:
                     raise Hung(_last_words(process)) from None
                 if now - started > timeout:
+                    late.add_note(_last_words(process))
                     raise
     finally:
         with contextlib.suppress(ProcessLookupError):

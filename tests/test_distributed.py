@@ -5,6 +5,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import pytest
 import torch
@@ -333,3 +334,6 @@ def test_a_run_without_progress_is_killed_and_says_where_it_was(tmp_path, monkey
     script = "import faulthandler, signal, time; faulthandler.register(signal.SIGUSR1); time.sleep(100)"
     with pytest.raises(Hung, match=r"File .<string>., line 1 in <module>"):
         finish([sys.executable, "-c", script], watched=tmp_path)
+    with pytest.raises(TimeoutExpired) as late:
+        finish([sys.executable, "-c", script], timeout=5)
+    assert "line 1 in <module>" in late.value.__notes__[0]
