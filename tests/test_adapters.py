@@ -1,6 +1,7 @@
 """Adapters: composed batches in the trainers of Hugging Face and sentence-transformers."""
 
 import json
+import pickle
 import re
 import sys
 import warnings
@@ -118,6 +119,15 @@ def test_the_log_says_how_hard_batches_are(tmp_path, n_pools):
         of_pools.append(float(in_batch_hardness(embeddings[torch.tensor(trainer.batches[start : start + 4])])))
     since_the_last_log = np.reshape(of_pools, (-1, n_pools)).mean(axis=1)
     assert [log["batch_sampler/hardness"] for log in logs] == pytest.approx(since_the_last_log, abs=1e-4)
+
+
+def test_values_to_log_do_not_gather_where_nothing_is_logged(tmp_path):
+    sizes = []
+    for n_epochs in (1, 3):
+        trainer = sentence_trainer(tmp_path, logging_strategy="no", num_train_epochs=n_epochs)
+        trainer.train()
+        sizes.append(len(pickle.dumps(trainer._described)))
+    assert sizes[0] == sizes[1]
 
 
 def test_composers_get_what_they_ask_for(tmp_path):

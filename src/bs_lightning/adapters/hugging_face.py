@@ -86,7 +86,8 @@ class ComposedBatchesTrainer(Trainer):
         self.gather = gather
         self.encode_batch_size = encode_batch_size
         self._load: BatchFetcher | None = None
-        self._described: list[dict[str, float]] = []  # of each pool since the last log, in the main process
+        self._described: dict[str, float] = {}  # sums over the pools since the last log, in the main process
+        self._n_described = 0  # pools
         super().__init__(*args, **kwargs)
         self.add_callback(PositionCallback())
 
@@ -172,10 +173,10 @@ class ComposedBatchesTrainer(Trainer):
             *args: As in the Trainer.
             **kwargs: As in the Trainer.
         """
-        if "loss" in logs and self._described:
-            means = {name: np.mean([pool[name] for pool in self._described]) for name in self._described[0]}
-            logs = logs | {f"batch_sampler/{name}": float(mean) for name, mean in means.items()}
-            self._described = []
+        if "loss" in logs:
+            means = {name: total / self._n_described for name, total in self._described.items()}
+            logs = logs | {f"batch_sampler/{name}": mean for name, mean in means.items()}
+            self._described, self._n_described = {}, 0
         super().log(logs, *args, **kwargs)
 
     def compose(self, embeddings: Tensor, indices: Indices, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -207,7 +208,9 @@ class ComposedBatchesTrainer(Trainer):
         with _failing_together():
             if self.accelerator.is_main_process:
                 composed = self.compose(embeddings, indices, size, seed=seed, epoch=epoch)
-                self._described.append(describe_composed(embeddings, composed))
+                for name, value in describe_composed(embeddings, composed).items():
+                    self._described[name] = self._described.get(name, 0.0) + value
+                self._n_described += 1
         batches: Batches = broadcast_object_list([composed])[0]
         # Without `gather`, a global batch is one composed batch for each process, side by side.
         return PlannedPool(batches.reshape(-1, self._train_batch_size * n_processes))
