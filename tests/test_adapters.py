@@ -1,6 +1,8 @@
 """Adapters: composed batches in the trainers of Hugging Face and sentence-transformers."""
 
+import contextlib
 import json
+import multiprocessing
 import pickle
 import re
 import sys
@@ -28,7 +30,7 @@ from transformers import TrainerCallback
 
 from bs_lightning import ExactGraph, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools, RWRComposer
 from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
-from bs_lightning.adapters.sentence_transformers import keep_apart
+from bs_lightning.adapters.sentence_transformers import ComposedSentenceTransformerTrainer, keep_apart
 from bs_lightning.compose import FunctionComposer
 from bs_lightning.metrics import in_batch_hardness
 
@@ -86,6 +88,24 @@ def test_pairs_are_composed_with_the_weights_of_the_moment(tmp_path, workers):
     trainer.train()
     assert_each_once(trainer.batches)
     assert trainer.batches == reference_batches(trainer, lambda *pool: embed_pairs(*pool, prompt="search "))
+
+
+class FailsInStep(Records, ComposedSentenceTransformerTrainer):
+    def compute_loss(self, *args, **kwargs):
+        if self.state.global_step == 15:
+            raise ValueError("it fails")
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [hf_parts.SentenceTrainer, FailsInStep])
+def test_persistent_workers_end_with_training(tmp_path, kind):
+    before = set(multiprocessing.active_children())
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = sentence_trainer(tmp_path, kind, **workers)
+    with contextlib.suppress(ValueError):
+        trainer.train()
+    assert len(trainer.batches) == (15 if kind is FailsInStep else 24)
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_simcse_is_composed_with_the_weights_of_the_moment(tmp_path):

@@ -150,7 +150,7 @@ class ComposedBatchesTrainer(Trainer):
         return PoolLoader(dataset, sampler, **settings)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and end the workers that load pools.
+        """Train, and end all workers, also if training fails.
 
         Args:
             *args: As in the Trainer.
@@ -164,6 +164,10 @@ class ComposedBatchesTrainer(Trainer):
         finally:
             if self._load is not None:
                 self._load.close()
+            loader = self.callback_handler.train_dataloader
+            if loader is not None:
+                loader.persistent_workers = False  # an error may still hold the iterator, whose workers end with it
+                loader.close()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log values, and beside the loss what composed batches are like.
@@ -279,11 +283,6 @@ class PositionCallback(TrainerCallback, ExportableState):
         if self.workers is not None:
             vars(self.loader).update(self.workers)
             self.workers = None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End persistent workers."""
-        if self.loader is not None:
-            self.loader.close()
 
     def state(self) -> dict[str, Any]:
         """Return the position.
