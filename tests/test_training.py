@@ -658,15 +658,30 @@ def test_planning_shows_in_the_progress_bar(make_bar, quickly_composed, bars, mo
     else:
         from rich.progress import Progress
 
-        add_task = Progress.add_task
+        reset = Progress.reset
 
-        def add(self, text, *args, **kwargs):
-            shown.append(text)
-            return add_task(self, text, *args, **kwargs)
+        def note(self, task, **kwargs):
+            shown.append(self._tasks[task].description)
+            return reset(self, task, **kwargs)
 
-        monkeypatch.setattr(Progress, "add_task", add)
+        monkeypatch.setattr(Progress, "reset", note)
     fit(Model(), Data(n=96), walker(48), bar, max_epochs=1, enable_progress_bar=True)
     assert [text for text in shown if text in ("Encoding", "Composing")] == bars * 2
+    if isinstance(bar, RichProgressBar):
+        tasks = [task for task in bar.progress.tasks if task.description in bars]
+        assert len(tasks) == len(bars)
+        assert not any(task.visible for task in tasks)
+        assert all(task.finished for task in tasks if task.description == "Encoding")
+
+
+def test_what_rich_keeps_of_tasks_does_not_grow():
+    sizes = []
+    for n_epochs in (1, 4):
+        bar = RichProgressBar()
+        fit(Model(), Data(n=96), walker(48), bar, max_epochs=n_epochs, enable_progress_bar=True)
+        sizes.append([len(column._renderable_cache) for column in bar.progress.columns])
+    assert sizes[0] == sizes[1]
+    assert max(sizes[0]) == 2  # the epoch's, and "Encoding"
 
 
 # Warnings

@@ -22,11 +22,14 @@ def progress(trainer: Trainer, what: str, total: int) -> Iterator[Callable[[], N
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.progress is not None:
         shown = bar.progress
-        task = shown.add_task(what, total=total)
+        # One for all pools: rich keeps what it has drawn of each task, even after the task is removed.
+        made = [task.id for task in shown.tasks if task.description == what]
+        task = made[0] if made else shown.add_task(what, total=total)
+        shown.reset(task, total=total, visible=True)
         try:
             yield lambda: shown.advance(task)
         finally:
-            shown.remove_task(task)
+            shown.update(task, visible=False)
     elif isinstance(bar, TQDMProgressBar):
         with bar.init_validation_tqdm() as tqdm:
             tqdm.set_description(what)
