@@ -133,14 +133,16 @@ def _import_path() -> list[str]:
 def _import_after(compiler: "subprocess.Popen[bytes]") -> None:
     """Import pynndescent when its kernels are on disk. Then the first graph does not wait for the import."""
     global _spare_folder
-    if compiler.wait() == 0:
-        with _import_lock, contextlib.suppress(Exception):  # the first graph meets the same error, and raises it
-            _import_nndescent()
-    if _spare_folder is not None:
-        # A process that is killed, or was forked, would leave the folder behind.
-        with contextlib.suppress(OSError):  # it holds kernels
-            os.rmdir(_spare_folder)
-            _spare_folder = None
+    has_compiled = compiler.wait() == 0
+    with _import_lock:
+        if has_compiled:
+            with contextlib.suppress(Exception):  # the first graph meets the same error, and raises it
+                _import_nndescent()
+        if _spare_folder is not None:
+            # A process that is killed, or was forked, would leave the folder behind.
+            with contextlib.suppress(OSError):  # it holds kernels
+                os.rmdir(_spare_folder)
+                _spare_folder = None
 
 
 def _stop_compiler(owner: int) -> None:
