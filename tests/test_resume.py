@@ -375,7 +375,8 @@ class Forgets(ValidatedData):
 
 
 def test_a_checkpoint_without_our_state_warns(tmp_path):
-    train(Exact(), tmp_path, every_step, data=Forgets)
+    with pytest.warns(UserWarning, match="state_dict\\(\\) of Forgets leaves out the state of BatchSamplerDataModule"):
+        train(Exact(), tmp_path, every_step, data=Forgets)
     resumed = Exact()
     with pytest.warns(UserWarning, match="checkpoint without the state of BatchSamplerDataModule"):
         train(resumed, tmp_path, ckpt_path=tmp_path / "step=14.ckpt", data=Forgets)

@@ -22,6 +22,7 @@ from bs_lightning.plugin.sources import EmbeddingSource, KeptEmbeddings, Recycle
 from bs_lightning.plugin.stream_loader import TrainerStreamLoader
 from bs_lightning.pools import Cut, Pools, WholeData
 from bs_lightning.rules import AbovePositive
+from bs_lightning.state import holds_state
 
 
 class BatchSamplerCallback(Callback):
@@ -360,6 +361,16 @@ class BatchSamplerCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        kind = type(trainer.datamodule)
+        is_overridden = kind.state_dict is not BatchSamplerDataModule.state_dict
+        if trainer.training and is_overridden and not holds_state(checkpoint.get(kind.__qualname__, {})):
+            rank_zero_warn(
+                f"state_dict() of {kind.__name__} leaves out the state of BatchSamplerDataModule, so a run cannot "
+                "resume exactly. Return `super().state_dict() | {...}`, and call super() in load_state_dict(), too. If "
+                "you have nothing to save, delete both."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         state = {} if self._planner_of_fit is None else self._planner_of_fit.source.state_dict()
