@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from parts import Data, Exact, SavesAtBatchStart, fit, walker
 from processes import batches_by_step, run, run_all
 from stream_parts import StreamData
@@ -383,6 +383,26 @@ def test_a_checkpoint_without_our_state_warns(tmp_path):
     for batches in resumed.epochs.values():
         assert len(set(sum(batches, []))) == sum(map(len, batches))
     assert [len(batches) for batches in resumed.epochs.values()] == [10, 12]
+
+
+class Adds(ValidatedData):
+    def state_dict(self):
+        return super().state_dict() | {"mine": 1}
+
+
+def test_a_checkpoint_that_validation_saves_without_our_state_warns(tmp_path):
+    with pytest.warns(UserWarning, match="state_dict\\(\\) of Forgets leaves out"):
+        train(Exact(), tmp_path, after_validation, data=Forgets, check_val_every_n_epoch=2, max_epochs=2)
+
+
+@pytest.mark.filterwarnings("error:state_dict")
+def test_no_state_is_missed_where_nothing_has_been_trained(tmp_path):
+    saves_before_it_trains = LearningRateFinder(num_training_steps=5, update_attr=False)
+    train(Exact(), tmp_path, lambda _: saves_before_it_trains, data=Adds, max_epochs=1)
+    assert saves_before_it_trains.optimal_lr.results["loss"]
+    validating = Trainer(accelerator="cpu", callbacks=[walker(32)], logger=False, enable_progress_bar=False)
+    validating.validate(Exact(), DataLoader(torch.ones(8, 8)))  # without a DataModule
+    validating.save_checkpoint(tmp_path / "validated.ckpt")
 
 
 class SavesAtStart(Callback):

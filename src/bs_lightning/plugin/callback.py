@@ -363,9 +363,11 @@ class BatchSamplerCallback(Callback):
         self._close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kind = type(trainer.datamodule)
-        is_overridden = kind.state_dict is not BatchSamplerDataModule.state_dict
-        if trainer.training and is_overridden and not holds_state(checkpoint.get(kind.__qualname__, {})):
+        data = trainer.datamodule
+        if not isinstance(data, BatchSamplerDataModule) or data.train_sampler is None:
+            return  # nothing has been trained, as where Lightning searches for a learning rate first
+        kind = type(data)
+        if not holds_state(checkpoint.get(kind.__qualname__, {})):
             rank_zero_warn(
                 f"state_dict() of {kind.__name__} leaves out the state of BatchSamplerDataModule, so a run cannot "
                 "resume exactly. Return `super().state_dict() | {...}`, and call super() in load_state_dict(), too. If "
