@@ -582,7 +582,7 @@ def _are_integers(values: Any) -> bool:
 
 
 def _warn_of_large_groups(groups: NDArray[np.int64]) -> None:
-    """Warn if more than a tenth of all negatives are of one group."""
+    """Warn if groups mark more than a tenth of all negatives."""
     members = np.sort(groups.reshape(len(groups), -1), axis=1)
     is_first = np.diff(members, axis=1, prepend=members[:, :1] - 1) != 0  # an instance may name a group twice
     sizes = np.unique(members[is_first], return_counts=True)[1].astype(float)
