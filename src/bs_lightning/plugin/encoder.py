@@ -1,6 +1,5 @@
 """Encoder: a pool's embeddings by the module of a Trainer, with its current weights."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
@@ -19,30 +18,13 @@ from bs_lightning.encoding import Embed, checked_unit_rows_, embed_in_batches
 from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
+from bs_lightning.plugin.advice import advice
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import failing_together, gather_rows, own_share
 from bs_lightning.plugin.progress import progress
 from bs_lightning.plugin.sources import EmbeddingSource
 
 _MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
-
-_Advice = tuple[str | None, str]
-
-# What to do where these cannot embed a batch: if its first part is the input, and else.
-_FUNCTION: _Advice = (
-    "let the function that you gave as embed take batch[0]",
-    "Give BatchSamplerCallback(embed=...) a function of (pl_module, batch) that takes such a batch.",
-)
-_METHOD: _Advice = ("let your embed take batch[0]", "Let your embed take such a batch.")
-_FORWARD: _Advice = (
-    "define `def embed(self, batch): return self(batch[0])` in your module",
-    "Give the module a method embed(batch) that takes a batch of pool_dataset().",
-)
-_FORWARD_OF_SEVERAL: _Advice = (
-    None,
-    "The module's forward needs other arguments than a batch, so define `def embed(self, batch)`. It returns what your "
-    "loss compares: one vector for each instance, or a pair for two sides.",
-)
 
 # Returns a tensor or a pair. `Any`, because jsonargparse refuses functions that are annotated with such a union.
 ModuleEmbed = Callable[[LightningModule, Any], Any]
@@ -68,16 +50,14 @@ class EncodedEmbeddings(EmbeddingSource):
     def __init__(self, trainer: Trainer, embed: ModuleEmbed | None, batch_size: int | None, per_rank: bool) -> None:
         super().__init__(trainer, per_rank)
         module = trainer.lightning_module
+        self._is_own_function = embed is not None
         if embed is not None:
             self._embed: Embed = partial(embed, module)
-            self._advice_for = _FUNCTION
         # Ask the class: a layer of the module may be named `embed`, too.
         elif callable(getattr(type(module), "embed", None)):
             self._embed = module.embed  # type: ignore[assignment]
-            self._advice_for = _METHOD
         elif is_overridden("forward", module):
             self._embed = module
-            self._advice_for = _FORWARD if _takes_one_argument(module.forward) else _FORWARD_OF_SEVERAL
             rank_zero_info(
                 f"BatchSamplerCallback: {type(module).__name__} has no embed(batch), so its forward(batch) tells which "
                 "instances are alike. If your loss compares something else, such as a projection, define embed."
@@ -159,13 +139,7 @@ class EncodedEmbeddings(EmbeddingSource):
                 with trainer.precision_plugin.forward_context():
                     return self._embed(batch)
             except Exception as error:
-                how = "give pool_collate_fn a function for" if data.streams else "override pool_dataset() to return"
-                is_collated_alike = data.pool_collate_fn is None
-                is_training_data = type(data).pool_dataset is BatchSamplerDataModule.pool_dataset and is_collated_alike
-                note = _advice(batch, is_training_data, how, *self._advice_for)
-                if is_collated_alike and not data.streams and data.dataloader_kwargs.get("collate_fn") is not None:
-                    note += " If your collate_fn makes the views, give the DataModule a pool_collate_fn without them."
-                error.add_note(note)
+                error.add_note(advice(batch, data, module, self._is_own_function))
                 raise
 
         with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
@@ -209,38 +183,6 @@ def _noting(batches: Iterator[Any]) -> Iterator[Any]:
             "items are, give the DataModule pool_collate_fn."
         )
         raise
-
-
-def _advice(batch: Any, is_training_data: bool, how: str, if_first: str | None, otherwise: str) -> str:
-    """Return what to do after embedding a batch has failed, the likeliest fix first.
-
-    Args:
-        batch: What could not be embedded.
-        is_training_data: Whether the batch is one of the training data, collated as those are.
-        how: How to embed something else.
-        if_first: What to do if the input is the first part of the batch; ``None`` where that would not help.
-        otherwise: What to do where nothing is known about the batch.
-    """
-    what = f"BatchSamplerCallback was embedding a batch of pool_dataset(), a {type(batch).__name__}."
-    if if_first is None or not is_training_data or not isinstance(batch, (list, tuple)) or not batch:
-        return f"{what} {otherwise}"
-    what = f"{what} Your DataModule does not override pool_dataset(), so this is a training batch"
-    clean_view = f"{how} one clean view of each instance"
-    if isinstance(batch[0], (list, tuple)):
-        return f"{what}. Its first part holds {len(batch[0])} parts itself. If those are views, {clean_view}."
-    parts = "1 part" if len(batch) == 1 else f"{len(batch)} parts"
-    return f"{what} of {parts}. If the first part is the input, {if_first}. Otherwise {clean_view}."
-
-
-def _takes_one_argument(forward: Callable[..., Any]) -> bool:
-    """Return whether a batch is enough to call ``forward``, as far as its signature says."""
-    try:
-        inspect.signature(forward).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # no signature
-        pass
-    return True
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
