@@ -49,3 +49,25 @@ def describe_composed(embeddings: Tensor, batches: Batches, labels: Tensor | Non
     uniform = describe(embeddings, np.arange(batches.size).reshape(batches.shape)[:2], labels)
     compared = {f"uniform_{name}": uniform[name] for name in ("hardness", "accuracy") if name in uniform}
     return describe(embeddings, batches, labels) | compared
+
+
+class Means:
+    """Means of values by name, of which no list is kept."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}  # a sum, and of how many
+
+    def note(self, values: dict[str, float], weight: int = 1) -> None:
+        """Note some values.
+
+        Args:
+            values: The values by name.
+            weight: How much they count, such as the number of batches that they describe.
+        """
+        for name, value in values.items():
+            total, n_before = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value * weight, n_before + weight
+
+    def read(self) -> dict[str, float]:
+        """Return the means for the log, each under ``batch_sampler/`` and its name."""
+        return {f"batch_sampler/{name}": total / n for name, (total, n) in self._sums.items()}

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from bs_lightning._checks import check_integer
-from bs_lightning._description import describe_composed
+from bs_lightning._description import Means, describe_composed
 from bs_lightning._types import Batches, Indices
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, call_composer
 from bs_lightning.encoding import encode
@@ -86,8 +86,7 @@ class ComposedBatchesTrainer(Trainer):
         self.gather = gather
         self.encode_batch_size = encode_batch_size
         self._load: BatchFetcher | None = None
-        self._described: dict[str, float] = {}  # sums over the pools since the last log, in the main process
-        self._n_described = 0  # pools
+        self._described = Means()  # over the pools since the last log, in the main process
         super().__init__(*args, **kwargs)
         self.add_callback(PositionCallback())
 
@@ -178,9 +177,8 @@ class ComposedBatchesTrainer(Trainer):
             **kwargs: As in the Trainer.
         """
         if "loss" in logs:
-            means = {name: total / self._n_described for name, total in self._described.items()}
-            logs = logs | {f"batch_sampler/{name}": mean for name, mean in means.items()}
-            self._described, self._n_described = {}, 0
+            logs = logs | self._described.read()
+            self._described = Means()
         super().log(logs, *args, **kwargs)
 
     def compose(self, embeddings: Tensor, indices: Indices, batch_size: int, *, seed: int, epoch: int) -> Batches:
@@ -212,9 +210,7 @@ class ComposedBatchesTrainer(Trainer):
         with _failing_together():
             if self.accelerator.is_main_process:
                 composed = self.compose(embeddings, indices, size, seed=seed, epoch=epoch)
-                for name, value in describe_composed(embeddings, composed).items():
-                    self._described[name] = self._described.get(name, 0.0) + value
-                self._n_described += 1
+                self._described.note(describe_composed(embeddings, composed))
         batches: Batches = broadcast_object_list([composed])[0]
         # Without `gather`, a global batch is one composed batch for each process, side by side.
         return PlannedPool(batches.reshape(-1, self._train_batch_size * n_processes))

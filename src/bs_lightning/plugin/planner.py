@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_length
-from bs_lightning._description import describe, describe_composed
+from bs_lightning._description import Means, describe, describe_composed
 from bs_lightning._embeddings import similar_to_nothing
 from bs_lightning._nndescent import shared_cores
 from bs_lightning._types import Indices, Neighbors, Pairs
@@ -89,7 +89,8 @@ class TrainerPlanner:
         self.layout: BatchLayout
         self._batch_size: int
         self._labels: Tensor | None = None
-        self._described: dict[str, tuple[float, int]] = {}  # a sum over batches, and their number
+        # Lightning could take the means, but a call for each pool and value takes longer than the values themselves.
+        self._described = Means()
 
     def attach(self, data: BatchSamplerDataModule, layout: BatchLayout) -> None:
         """Check the data before training starts, and keep the parts that planning needs.
@@ -113,7 +114,7 @@ class TrainerPlanner:
     @property
     def labels_checksum(self) -> int | None:
         """A number that differs where processes have their labels in a different order; ``None`` without labels."""
-        return None if self._labels is None else zlib.crc32(self._labels.numpy().tobytes())
+        return None if self._labels is None else zlib.crc32(self._labels.numpy().data)
 
     def rehearse(self, cut: Cut, epoch: int) -> None:
         """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
@@ -184,7 +185,7 @@ class TrainerPlanner:
             if known:
                 batches = np.arange(len(indices)).reshape(-1, self._batch_size)
                 log |= describe(embeddings, batches, self._labels_of(indices))
-        self._note(log if self._per_rank else self.trainer.strategy.broadcast(log), 2)
+        self._described.note(log if self._per_rank else self.trainer.strategy.broadcast(log), 2)
         self.source.end_epoch()
 
     def _two_batches(self, epoch: int) -> Indices:
@@ -194,21 +195,13 @@ class TrainerPlanner:
 
     def end_epoch(self) -> None:
         """Forget what was noted of the epoch, and free resources that need not outlive it."""
-        self._described = {}
+        self._described = Means()
         self.seconds = {}
         self.source.end_epoch()
 
     def description(self) -> dict[str, float]:
         """Return what this epoch's batches are like so far: values to log, by name, each a mean over batches."""
-        described = self._described.items()
-        return {f"batch_sampler/{name}": total / n_batches for name, (total, n_batches) in described}
-
-    def _note(self, values: dict[str, float], n_batches: int) -> None:
-        """Note what some batches are like."""
-        # Lightning could take the mean, but a call for each pool and value takes longer than the values themselves.
-        for name, value in values.items():
-            total, n_before = self._described.get(name, (0.0, 0))
-            self._described[name] = total + value * n_batches, n_before + n_batches
+        return self._described.read()
 
     def plan_pool(self, indices: Indices, *, seed: int, epoch: int) -> PlannedPool:
         """Embed a pool with the current weights and compose its batches. Every process calls it.
@@ -229,7 +222,7 @@ class TrainerPlanner:
         compose = self._compose_per_rank if self._per_rank else self._compose_once
         with nullcontext() if len(indices) <= _QUICKLY_COMPOSED else progress(self.trainer, "Composing", total=1):
             pool, log, seconds = compose(embeddings, indices, seed, epoch)
-        self._note(log | {"pool_size": float(len(indices))}, len(pool.batches))
+        self._described.note(log | {"pool_size": float(len(indices))}, len(pool.batches))
         for step, spent in {"encode": encode_seconds, **seconds}.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + spent
         return pool
@@ -244,7 +237,7 @@ class TrainerPlanner:
             The pool's global batches.
         """
         size = self.layout.global_batch_size
-        self._note({"pool_size": float(size)}, len(indices) // size)
+        self._described.note({"pool_size": float(size)}, len(indices) // size)
         return PlannedPool(np.arange(len(indices)).reshape(-1, size))
 
     def _compose_once(self, embeddings: Tensor, indices: Indices, seed: int, epoch: int) -> _Composed:
