@@ -57,6 +57,15 @@ def encode(
     return checked_unit_rows_(embed_in_batches(indices, load, embed, batch_size=batch_size, advance=advance), indices)
 
 
+def has_embed(module: object) -> bool:
+    """Return whether a module has a method ``embed``, which is taken before its ``forward``.
+
+    Args:
+        module: The module that encodes.
+    """
+    return callable(getattr(type(module), "embed", None))  # of the class: a layer may be named `embed`, too
+
+
 @torch.no_grad()
 def embed_in_batches(
     indices: Sequence[int] | Indices,

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bs_lightning._checks import check_integer
-from bs_lightning.encoding import encode
+from bs_lightning.encoding import encode, has_embed
 from bs_lightning.isolation import no_trace
 from bs_lightning.loader import BatchFetcher, check_map_style
 
@@ -77,8 +77,7 @@ def encode_dataset(
         raise ValueError("dataset must hold at least one instance, got an empty one.")
     if not path.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}. Create {path.parent} first.")
-    has_embed = callable(getattr(type(module), "embed", None))
-    encoder: Callable[..., Any] = embed or (module.embed if has_embed else module)  # type: ignore[assignment]
+    encoder: Callable[..., Any] = embed or (module.embed if has_embed(module) else module)  # type: ignore[assignment]
     if device is None:
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     target = torch.device(device)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from bs_lightning.encoding import has_embed
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 
 
@@ -48,7 +49,7 @@ def _fixes(module: LightningModule, is_own_function: bool) -> tuple[str | None, 
             "let the function that you gave as embed take batch[0]",
             "Give BatchSamplerCallback(embed=...) a function of (pl_module, batch) that takes such a batch.",
         )
-    if callable(getattr(type(module), "embed", None)):
+    if has_embed(module):
         return "let your embed take batch[0]", "Let your embed take such a batch."
     if _takes_one_argument(module.forward):
         return (

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from bs_lightning._checks import check_length
 from bs_lightning._types import Indices
-from bs_lightning.encoding import Embed, checked_unit_rows_, embed_in_batches
+from bs_lightning.encoding import Embed, checked_unit_rows_, embed_in_batches, has_embed
 from bs_lightning.isolation import no_trace
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import BatchFetcher, check_map_style
@@ -53,8 +53,7 @@ class EncodedEmbeddings(EmbeddingSource):
         self._is_own_function = embed is not None
         if embed is not None:
             self._embed: Embed = partial(embed, module)
-        # Ask the class: a layer of the module may be named `embed`, too.
-        elif callable(getattr(type(module), "embed", None)):
+        elif has_embed(module):
             self._embed = module.embed  # type: ignore[assignment]
         elif is_overridden("forward", module):
             self._embed = module
