@@ -100,6 +100,31 @@ def test_a_fork_waits_for_the_thread_that_imports():
     importer.join()
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 11, 8), reason="later versions of CPython need no help")
+def test_a_fork_lets_threads_through_that_wait_to_run_python():
+    """Else the new process may wait forever, as gloo's threads hold a lock of the interpreter while they wait."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # seconds: a thread runs only where the other one pauses
+    try:
+        assert any(another_thread_got_through() for _ in range(20))  # of 20: on busy cores a thread may come late
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def another_thread_got_through():
+    """Wake up a thread and fork at once; return whether the new process sees that the thread ran before."""
+    go, ran = threading.Lock(), []
+    go.acquire()
+    thread = threading.Thread(target=lambda: (go.acquire(), ran.append(True)))
+    thread.start()
+    go.release()
+    child = os.fork()
+    if child == 0:
+        os._exit(bool(ran))
+    thread.join()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
 def test_refuses_to_run_where_openmp_was_forked(monkeypatch):
     monkeypatch.setattr(_nndescent, "_forked_from_gnu_openmp", True)
     with pytest.raises(RuntimeError, match=r"forked from a process in which numba had started GNU OpenMP.*=workqueue"):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+import bs_lightning._fork  # noqa: F401  workers are forked safely
+
 if TYPE_CHECKING:
     from bs_lightning.sampler import PoolBatchSampler
 
