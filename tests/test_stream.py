@@ -153,6 +153,25 @@ def test_workers_have_their_own_seed_in_each_pass_and_process(monkeypatch):
     assert len(seeds) == 4
 
 
+def test_the_memory_holds_one_pool():
+    class Instance:
+        pass
+
+    alive, n_alive = weakref.WeakSet(), []
+
+    class Instances(IterableDataset):
+        def __iter__(self):
+            for _ in range(50):
+                instance = Instance()
+                alive.add(instance)
+                n_alive.append(len(alive))
+                yield instance
+
+    for _ in StreamLoader(Instances(), 5, pool_size=20, collate_fn=lambda batch: None):
+        pass
+    assert max(n_alive) == 20 + 5  # reading goes on by a batch before the pool is freed
+
+
 def test_plans_when_a_pools_first_batch_is_due_and_reads_no_further():
     """A hand-written loop that encodes the buffer with the model of that moment."""
     events, stream = [], Stateful(96)

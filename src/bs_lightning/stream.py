@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._stream_reader import Reader
+from bs_lightning._types import Order
 from bs_lightning.layout import BatchLayout
 from bs_lightning.loader import SETTINGS, BatchFetcher, BatchIterator, check_dataloader_kwargs, workers_generator
 from bs_lightning.mask import pair_mask
@@ -295,12 +296,12 @@ class StreamLoader:
         read = 0 if restored is None else restored.readings[self.rank].before
         while True:
             wanted = self._n_wanted(start, run) if restored is None else restored.readings[self.rank].taken
-            reading, taken = self._read(run, stream, instances, wanted, read)
+            reading = self._read(run, stream, instances, wanted, read)
             readings = self._exchanged(reading) if run.together else [reading]
             if restored is None:
                 n_batches = min(each.taken for each in readings) // self.batch_size
                 # Fewer than wanted were left, so the stream is at its end, here or in a different process.
-                n_last = 0 if self.drop_last else len(taken) - n_batches * self.batch_size
+                n_last = 0 if self.drop_last else reading.taken - n_batches * self.batch_size
                 if n_last == 1:
                     n_last = 0
                     warnings.warn(
@@ -311,11 +312,11 @@ class StreamLoader:
                 n_batches, n_last = len(restored.batches), restored.n_last
             if not n_batches and not n_last:
                 return
-            order = permutation(len(taken), pool_seed(self.seed, run.epoch, start), 0)[:]
-            run.buffer.instances = [taken[position] for position in order[: n_batches * self.batch_size + n_last]]
+            order = permutation(reading.taken, pool_seed(self.seed, run.epoch, start), 0)[:]
+            run.buffer.take(order[: n_batches * self.batch_size + n_last])
             kept = restored or self._plan(n_batches, start, run)
             yield StreamPool(run.epoch, start, kept.batches, kept.pairs, n_last, tuple(readings))
-            read += len(taken)
+            read += reading.taken
             start += n_batches + (n_last > 0)
             restored = None
 
@@ -327,20 +328,21 @@ class StreamLoader:
         _, end = pools.next_pool(start, run.stop, self.layout)
         return (end - start) * self.batch_size
 
-    def _read(
-        self, run: "Pass", stream: Any, instances: Iterator[Any], wanted: int, before: int
-    ) -> tuple[StreamReading, list[Any]]:
-        """Read up to ``wanted`` instances. An error is told to all processes, so that all stop."""
+    def _read(self, run: "Pass", stream: Any, instances: Iterator[Any], wanted: int, before: int) -> StreamReading:
+        """Read up to ``wanted`` instances into the buffer. An error is told to all processes, so that all stop."""
         try:
             state = None
             if self._is_stateful:  # at the start, it is enough to know so
                 state = copy.deepcopy(_state(stream, before)) if before else {}
-            taken = list(itertools.islice(instances, wanted))
+            first = list(itertools.islice(instances, 1))
+            if first:  # at the stream's end the buffer keeps the last pool
+                run.buffer.instances = first  # frees the pool before
+                run.buffer.instances += itertools.islice(instances, wanted - 1)
         except Exception as error:  # whatever a user's stream raises
             if run.together:
                 self._gather(StreamReading(before, 0, None, f"{type(error).__name__}: {error}"))
             raise
-        return StreamReading(before, len(taken), state), taken
+        return StreamReading(before, len(run.buffer) if first else 0, state)
 
     def _exchanged(self, reading: StreamReading) -> list[StreamReading]:
         """Return what all processes have read. Stop if one of them failed."""
@@ -473,6 +475,14 @@ class Buffer(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         return self.instances[position % len(self.instances)]
+
+    def take(self, positions: Order) -> None:
+        """Keep the instances at these positions, in this order.
+
+        Args:
+            positions: Positions in the pool.
+        """
+        self.instances = [self.instances[position] for position in positions]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Buffer, ()  # a copy in a worker needs no instances
