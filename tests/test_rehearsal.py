@@ -4,6 +4,7 @@ import pickle
 import re
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -159,10 +160,34 @@ def test_the_largest_pool_is_prepared_for():
         def __call__(self, embeddings, batch_size, *, seed, epoch):
             return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
 
+    def prepared_for(pool_size, data, **flags):
+        prepared.clear()
+        fit(Model(), data, walker(pool_size, composer=Prepares(), warmup_epochs=1), max_steps=1, **flags)
+        return list(prepared)
+
     prepared = []
-    for pool_size, data in ((64, StreamData(8, 100)), (64, Data(8, 95)), ("auto", Data(8, 100))):
-        fit(Model(), data, walker(pool_size, composer=Prepares(), warmup_epochs=1), max_steps=1)
-    assert prepared == [64, 88, 96]
+    assert prepared_for(64, StreamData(8, 100)) == [64]
+    assert prepared_for(64, Data(8, 95)) == [88]
+    assert prepared_for("auto", Data(8, 100)) == [96]
+
+
+@pytest.mark.parametrize(("n_batches", "flags"), [(33, {}), (32, {"limit_train_batches": 17})], ids=str)
+@pytest.mark.parametrize("make", [Data, partial(StreamData, kind="Sized")], ids=["data", "stream"])
+def test_the_largest_pool_of_an_epoch_may_be_a_later_one(make, n_batches, flags):
+    class Prepares(Composer):
+        def prepare(self, pool_size, example):
+            prepared.append(pool_size)
+
+        def __call__(self, embeddings, batch_size, *, seed, epoch):
+            composed.append(len(embeddings))
+            return pool_order(embeddings, batch_size, seed=seed, epoch=epoch)
+
+    prepared, composed = [], []
+    data = make(8, n_batches * 8)
+    fit(Model(), data, walker(30, composer=Prepares(), warmup_epochs=1), max_epochs=2, **flags)
+    pools = composed[1:]  # after the rehearsal
+    assert prepared == [max(pools)] == [40]
+    assert pools[0] == 32
 
 
 def test_processes_describe_uniform_batches_only_together(monkeypatch):

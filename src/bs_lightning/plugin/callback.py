@@ -560,7 +560,7 @@ class BatchSamplerCallback(Callback):
         cut = self.cut(layout)
         if not isinstance(cut, Pools) or trainer.datamodule.streams or trainer.fast_dev_run:
             return
-        if self._planner.largest_pool(cut) == layout.global_batch_size:
+        if cut.next_pool(0, layout.n_full, layout)[1] == 1:
             rank_zero_warn(
                 f"A pool holds one batch of {layout.global_batch_size} of the dataset's {layout.n_instances} "
                 "instances, so composing changes nothing. Raise pool_size or lower batch_size."

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,18 +155,22 @@ class TrainerPlanner:
                 self._compose(random, np.arange(size), 0, epoch, composer=composer, own_rule=own_rule)
 
     def largest_pool(self, cut: Cut) -> int:
-        """Return the most instances that a pool may have.
+        """Return the most instances that a pool of an epoch may have. Later pools may be larger than the first.
 
         Args:
             cut: What is planned together.
         """
-        layout = self.layout
-        if isinstance(cut, Pools):
-            # The layout of a stream holds one batch, as its length is not known.
-            streams = self.trainer.datamodule.streams
-            n_batches = cut.n_batches(layout) if streams else cut.next_pool(0, layout.n_full, layout)[1]
-            return n_batches * layout.global_batch_size
-        return layout.n_full * layout.global_batch_size
+        layout, n_trained = self.layout, self.trainer.num_training_batches
+        if not isinstance(cut, Pools):
+            return layout.n_full * layout.global_batch_size
+        if n_trained == float("inf"):  # a stream whose length is not known
+            return cut.n_batches(layout) * layout.global_batch_size
+        # The layout of a stream holds one batch.
+        stop = int(n_trained) if self.trainer.datamodule.streams else min(int(n_trained), layout.n_full)
+        ends = [0]
+        while ends[-1] < stop:
+            ends.append(cut.next_pool(ends[-1], stop, layout)[1])
+        return max(end - start for start, end in pairwise(ends)) * layout.global_batch_size
 
     def describe_uniform(self, epoch: int) -> None:
         """Note for the log what two uniform batches are like, with the model as it is.
