@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bs_lightning.layout import BatchLayout
-from bs_lightning.permutation import permutation
+from bs_lightning.permutation import KeyedPermutation, permutation
 from bs_lightning.plan import EpochPlan, PlannedPool, Planning
 from bs_lightning.pools import Pools, WholeData
 
@@ -341,3 +341,19 @@ def test_the_whole_dataset_refuses(every):
         WholeData(every)
     with pytest.raises(ValueError, match="refresh_every=5 needs a composer whose batches may share instances"):
         Planning(Shuffle(BatchLayout(90, 10)), WholeData(5))
+
+
+def test_uniform_batches_of_large_data_are_looked_up_together(monkeypatch):
+    looked_up, look_up = [], KeyedPermutation.__getitem__
+
+    def noting(order, places):
+        looked_up.append(places)
+        return look_up(order, places)
+
+    plan = EpochPlan(BatchLayout(2**20 + 5, batch_size=3000), seed=0, epoch=1, start=7, stop=20)
+    monkeypatch.setattr(KeyedPermutation, "__getitem__", noting)
+    batches = [batch for pool in plan for batch in pool]
+    assert len(looked_up) == 3  # of five batches each, but the last
+    for number, batch in enumerate(batches, 7):
+        np.testing.assert_array_equal(batch, plan.global_batch(number))
+    assert len(batches) == 13

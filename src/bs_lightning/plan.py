@@ -20,6 +20,7 @@ from bs_lightning.pools import Cut, Pools, WholeData
 from bs_lightning.separate import separate, separate_order
 
 _BATCHES_AT_ONCE = 256  # batches whose pairs are looked for together
+_LOOKED_UP = 2**14  # instances of uniform batches that are looked up together
 NO_PAIRS: Pairs = np.empty((0, 2), dtype=np.int64)
 
 
@@ -256,7 +257,7 @@ class EpochPlan:
             if pool is None:
                 self._pools = [each for each in self._pools if each.epoch == self.epoch and each.stop > self.served]
                 if self.planning is None:
-                    yield (self._order[each * size : (each + 1) * size] for each in range(batch, full_stop))
+                    yield self._uniform(batch, full_stop)
                     batch = full_stop
                     continue
                 pool = self._plan_pool(self.planning, batch, full_stop)
@@ -268,6 +269,13 @@ class EpochPlan:
             batch = end
         if batch < self.stop:
             yield [self._order[self.layout.n_full * size :]]
+
+    def _uniform(self, start: int, stop: int) -> Iterator[Order]:
+        """Yield uniform batches. Some are looked up together: a keyed permutation is slow in small parts."""
+        size = self.layout.global_batch_size
+        together = max(_LOOKED_UP // size, 1)
+        for first in range(start, stop, together):
+            yield from self._order[first * size : min(first + together, stop) * size].reshape(-1, size)
 
     def _indices(self, batches: slice) -> Indices:
         """Return the instances of batches with these numbers, in the order of the permutation."""
