@@ -18,6 +18,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from parts import Data, Model, Points, TooFewRows, fit, pool_order, walker
 from stream_parts import StreamData
 
-from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, graphs
+from bs_lightning import ExactGraph, NNDescentGraph, RWRComposer, _nndescent, graphs
 from bs_lightning.baselines import uniform_batches
 from bs_lightning.rules import AbovePositive
 
@@ -57,6 +58,7 @@ class Writes(Callback):
             "encoded": module.encoded,
             "masks": module.masks,
             "shared": module.walk.shared,
+            "cores": NotesCores.cores,
             "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
             "weights": float(sum(p.sum() for p in weights)),
             "digest": None if module.sharded else hashlib.sha256(pickle.dumps(as_lists(states))).hexdigest(),
@@ -106,6 +108,16 @@ class Kill:
         file.f.write(data[: len(data) // 2])
         file.f.flush()
         self.now()
+
+
+class NotesCores(ExactGraph):
+    """Notes how many cores a graph may use when it is built."""
+
+    cores: ClassVar = []
+
+    def part(self, *args, **kwargs):
+        self.cores.append(_nndescent._cores_of_process.get())
+        return super().part(*args, **kwargs)
 
 
 class Walk(RWRComposer):
@@ -205,7 +217,8 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
     n += 8 * rank * (differs == "n")
     # A kept graph may lead to the instances that the epoch drops.
     lacks_neighbors = bool(encode_every) and n % (batch_size * trainer["devices"]) > 0
-    graph = NNDescentGraph(5) if composer == "descent" else ExactGraph(5)
+    graph = NNDescentGraph(5) if composer == "descent" else NotesCores(5)
+    NotesCores.cores.clear()
     walk = Walk(graph, lacks_neighbors, replacement=bool(refresh_every))
     if composer == "descent":
         graphs._SMALL_POOL = 1  # pynndescent builds the graphs

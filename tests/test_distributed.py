@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,6 +92,13 @@ def test_ddp_with_default_flags(trained):
     assert logged[0]["batch_sampler/false_negative_rate"] == logged[1]["batch_sampler/false_negative_rate"]
     share = same_cluster_share(global_batches(ranks, 1))
     assert logged[0]["batch_sampler/false_negative_rate"] == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="asks for the cores that a process may use")
+@pytest.mark.parametrize("name", ["default", "per rank"])
+def test_graphs_leave_other_processes_their_cores(trained, name):
+    for rank in trained[1][name]:
+        assert set(rank["cores"]) == {max(len(os.sched_getaffinity(0)) // 2, 1)}
 
 
 def assert_trained_alike(ranks, n=203):
