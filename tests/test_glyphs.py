@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bs_lightning import graphs
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "glyphs.py"
 
 
@@ -28,6 +30,11 @@ def distinct(pictures):
 
 def test_no_two_letters_look_the_same(letters):
     assert len(distinct(letters.pictures[0])) == len(letters.characters) > 2000
+
+
+def test_the_demo_needs_no_pynndescent(letters):
+    """Else a new user would wait for its kernels: the demo's graph holds all letters."""
+    assert len(letters.characters) <= graphs._SMALL_POOL
 
 
 @pytest.mark.parametrize("font", ["VALIDATION_FONT", "TEST_FONT"])

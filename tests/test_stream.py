@@ -104,6 +104,13 @@ def test_each_instance_comes_once_from_workers(workers, kind):
     loader.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_each_instance_comes_once_from_workers_that_are_not_forked(method):
+    loader = StreamLoader(Stream(103), 8, pool_size=32, drop_last=False, num_workers=2, multiprocessing_context=method)
+    assert sorted(sum(served(loader), [])) == list(range(103))
+
+
 def test_random_batches_mix_a_pool_and_no_more():
     batches = served(StreamLoader(Stream(96), 8, pool_size=32))
     for start in range(0, 12, 4):

@@ -27,7 +27,7 @@ N, P, D = 200_000, 4096, 128
 BATCH_SIZE = 256
 SERVED = 65_536  # instances that a measurement serves at least
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "N": (10_000, 100_000, 1_000_000, 10_000_000),
+    "N": (12_288, 102_400, 1_024_000, 10_240_000),  # whole pools: near-equal ones may be larger than P
     "P": (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, N),
     "d": (64, 128, 256, 512, 1024),
     "d in pools of 16,384": (64, 128, 256, 512, 1024),
@@ -71,7 +71,7 @@ def serve(planner: Planner, n_instances: int, pool_size: int) -> float:
 def peak_growth(n_instances: int, z: Tensor) -> int:
     """Return the bytes by which a process's peak grows while it serves pools."""
     planner = Planner(z)
-    serve(planner, 10_000, P)  # loads kernels
+    serve(planner, 2 * P, P)  # loads kernels
     return measured(lambda: serve(planner, n_instances, P))[2]
 
 
