@@ -174,6 +174,33 @@ def test_composing_leaves_no_trace(tmp_path):
     assert not torch.equal(*(without.weights[step]["0.embedding.weight"] for step in (0, -1)))
 
 
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ({"gradient_accumulation_steps": 2}, {}),
+        ({}, {"gradient_accumulation_steps": 2}),
+        ({}, {"dataloader_drop_last": False}),
+    ],
+    ids=str,
+)
+def test_resuming_where_the_trainer_would_skip_other_batches_is_refused(tmp_path, saved, resumed):
+    sentence_trainer(tmp_path, save_strategy="steps", save_steps=1, **saved).train()
+    step = 16 if "dataloader_drop_last" in resumed else 3
+    with pytest.raises(
+        ValueError, match=r"the Trainer would skip \d+. Resume with the gradient_accumulation_steps and"
+    ):
+        sentence_trainer(tmp_path, **resumed).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+
+
+def test_resuming_with_workers_of_a_named_start_method(tmp_path):
+    more = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
+    whole = hf_parts.bert_trainer(tmp_path, save_strategy="steps", save_steps=3, **more)
+    whole.train()
+    resumed = hf_parts.bert_trainer(tmp_path, **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.batches == whole.batches[3:]
+
+
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2}], ids=str)
 def test_resuming_within_a_pool(tmp_path, more):
     whole = sentence_trainer(tmp_path / "whole", save_strategy="steps", save_steps=3, **more)

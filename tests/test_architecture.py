@@ -102,6 +102,7 @@ def attribute(owner, path, change):
         ("fit_loop.epoch_loop.batch_progress.current.processed", "loops.step_is_done"),
         ("fit_loop.epoch_loop.batch_progress.is_last_batch", "loops.epoch_is_trained"),
         ("fit_loop.restarting", "loops.restarting"),
+        ("fit_loop._data_fetcher", "loops.fetch_anew"),
         ("fit_loop.epoch_progress.current.processed", "loops.epochs_processed"),
         ("fit_loop.epoch_progress.current.ready", "loops.mend_counters"),
         ("fit_loop.epoch_progress.current.started", "loops.in_epoch"),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from parts import (
     Exact,
     Model,
@@ -215,6 +215,7 @@ def test_resumes_anywhere(kind, drop_last):
         assert served(resumed) == expected[stop:]
         resumed.set_epoch(2)
         first.set_epoch(2)
+        StreamLoader(kind(103), **make).load_state_dict(first.state_dict())  # between two passes
         assert served(resumed) == served(first)  # the state holds for one pass
 
 
@@ -435,6 +436,46 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(kind, flags, tmp_pat
             assert resumed == whole[step:], f"from step {step}"
 
 
+@pytest.mark.parametrize("kind", ["Stateful", "SizedStateful"])
+def test_resumes_where_the_optimizer_asks_for_the_number_of_steps(kind, tmp_path):
+    """Lightning then fetches from a stream of unknown length before it has restored its position."""
+
+    class Asks(Exact):
+        def configure_optimizers(self):
+            assert self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    def train(ckpt_path=None, *callbacks):
+        torch.manual_seed(0)
+        model, data = Asks(), StreamData(8, 96, kind, seed=7)
+        settings = {"max_epochs": 3, "enable_checkpointing": True, "default_root_dir": tmp_path}
+        fit(model, data, walker(32), *callbacks, ckpt_path=ckpt_path, **settings)
+        return model.batches
+
+    whole = train(None, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    for step in (5, 12, 17):
+        assert train(tmp_path / f"step={step}.ckpt") == whole[step:]
+
+
+def test_the_position_is_not_lost_where_a_resumed_run_cannot_read(tmp_path, monkeypatch):
+    def train(ckpt_path=None, *callbacks):
+        torch.manual_seed(0)
+        model, data = Exact(), StreamData(8, 96, "SizedStateful", seed=7)
+        settings = {"max_epochs": 2, "enable_checkpointing": True, "default_root_dir": tmp_path}
+        fit(model, data, walker(32), *callbacks, ckpt_path=ckpt_path, **settings)
+        return model.batches
+
+    def fail(stream, number):
+        raise OSError("the network is down")
+
+    whole = train(None, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "item", fail)
+        with pytest.raises(OSError, match="network is down"):
+            train(tmp_path / "step=17.ckpt", OnExceptionCheckpoint(tmp_path, "failed"))
+    assert train(tmp_path / "failed.ckpt") == whole[17:]
+
+
 def test_a_run_of_max_steps_goes_on_from_an_epochs_end(tmp_path):
     """Lightning would train one more batch of the epoch that has ended, and then begin the next."""
 
@@ -588,7 +629,7 @@ def test_looking_into_the_loader_disturbs_nothing(kind):
 
 @pytest.mark.parametrize("kind", ["Stream", "Stateful", "Sized"])
 def test_looking_at_some_batches_in_a_hook_disturbs_nothing(kind):
-    """Also where no batch of the epoch has been trained yet, and in the midst of the first."""
+    """Also where no batch of the epoch has been trained yet, and in the midst of the first and the last."""
 
     class Notes(Exact):
         def training_step(self, batch, batch_idx):
@@ -600,7 +641,7 @@ def test_looking_at_some_batches_in_a_hook_disturbs_nothing(kind):
             return self(batch)
 
     def look(self, trainer, *args):
-        if not isinstance(args[-1], int) or args[-1] in (0, 3):
+        if not isinstance(args[-1], int) or args[-1] in (0, 3, 11):
             batches = iter(trainer.train_dataloader)
             assert all(len(next(batches)[0]) == 8 for _ in range(2))
 
@@ -780,3 +821,8 @@ def test_two_processes_killed_and_resumed(tmp_path):
 )
 def test_two_processes_refuse(how, words, tmp_path):
     assert words in run(tmp_path, fails=True, **TWO | {"stream": {"kind": "Stream"}} | how)
+
+
+def test_no_length_is_promised_by_a_stream_without_one(recwarn):
+    fit(Model(), StreamData(8, 96, "Stream"), overfit_batches=20, max_epochs=1)
+    assert not [warning for warning in recwarn if "promised" in str(warning.message)]

@@ -94,6 +94,7 @@ class StreamLoader:
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be a torch.utils.data.IterableDataset, got {type(stream).__name__}.")
         size = check_integer("batch_size", batch_size)
+        check_integer("world_size", world_size, 1)
         self.layout = BatchLayout(size * world_size, size, world_size)  # of one global batch: the rest is not known
         self.rank = self.layout.check_rank(rank)
         if not drop_last and world_size > 1:
@@ -168,7 +169,7 @@ class StreamLoader:
         """Return the position within the pass."""
         if self._loaded is not None:
             return self._loaded
-        run = self._pass
+        run = self._pass if self._pass is not None and self._pass.epoch == self.epoch else None
         served = 0 if run is None else run.served
         pool = None if run is None or not served else run.pool_of(served) or run.pool_of(served - 1)
         return StreamState(self.seed, self.layout.global_batch_size, self.epoch, served, pool)
@@ -268,6 +269,7 @@ class StreamLoader:
                 for batch in load(batches[number - pool.start :]):
                     run.served = number = number + 1
                     yield batch
+            run.exhausted = True
             self._check_length(number, run)
         finally:
             run.ended = True
@@ -381,7 +383,7 @@ class StreamLoader:
                 f"The stream ended within its first batch of batch_size={self.batch_size}, in one process at least. "
                 "Lower batch_size, or check that each process has a part of the stream, and that iter() starts it anew."
             )
-        if run.stop is not None and number < run.stop and self.rank == 0:
+        if self._n_instances is not None and run.stop is not None and number < run.stop and self.rank == 0:
             warnings.warn(
                 f"The stream ended after {number} batches, but its len() promised {run.stop}. len() must count the "
                 "instances that one process reads.",
@@ -429,6 +431,7 @@ class Pass:
     Attributes:
         served: The number of the batch that is served next.
         ended: Whether the pass has ended, or was left.
+        exhausted: Whether all of its batches were fetched. The last one may still be trained.
         pools: The pool being served and the one before: Lightning may ask for a batch while the one before is trained.
         buffer: The instances of the pool being served.
     """
@@ -442,6 +445,7 @@ class Pass:
     together: bool = True
     served: int = field(init=False)
     ended: bool = field(default=False, init=False)
+    exhausted: bool = field(default=False, init=False)
     pools: tuple[StreamPool, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:

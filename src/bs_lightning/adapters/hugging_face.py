@@ -267,12 +267,28 @@ class PositionCallback(TrainerCallback, ExportableState):
         content = base64.b64decode(saved["attributes"]["position"])
         sampler = self.loader.batch_sampler
         sampler.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+        if not args.ignore_data_skip:
+            self._check_skipped(args, state.global_step)
         if 0 < sampler.served < len(sampler) and not args.ignore_data_skip:
             # The Trainer loads the rest of the epoch with torch's DataLoader. With workers, that would ask for batches,
             # and so plan pools, ahead of training.
             without = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}
+            without["multiprocessing_context"] = None
             self.workers = {name: getattr(self.loader, name) for name in without}
             vars(self.loader).update(without)
+
+    def _check_skipped(self, args: Any, n_steps: int) -> None:
+        """Refuse to resume where the Trainer would skip more or fewer batches than were trained."""
+        assert self.loader is not None
+        n_batches, n_together = len(self.loader), args.gradient_accumulation_steps
+        trained = self.loader.batch_sampler.served % n_batches
+        skipped = n_steps % max(-(-n_batches // n_together), 1) * n_together
+        if skipped != trained:
+            raise ValueError(
+                f"The checkpoint was saved after {trained} batches of its epoch, but the Trainer would skip {skipped}. "
+                "Resume with the gradient_accumulation_steps and dataloader_drop_last of the checkpoint, not with "
+                f"{n_together} and {args.dataloader_drop_last}."
+            )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the next epochs have their workers again."""

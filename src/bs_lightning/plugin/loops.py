@@ -107,6 +107,17 @@ def restarting(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop.restarting)
 
 
+def fetch_anew(trainer: Trainer) -> None:
+    """Let Lightning ask the training loader for a new iterator, and drop the batches that it has fetched.
+
+    Args:
+        trainer: The Trainer.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    iter(fetcher)
+
+
 def epochs_processed(trainer: Trainer) -> int:
     """Return the number of epochs whose batches have all been trained.
 

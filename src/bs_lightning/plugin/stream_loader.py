@@ -13,6 +13,7 @@ from bs_lightning.plugin.loops import (
     batches_processed,
     epoch_is_trained,
     epochs_processed,
+    fetch_anew,
     in_epoch,
     mend_counters,
     position,
@@ -40,6 +41,8 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first epoch
         self._n_batches_before = 0  # trained before the pass
+        self._began_restarting = False  # what Lightning said when the pass began
+        self._began_after = 0  # epochs, when the pass began
 
     @property
     def batch_sampler(self) -> Any:
@@ -56,6 +59,11 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         if trainer is None:
             super().set_epoch(epoch)
         elif trains_on(self._data, self) and self._trained_batch_number() is None:
+            if self._pass is not None and restarting(trainer) and not self._began_restarting:
+                # `estimated_stepping_batches` in `configure_optimizers` lets Lightning fetch the first batch of a
+                # stream of unknown length before it has restored its position.
+                self._pass = None
+                fetch_anew(trainer)
             mend_counters(trainer)
             self._n_epochs_processed = epochs_processed(trainer)
 
@@ -80,7 +88,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         served = self._n_served(run, trainer)
         if served > run.start and epoch_is_trained(trainer):
             return StreamState(state.seed, state.global_batch_size, run.epoch + 1, 0, None)
-        pool = run.pool_of(served) or run.pool_of(served - 1)
+        pool = run.pool_of(served) or run.pool_of(served - 1) or run.restored  # not read yet, if reading failed
         return StreamState(state.seed, state.global_batch_size, run.epoch, 0 if pool is None else served, pool)
 
     def _n_served(self, run: Pass, trainer: Trainer) -> int:
@@ -114,7 +122,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
                 )
         if trainer.overfit_batches:
             epoch = 0
-        is_trained = self._pass is not None and self._pass.served > self._pass.start and not self._pass.ended
+        is_trained = self._is_trained(trainer)
         # From a loader of unknown length that is new, Lightning fetches a batch before the epoch begins.
         is_fetched = self._n_instances is None and self._pass is None
         if is_trained or not (in_epoch(trainer) or is_fetched):
@@ -133,8 +141,18 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         planning = self._data.planning(self.layout)
         plan_pool = None if planning is None else planning.plan_pool
         self._pass = Pass(epoch, start, stop, size, plan_pool, restored)
-        self._n_batches_before = batches_processed(trainer)
+        self._n_batches_before, self._began_restarting = batches_processed(trainer), restarting(trainer)
+        self._began_after = epochs_processed(trainer)
         return self._pass
+
+    def _is_trained(self, trainer: Trainer) -> bool:
+        """Whether batches of the current pass are being trained."""
+        run = self._pass
+        if run is None or run.served <= run.start:
+            return False
+        # Lightning fetches one ahead of an unknown end: all are fetched while the last but one is trained.
+        in_last = run.exhausted and self._began_after == epochs_processed(trainer) and not trainer.overfit_batches
+        return not run.ended or in_last
 
     def _trained_batch_number(self) -> int | None:
         """The number in its epoch of the batch being trained."""
