@@ -335,13 +335,15 @@ def test_nothing_is_read_ahead_without_workers_or_where_the_next_pool_is_not_kno
     assert ahead.n_read == [0] * 12
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(8, [32] * 15), (100, [128] * 3 + [16]), (480, [128] * 3 + [96])])
-def test_a_cpu_embeds_at_most_128_instances_or_four_training_batches_at_a_time(batch_size, expected):
+@pytest.mark.parametrize("num_workers", [0, 1])  # the last digits depend on the size, and batches on these
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, [32] * 15), (100, [64] * 6 + [16]), (480, [64] * 7 + [32])])
+def test_a_cpu_embeds_at_most_64_instances_or_four_training_batches_at_a_time(batch_size, expected, num_workers):
     sizes = []
 
     def embed(module, batch):
         sizes.append(len(batch[0]))
         return module(batch)
 
-    fit(Model(), Data(batch_size, 480), walker(480, embed=embed), max_epochs=1)
+    data = Data(batch_size, 480, num_workers=num_workers)
+    fit(Model(), data, walker(480, embed=embed), max_epochs=1)
     assert sizes == expected

@@ -104,7 +104,7 @@ class BatchSamplerCallback(Callback):
             sides, such as query and document: a pair of such tensors, or ``[b, 2, d]``. Batches are then composed by
             the similarity of one side with the other, as the loss compares them.
         encode_batch_size: Instances embedded at a time. ``None`` is four times the DataModule's ``batch_size``, which
-            fits into memory if training does. It is at most 128 on a CPU, which embeds larger batches more slowly. On a
+            fits into memory if training does. It is at most 64 on a CPU, which embeds larger batches more slowly. On a
             GPU with ``num_workers`` above 0 it is ``batch_size``, so that more workers read at the same time.
 
     Raises:

@@ -24,7 +24,7 @@ from bs_lightning.plugin.processes import failing_together, gather_rows, own_sha
 from bs_lightning.plugin.progress import progress
 from bs_lightning.plugin.sources import EmbeddingSource
 
-_MOST_ON_CPU = 128  # instances embedded at a time, by `benchmarks/overhead encoding`
+_MOST_ON_CPU = 64  # instances embedded at a time, by `benchmarks/overhead encoding`
 
 # Returns a tensor or a pair. `Any`, because jsonargparse refuses functions that are annotated with such a union.
 ModuleEmbed = Callable[[LightningModule, Any], Any]
@@ -167,7 +167,7 @@ def default_batch_size(training: int, device: torch.device, n_workers: int) -> i
         Instances, at least 1.
     """
     if device.type == "cpu":
-        return min(4 * training, _MOST_ON_CPU)
+        return min(4 * training, _MOST_ON_CPU)  # whatever the workers, so that the last digits are the same
     # Each worker reads one batch at a time, so small batches keep more workers busy.
     return training if n_workers else 4 * training
 
