@@ -272,8 +272,12 @@ class PositionCallback(TrainerCallback, ExportableState):
         if 0 < sampler.served < len(sampler) and not args.ignore_data_skip:
             # The Trainer loads the rest of the epoch with torch's DataLoader. With workers, that would ask for batches,
             # and so plan pools, ahead of training.
-            without = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}
-            without["multiprocessing_context"] = None
+            without = {
+                "num_workers": 0,
+                "prefetch_factor": None,
+                "persistent_workers": False,
+                "multiprocessing_context": None,
+            }
             self.workers = {name: getattr(self.loader, name) for name in without}
             vars(self.loader).update(without)
 

@@ -40,9 +40,9 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         super().__init__(stream, batch_size, **kwargs)
         self._data = data
         self._n_epochs_processed: int | None = None  # before the first epoch
-        self._n_batches_before = 0  # trained before the pass
-        self._began_restarting = False  # what Lightning said when the pass began
-        self._began_after = 0  # epochs, when the pass began
+        # Lightning's counters when the pass began.
+        self._n_batches_before = self._n_epochs_before = 0
+        self._was_restarting = False
 
     @property
     def batch_sampler(self) -> Any:
@@ -59,7 +59,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         if trainer is None:
             super().set_epoch(epoch)
         elif trains_on(self._data, self) and self._trained_batch_number() is None:
-            if self._pass is not None and restarting(trainer) and not self._began_restarting:
+            if self._pass is not None and restarting(trainer) and not self._was_restarting:
                 # `estimated_stepping_batches` in `configure_optimizers` lets Lightning fetch the first batch of a
                 # stream of unknown length before it has restored its position.
                 self._pass = None
@@ -141,8 +141,8 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         planning = self._data.planning(self.layout)
         plan_pool = None if planning is None else planning.plan_pool
         self._pass = Pass(epoch, start, stop, size, plan_pool, restored)
-        self._n_batches_before, self._began_restarting = batches_processed(trainer), restarting(trainer)
-        self._began_after = epochs_processed(trainer)
+        self._n_batches_before, self._n_epochs_before = batches_processed(trainer), epochs_processed(trainer)
+        self._was_restarting = restarting(trainer)
         return self._pass
 
     def _is_trained(self, trainer: Trainer) -> bool:
@@ -150,9 +150,10 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         run = self._pass
         if run is None or run.served <= run.start:
             return False
-        # Lightning fetches one ahead of an unknown end: all are fetched while the last but one is trained.
-        in_last = run.exhausted and self._began_after == epochs_processed(trainer) and not trainer.overfit_batches
-        return not run.ended or in_last
+        if not run.ended:
+            return True
+        # To find an unknown end, Lightning fetches one ahead: all are fetched before the last one is trained.
+        return run.exhausted and self._n_epochs_before == epochs_processed(trainer) and not trainer.overfit_batches
 
     def _trained_batch_number(self) -> int | None:
         """The number in its epoch of the batch being trained."""
