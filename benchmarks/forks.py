@@ -4,7 +4,7 @@
 
 CPython before 3.11.8 does not free a lock of the interpreter in a forked process. Threads of gloo hold it for a moment
 after each collective. Here 24 native threads do so in the milliseconds around each fork. One process forks as CPython
-does, and a second one, at the same time, as ``bs_lightning`` lets it: it lets such threads through first.
+does. A second one, at the same time, forks after a pause as with ``bs_lightning``: such threads get through in it.
 
 The script prints a table row for each of them. A forked process that has not ended after 2 seconds counts as hanging.
 """
@@ -24,9 +24,9 @@ SPREAD = 300e-6  # seconds within which the threads begin
 PATIENCE = 2.0  # seconds after which a forked process counts as hanging
 
 
-def fork(seconds: float, lets_through: bool) -> NoReturn:
+def fork(seconds: float, pauses: bool) -> NoReturn:
     """Fork for some time in this process, and print the table row."""
-    if lets_through:
+    if pauses:
         import bs_lightning  # noqa: F401  mends forks
     else:
         import lightning.pytorch  # noqa: F401  as large a process
@@ -47,7 +47,7 @@ def fork(seconds: float, lets_through: bool) -> NoReturn:
             os._exit(0)
         forks += 1
         hangs += not ends(child)
-    how = "after threads are let through" if lets_through else "as CPython does"
+    how = "after a pause" if pauses else "as CPython does"
     print(f"| {how} | {forks} | {hangs} |", flush=True)
     os._exit(0)  # threads may still begin
 

@@ -192,6 +192,14 @@ def test_resuming_where_the_trainer_would_skip_other_batches_is_refused(tmp_path
         sentence_trainer(tmp_path, **resumed).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
 
 
+def test_resuming_at_an_epochs_end_with_other_data(tmp_path):
+    """Steps 12 and 24 end an epoch of 100 pairs, and step 24 one of 70."""
+    sentence_trainer(tmp_path, save_strategy="epoch").train()
+    resumed = sentence_trainer(tmp_path, data=hf_parts.pairs(70), num_train_epochs=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert [len(batch) for batch in resumed.batches] == [8] * 8
+
+
 def test_resuming_with_workers_of_a_named_start_method(tmp_path):
     more = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
     whole = hf_parts.bert_trainer(tmp_path, save_strategy="steps", save_steps=3, **more)

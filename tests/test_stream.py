@@ -452,9 +452,16 @@ def test_resumes_where_the_optimizer_asks_for_the_number_of_steps(kind, tmp_path
         fit(model, data, walker(32), *callbacks, ckpt_path=ckpt_path, **settings)
         return model.batches
 
-    whole = train(None, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    for step in (5, 12, 17):
-        assert train(tmp_path / f"step={step}.ckpt") == whole[step:]
+    class Saves(Callback):
+        def on_train_start(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"start={trainer.global_step}.ckpt")
+
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"end={trainer.global_step}.ckpt")
+
+    whole = train(None, Saves(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    for name, step in (("step", 5), ("step", 12), ("end", 12), ("step", 17), ("start", 17), ("end", 24)):
+        assert train(tmp_path / f"{name}={step}.ckpt", Saves()) == whole[step:], name
 
 
 def test_the_position_is_not_lost_where_a_resumed_run_cannot_read(tmp_path, monkeypatch):

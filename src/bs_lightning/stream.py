@@ -337,7 +337,7 @@ class StreamLoader:
             if self._is_stateful:  # at the start, it is enough to know so
                 state = copy.deepcopy(_state(stream, before)) if before else {}
             first = list(itertools.islice(instances, 1))
-            if first:  # at the stream's end the buffer keeps the last pool
+            if first:  # at the stream's end the buffer keeps the last pool, or holds what is left over
                 run.buffer.instances = first  # frees the pool before
                 run.buffer.instances += itertools.islice(instances, wanted - 1)
         except Exception as error:  # whatever a user's stream raises

@@ -285,13 +285,14 @@ class PositionCallback(TrainerCallback, ExportableState):
         """Refuse to resume where the Trainer would skip more or fewer batches than were trained."""
         assert self.loader is not None
         n_batches, n_together = len(self.loader), args.gradient_accumulation_steps
-        trained = self.loader.batch_sampler.served % n_batches
+        position = self.loader.batch_sampler.state()
+        trained = position.served if position.mid_epoch else 0
         skipped = n_steps % max(-(-n_batches // n_together), 1) * n_together
         if skipped != trained:
             raise ValueError(
                 f"The checkpoint was saved after {trained} batches of its epoch, but the Trainer would skip {skipped}. "
                 "Resume with the gradient_accumulation_steps and dataloader_drop_last of the checkpoint, not with "
-                f"{n_together} and {args.dataloader_drop_last}."
+                f"{n_together} and {args.dataloader_drop_last}, and with the same data."
             )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -5,7 +5,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +33,7 @@ from bs_lightning.pools import AdaptivePools, Cut, Pools
 from bs_lightning.rules import AbovePositive, MoreSimilar, Rule, either_way
 
 _MOST_REHEARSED = 4096  # instances; in larger pools NNDescentGraph compiles, which a rehearsal must not wait for
+_MOST_POOLS = 1_000_000  # of an epoch that are looked at for the largest one; takes a second
 _QUICKLY_COMPOSED = 4096  # instances; such pools are composed before one could read a progress bar
 _MarkEdges = Callable[[Neighbors], tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 """A pool's graph -> which edges are likely false negatives, from each row's node and towards it."""
@@ -167,10 +167,13 @@ class TrainerPlanner:
             return cut.n_batches(layout) * layout.global_batch_size
         # The layout of a stream holds one batch.
         stop = int(n_trained) if self.trainer.datamodule.streams else min(int(n_trained), layout.n_full)
-        ends = [0]
-        while ends[-1] < stop:
-            ends.append(cut.next_pool(ends[-1], stop, layout)[1])
-        return max(end - start for start, end in pairwise(ends)) * layout.global_batch_size
+        start = largest = 0
+        for _ in range(_MOST_POOLS):
+            end = cut.next_pool(start, stop, layout)[1]
+            start, largest = end, max(largest, end - start)
+            if start >= stop:
+                break
+        return largest * layout.global_batch_size
 
     def describe_uniform(self, epoch: int) -> None:
         """Note for the log what two uniform batches are like, with the model as it is.

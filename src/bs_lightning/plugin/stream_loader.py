@@ -59,9 +59,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         if trainer is None:
             super().set_epoch(epoch)
         elif trains_on(self._data, self) and self._trained_batch_number() is None:
-            if self._pass is not None and restarting(trainer) and not self._was_restarting:
-                # `estimated_stepping_batches` in `configure_optimizers` lets Lightning fetch the first batch of a
-                # stream of unknown length before it has restored its position.
+            if self._is_premature(trainer):
                 self._pass = None
                 fetch_anew(trainer)
             mend_counters(trainer)
@@ -70,7 +68,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
     @property
     def has_planned(self) -> bool:
         """Whether a pass has begun. Until then, the state is as a checkpoint had it."""
-        return self._pass is not None
+        return self._pass is not None and not self._is_premature(self._data.trainer)
 
     def trained_batch(self) -> None:
         """Refuse to name the instances of a batch.
@@ -88,7 +86,9 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         served = self._n_served(run, trainer)
         if served > run.start and epoch_is_trained(trainer):
             return StreamState(state.seed, state.global_batch_size, run.epoch + 1, 0, None)
-        pool = run.pool_of(served) or run.pool_of(served - 1) or run.restored  # not read yet, if reading failed
+        pool = run.pool_of(served) or run.pool_of(served - 1)
+        if pool is None and run.restored is not None and run.restored.epoch == run.epoch:
+            pool = run.restored  # reading it has failed
         return StreamState(state.seed, state.global_batch_size, run.epoch, 0 if pool is None else served, pool)
 
     def _n_served(self, run: Pass, trainer: Trainer) -> int:
@@ -144,6 +144,16 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         self._n_batches_before, self._n_epochs_before = batches_processed(trainer), epochs_processed(trainer)
         self._was_restarting = restarting(trainer)
         return self._pass
+
+    def _is_premature(self, trainer: Trainer | None) -> bool:
+        """Whether the current pass was begun before Lightning had restored its position.
+
+        ``estimated_stepping_batches`` in ``configure_optimizers`` makes Lightning fetch the first batch of a stream of
+        unknown length as early.
+        """
+        if trainer is None or self._pass is None or self._n_epochs_processed is not None or self._was_restarting:
+            return False
+        return restarting(trainer) or self._n_epochs_before != epochs_processed(trainer)
 
     def _is_trained(self, trainer: Trainer) -> bool:
         """Whether batches of the current pass are being trained."""
