@@ -267,9 +267,10 @@ class PositionCallback(TrainerCallback, ExportableState):
         content = base64.b64decode(saved["attributes"]["position"])
         sampler = self.loader.batch_sampler
         sampler.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-        if not args.ignore_data_skip:
-            self._check_skipped(args, state.global_step)
-        if 0 < sampler.served < len(sampler) and not args.ignore_data_skip:
+        if args.ignore_data_skip:
+            return
+        self._check_skipped(args, state.global_step)
+        if 0 < sampler.served < len(sampler):
             # The Trainer loads the rest of the epoch with torch's DataLoader. With workers, that would ask for batches,
             # and so plan pools, ahead of training.
             without = {
