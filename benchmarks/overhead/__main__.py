@@ -48,7 +48,8 @@ def where(args: argparse.Namespace) -> Row:
     return {
         "day": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
-        **{name: version(name) for name in ("torch", "lightning", "pynndescent")},
+        "torch": torch.__version__,  # names the kind of build, which the version in PyPI's metadata does not
+        **{name: version(name) for name in ("lightning", "pynndescent")},
     }
 
 
