@@ -1,3 +1,6 @@
+from itertools import pairwise
+from types import SimpleNamespace
+
 import numpy as np
 import pymetis
 import pytest
@@ -325,3 +328,42 @@ def test_refuses_other_types(make):
 def test_refuses_what_does_not_fill_batches(name, size, batch_size):
     with pytest.raises(ValueError, match=f"batch_size must divide the number of embeddings, {size}, got {batch_size}"):
         compose(COMPOSERS[name], size, batch_size)
+
+
+@pytest.mark.parametrize("make", [UniformComposer, lambda graph: B3Composer(2, 10, 8, graph=graph)])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda neighbors: np.where(neighbors == 3, -1, neighbors), r"neighbors must lie in \[0, 40\), got -1"),
+        (lambda neighbors: neighbors + 20, r"neighbors must lie in \[0, 40\), got 59"),  # METIS would crash
+        (lambda neighbors: neighbors[:9], "a row of neighbours for each of 40 embeddings, got 9 rows"),
+    ],
+)
+def test_refuses_what_is_no_graph(make, change, words):
+    with pytest.raises(ValueError, match=words):
+        compose(make(lambda embeddings, *, seed=0: change(ExactGraph(20)(embeddings))))
+
+
+def test_b3_takes_a_rows_own_number_for_no_edge(monkeypatch):
+    adjacencies = []
+
+    def part_graph(n_parts, adjacency, **_):
+        adjacencies.append(adjacency)
+        return SimpleNamespace(vertex_part=np.arange(40) % n_parts)
+
+    monkeypatch.setattr(pymetis, "part_graph", part_graph)
+    own = np.arange(40)[:, None]
+    neighbors = np.concatenate([(own + 1) % 40, (own - 1) % 40, own, own], axis=1).astype(np.int32)
+    compose(B3Composer(0, 4, 8, graph=lambda embeddings, *, seed=0: neighbors))
+    starts, ends = np.asarray(adjacencies[0].adj_starts), np.asarray(adjacencies[0].adjacent)
+    assert [sorted(ends[first:last]) for first, last in pairwise(starts)] == [
+        sorted(((number + 1) % 40, (number - 1) % 40)) for number in range(40)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPOSERS if "rwr" not in name])
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint64, torch.tensor])
+def test_takes_integers_of_other_kinds_as_batch_sizes(name, kind):
+    z = torch.randn(320, 8)
+    expected = COMPOSERS[name](z, 16, seed=0, epoch=0)
+    assert np.array_equal(COMPOSERS[name](z, kind(16), seed=0, epoch=0), expected)

@@ -26,6 +26,7 @@ from bs_lightning._embeddings import (
 )
 from bs_lightning._types import Batches, Embeddings
 from bs_lightning.compose import Composer, GraphComposer
+from bs_lightning.edges import check_graph
 from bs_lightning.graphs import ExactGraph, Graph
 
 
@@ -54,7 +55,7 @@ def uniform_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch
         >>> uniform_batches(torch.randn(64, 8), 16, seed=0, epoch=0).shape
         (4, 16)
     """
-    embeddings, seed = _checked(embeddings, batch_size, seed)
+    embeddings, batch_size, seed = _checked(embeddings, batch_size, seed)
     return np.random.default_rng(seed).permutation(len(embeddings)).reshape(-1, batch_size)
 
 
@@ -80,7 +81,7 @@ class UniformComposer(GraphComposer):
 
     def __call__(self, embeddings: Embeddings, batch_size: int, *, seed: int, epoch: int) -> Batches:
         """Build the graph, and compose a pool's batches as :func:`uniform_batches` does."""
-        self.neighbors = self.graph(embeddings, seed=seed)
+        self.neighbors = check_graph(self.graph(embeddings, seed=seed), len(embeddings))
         return uniform_batches(embeddings, batch_size, seed=seed, epoch=epoch)
 
 
@@ -115,7 +116,7 @@ def knn_batches(embeddings: Embeddings, batch_size: int, *, seed: int, epoch: in
 
     Source: arXiv 2306.03355, section 4.4.
     """
-    embeddings, seed = _checked(embeddings, batch_size, seed)
+    embeddings, batch_size, seed = _checked(embeddings, batch_size, seed)
     unit = unit_rows(embeddings)
     left, right = similarity_factors(unit)
     isolated = similar_to_nothing(unit)
@@ -191,7 +192,7 @@ class GCBSComposer(Composer):
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-        embeddings, seed = _checked(embeddings, batch_size, seed)
+        embeddings, batch_size, seed = _checked(embeddings, batch_size, seed)
         size = len(embeddings)
         if self.n_neighbors >= size - 1:
             raise ValueError(
@@ -290,7 +291,7 @@ class B3Composer(Composer):
                 ``[P, d]`` or ``[P, 2, d]`` or not finite, ``P`` is so small that each instance would keep all that it
                 does not skip, there would be only one community, or the graph has no neighbours after the skipped ones.
         """
-        embeddings, seed = _checked(embeddings, batch_size, seed)
+        embeddings, batch_size, seed = _checked(embeddings, batch_size, seed)
         if self.n_skipped + self.n_neighbors >= len(embeddings) - 1:
             raise ValueError(
                 f"n_skipped={self.n_skipped} and n_neighbors={self.n_neighbors} take all neighbours of each of "
@@ -302,7 +303,7 @@ class B3Composer(Composer):
                 "or give larger pools."
             )
         graph = ExactGraph(self.n_skipped + self.n_neighbors) if self.graph is None else self.graph
-        ranked = graph(embeddings, seed=seed)
+        ranked = check_graph(graph(embeddings, seed=seed), len(embeddings))
         neighbors = ranked[:, self.n_skipped : self.n_skipped + self.n_neighbors]
         if neighbors.shape[1] == 0:
             raise ValueError(
@@ -322,6 +323,8 @@ class B3Composer(Composer):
         starts = np.arange(0, size * k + 1, k)
         directed = csr_array((np.ones(size * k, dtype=np.int32), neighbors.ravel(), starts), shape=(size, size))
         mutual = directed.multiply(directed.T).tocsr()
+        mutual.setdiag(0)  # a row's own number means "no edge"
+        mutual.eliminate_zeros()
         options = pymetis.Options()
         options.seed = seed % 2**31
         adjacency = pymetis.CSRAdjacency(mutual.indptr, mutual.indices)
@@ -393,7 +396,7 @@ class ClusterComposer(Composer):
             ValueError: If ``seed`` is negative, ``batch_size`` does not divide ``P``, the embeddings are not of shape
                 ``[P, d]`` or ``[P, 2, d]`` or not finite, or several batches would come from one cluster.
         """
-        embeddings, seed = _checked(embeddings, batch_size, seed)
+        embeddings, batch_size, seed = _checked(embeddings, batch_size, seed)
         n_clusters = -(-len(embeddings) // (batch_size if self.cluster_size is None else self.cluster_size))
         if n_clusters == 1 and len(embeddings) > batch_size:
             raise ValueError(
@@ -488,13 +491,14 @@ def _require(*packages: str) -> None:
             raise ImportError(f"This composer needs {package}: pip install 'bs-lightning[baselines]'")
 
 
-def _checked(embeddings: Embeddings, batch_size: int, seed: int) -> tuple[Tensor, int]:
+def _checked(embeddings: Embeddings, batch_size: int, seed: int) -> tuple[Tensor, int, int]:
     """Check what every baseline is given. ``batch_size`` must divide the number of embeddings."""
     seed = check_seed(seed)
     embeddings = as_embeddings(embeddings)
-    if check_integer("batch_size", batch_size) < 1 or len(embeddings) % batch_size:
+    batch_size = check_integer("batch_size", batch_size)
+    if batch_size < 1 or len(embeddings) % batch_size:
         raise ValueError(
             f"batch_size must divide the number of embeddings, {len(embeddings)}, got {batch_size}. "
             "Leave out the embeddings that do not fill a batch."
         )
-    return embeddings, seed
+    return embeddings, batch_size, seed
