@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bs_lightning import BatchFetcher, encode
+from bs_lightning._embeddings import as_sides
 
 DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -146,3 +147,11 @@ def test_refuses_batch_sizes(batch_size, error, words):
 def test_refuses_what_is_no_embedding(embed, error, words):
     with pytest.raises(error, match=re.escape(words)):
         run(embed)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_two_sides_of_different_precision_keep_the_higher_one(swap):
+    low, high = torch.randn(3, 4).bfloat16(), torch.randn(3, 4)
+    sides = as_sides((high, low) if swap else (low, high), "embed must return")
+    assert torch.equal(sides[:, 0 if swap else 1], high)
+    assert torch.equal(sides[:, 1 if swap else 0], low.float())

@@ -1,5 +1,8 @@
 """Embeddings of a whole dataset in a file, and batches that are composed from them."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -114,6 +117,50 @@ def test_a_failure_leaves_an_earlier_file_and_nothing_else(tmp_path):
         encode_dataset(torch.nn.Identity(), bad, path, progress=False)
     assert list(tmp_path.iterdir()) == [path]
     assert np.array_equal(np.load(path), np.eye(4))
+
+
+def test_the_width_may_not_change_between_two_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "_BATCHES_PER_WRITE", 2)
+    rows = torch.randn(40, 3)
+
+    def embed(batch):
+        return batch if (batch[0] == rows[0]).all() or (batch[0] == rows[4]).all() else batch[:, :1]
+
+    with pytest.raises(ValueError, match=r"embed must return embeddings of one width, got \[3\] and then \[1\]"):
+        encode_dataset(torch.nn.Identity(), rows, tmp_path / "r.npy", embed=embed, batch_size=4, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+def test_nothing_is_left_where_the_file_finds_no_room(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            encode_dataset(torch.nn.Identity(), torch.randn(900, 8), tmp_path / "reference.npy", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_threads_may_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "_BATCHES_PER_WRITE", 1)
+    started = threading.Barrier(2)
+
+    def encode(seed):
+        def embed(batch):
+            started.wait(timeout=60)
+            return batch
+
+        rows = torch.eye(4)[torch.randperm(4, generator=torch.Generator().manual_seed(seed))]
+        encode_dataset(torch.nn.Identity(), rows, tmp_path / "r.npy", embed=embed, batch_size=2, progress=False)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(encode, range(2)))
+    assert np.load(tmp_path / "r.npy").sum() == 4
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def as_sides(value: Any, what: str) -> Tensor:
                 f"{what} two sides of one shape [b, d], got {list(sides[0].shape)} and {list(sides[1].shape)}. Project "
                 "both sides to one width."
             )
-        value = torch.stack([sides[0], sides[1].to(sides[0].dtype)], dim=1)
+        dtype = torch.promote_types(sides[0].dtype, sides[1].dtype)
+        value = torch.stack([side.to(dtype) for side in sides], dim=1)
     embeddings: Tensor = value
     if not have_sides(embeddings):
         raise ValueError(

@@ -83,14 +83,14 @@ def embed_in_batches(
     array = check_integer_array("indices", indices)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"indices must have shape [P] with P >= 1, got shape {list(array.shape)}.")
-    check_integer("batch_size", batch_size, 1)
+    batch_size = check_integer("batch_size", batch_size, 1)
     rows: list[int] = array.tolist()
     starts = range(0, len(rows), batch_size)
     chunks = [rows[start : start + batch_size] for start in starts]
     embeddings: Tensor | None = None
     for start, chunk, batch in zip(starts, chunks, load(chunks), strict=True):
         piece = as_sides(embed(batch), "embed must return")
-        _check_piece(piece, len(chunk), piece.shape[1:] if embeddings is None else embeddings.shape[1:])
+        check_piece(piece, len(chunk), piece.shape[1:] if embeddings is None else embeddings.shape[1:])
         if embeddings is None:
             embeddings = torch.empty((len(rows), *piece.shape[1:]), dtype=torch.float32, device=piece.device)
         embeddings[start : start + len(chunk)] = piece
@@ -132,7 +132,17 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _check_piece(piece: Tensor, n_rows: int, shape: torch.Size) -> None:
+def check_piece(piece: Tensor, n_rows: int, shape: torch.Size) -> None:
+    """Refuse embeddings of a part of the instances that differ in width from earlier parts, or in number.
+
+    Args:
+        piece: Floats of shape ``[n_rows, d]`` or ``[n_rows, 2, d]``.
+        n_rows: Number of instances.
+        shape: The shape of an instance's embeddings in earlier parts.
+
+    Raises:
+        ValueError: Naming both shapes, or both numbers.
+    """
     if piece.shape[1:] != shape:
         raise ValueError(
             f"embed must return embeddings of one width, got {list(shape)} and then {list(piece.shape[1:])}."

@@ -26,7 +26,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     the states of ``torchmetrics`` metrics; and the random states of Python, NumPy, torch and the current CUDA device.
     Errors inside change nothing in this. A module whose ``train()`` is overridden gets its mode back by a call of it.
 
-    Needs memory for a second copy of the module's tensors, on their devices, until it exits.
+    Needs memory for a second copy of the module's tensors, on their devices, until it exits. No other thread may use
+    the module meanwhile.
 
     Args:
         module: The module that encodes inside.

@@ -1,6 +1,7 @@
 """Reference: embeddings of a whole dataset, in a file."""
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bs_lightning._checks import check_integer
-from bs_lightning.encoding import encode, has_embed
+from bs_lightning.encoding import check_piece, encode, has_embed
 from bs_lightning.isolation import no_trace
 from bs_lightning.loader import BatchFetcher, check_map_style
 
@@ -55,7 +56,9 @@ def encode_dataset(
     Raises:
         TypeError: If the dataset is iterable-style, or ``embed`` does not return floats.
         ValueError: If ``path`` does not end in ``.npy`` or its folder does not exist, ``batch_size`` is below 1, the
-            dataset is empty, or an embedding is not finite. The message then names the dataset index.
+            dataset is empty, embeddings differ in shape, or one is not finite. The message then names the dataset
+            index.
+        OSError: If the file cannot be written, as on a full disk. Nothing of it is left then.
 
     Example:
         >>> import tempfile
@@ -70,7 +73,7 @@ def encode_dataset(
     path = Path(path)
     if path.suffix != ".npy":
         raise ValueError(f"path must end in .npy, the format of numpy.save, got {path}.")
-    check_integer("batch_size", batch_size, 1)
+    batch_size = check_integer("batch_size", batch_size, 1)
     check_map_style(dataset, "dataset")
     size = len(dataset)  # type: ignore[arg-type]
     if size == 0:
@@ -82,26 +85,30 @@ def encode_dataset(
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     target = torch.device(device)
     load = BatchFetcher(dataset, **dataloader_kwargs)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    rows: NDArray[np.float16] | None = None
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
+    sides: torch.Size | None = None
     try:
-        with no_trace(module), tqdm(total=size, desc="Encoding", unit="instances", disable=not progress) as bar:
+        # Written, not mapped into memory: on a full disk, a write raises an error, and a mapping ends the process.
+        with (
+            open(unfinished, "wb") as file,
+            no_trace(module),
+            tqdm(total=size, desc="Encoding", unit="instances", disable=not progress) as bar,
+        ):
             for start in range(0, size, _BATCHES_PER_WRITE * batch_size):
                 indices = range(start, min(start + _BATCHES_PER_WRITE * batch_size, size))
-                embeddings = encode(
+                rows = encode(
                     indices,
                     load,
                     lambda batch: encoder(_moved(batch, target)),
                     batch_size=batch_size,
                     advance=lambda: bar.update(min(batch_size, size - bar.n)) and None,
                 )
-                if rows is None:
-                    shape = (size, *embeddings.shape[1:])
-                    rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
-                rows[start : start + len(indices)] = embeddings.half().cpu().numpy()
-        assert rows is not None
-        rows.flush()  # type: ignore[attr-defined]
-        del rows
+                if sides is None:
+                    sides = rows.shape[1:]
+                    header = {"descr": "<f2", "fortran_order": False, "shape": (size, *sides)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                check_piece(rows, len(indices), sides)
+                file.write(rows.half().cpu().numpy().astype("<f2", copy=False).tobytes())
         os.replace(unfinished, path)
     finally:
         load.close()
