@@ -39,9 +39,19 @@ def test_a_pool_is_never_larger_than_the_data():
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
-    assert sizes([0.01, math.nan, math.inf]) == [4, 16, 64]  # the finite loss before
+    assert sizes([0.01, math.nan, math.inf]) == [4, 4, 4]
     assert sizes([math.nan, math.nan]) == [0, 0]
-    assert sizes([0.01, math.nan, 5.0]) == [4, 16, 4]
+    assert sizes([0.01, math.nan, 5.0]) == [4, 4, 0]
+
+
+@pytest.mark.parametrize("losses", [[1.0, math.nan, 3.0], [math.inf, 1.0, 3.0], [math.nan] * 25 + [2.0]])
+def test_a_loss_that_is_not_finite_is_not_counted(losses):
+    pools = AdaptivePools(0.1)
+    pools.observe(torch.tensor(0.01))
+    pools.next_pool(0, 1000, LAYOUT)
+    for loss in losses:
+        pools.observe(torch.tensor(loss))
+    assert pools.loss == pytest.approx(2.0)
 
 
 def test_without_a_loss_nothing_changes():

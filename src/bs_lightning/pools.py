@@ -64,7 +64,7 @@ class Pools(Cut):
     size: int
 
     def __post_init__(self) -> None:
-        check_integer("pool_size", self.size)
+        object.__setattr__(self, "size", check_integer("pool_size", self.size))
 
     def check(self, layout: BatchLayout) -> None:
         """Refuse pools that cannot hold one global batch."""
@@ -112,7 +112,8 @@ class WholeData(Cut):
     every: int
 
     def __post_init__(self) -> None:
-        check_integer("refresh_every", self.every, 1, "The paper's is 100.")
+        every = check_integer("refresh_every", self.every, 1, "The paper's is 100.")
+        object.__setattr__(self, "every", every)
 
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
         """Return all full batches, as :class:`Cut` says."""
@@ -125,6 +126,9 @@ class AdaptivePools(Cut):
     It starts with uniform batches, and returns to them if the loss stays above the target. A batch from a larger pool
     is harder, so its loss is higher. The next pool has ``(target_loss / loss) ** 2`` times as many batches as the last
     one, but at least a quarter and at most four times as many.
+
+    In your own training loop, call :meth:`observe` after each step. While :attr:`composes` is ``False``, the planner
+    must leave a pool in its order. Save :meth:`state_dict` beside the sampler's.
 
     Args:
         target_loss: The training loss to hold, above 0.
@@ -150,7 +154,7 @@ class AdaptivePools(Cut):
         self.target_loss = check_positive("target_loss", target_loss, "Try 0.05.")
         self.n_batches = 1.0
         self._loss = torch.tensor(torch.nan)
-        self._n_observed = 0
+        self._n_observed = torch.tensor(0)
         self._n_served = 0
 
     @property
@@ -169,12 +173,13 @@ class AdaptivePools(Cut):
         Args:
             loss: A scalar, the mean over all processes. It may be on any device, which is not waited for.
         """
-        self._n_observed += 1
-        share = 1 / min(self._n_observed, _WINDOW)
         loss = loss.detach().float()
+        counts = loss.isfinite()
+        self._n_observed = self._n_observed.to(loss.device) + counts
+        share = 1 / self._n_observed.clamp(1, _WINDOW)
         before = self._loss.to(loss.device)
         before = torch.where(before.isfinite(), before, loss)
-        self._loss = torch.where(loss.isfinite(), before + share * (loss - before), before)
+        self._loss = torch.where(counts, before + share * (loss - before), before)
 
     def next_pool(self, start: int, stop: int, layout: BatchLayout) -> tuple[slice, int]:
         """Choose the next pool's size from the loss, and cut it off, as :class:`Cut` says."""
@@ -185,7 +190,7 @@ class AdaptivePools(Cut):
             if math.isfinite(loss):
                 factor = min(max((self.target_loss / max(loss, 1e-12)) ** 2, 1 / _MOST), _MOST)
                 self.n_batches = min(max(self.n_batches * factor, 1.0), float(stop))
-        self._n_observed = 0
+        self._n_observed = torch.tensor(0)
         size = round(self.n_batches) if self.composes else _UNIFORM_STRETCH
         end = min(start + size, stop)
         if stop - end < size / 2:  # no small pool at the epoch's end: its batches would be easier
@@ -202,7 +207,7 @@ class AdaptivePools(Cut):
         return {
             "n_batches": self.n_batches,
             "loss": self._loss.cpu(),
-            "n_observed": self._n_observed,
+            "n_observed": int(self._n_observed),
             "n_served": self._n_served,
         }
 
@@ -214,5 +219,5 @@ class AdaptivePools(Cut):
         """
         self.n_batches = float(state_dict["n_batches"])
         self._loss = state_dict["loss"]
-        self._n_observed = int(state_dict["n_observed"])
+        self._n_observed = torch.tensor(int(state_dict["n_observed"]))
         self._n_served = int(state_dict["n_served"])

@@ -47,7 +47,8 @@ class BatchSamplerCallback(Callback):
     for each instance of the process's batch. Pools are composed from each instance's last row, which is up to an epoch
     old. Rows are kept in float16 (``2 N d`` bytes for each side). An instance without a row is similar to nothing, so
     the first epoch is uniform even with ``warmup_epochs=0``. Checkpoints hold the rows, so a resumed run goes on
-    exactly. Put callbacks that save in ``on_train_batch_end`` behind this one.
+    exactly. With ``recycle=True`` or ``pool_size="auto"``, put callbacks that save in ``on_train_batch_end`` behind
+    this one.
 
     The module logs in ``on_train_epoch_end``:
 
