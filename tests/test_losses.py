@@ -4,7 +4,9 @@ import copy
 import inspect
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -395,10 +397,13 @@ X = torch.ones(4, 2)
     [
         ({"first": X[:3]}, ValueError, r"must have the same shape.*\[3, 2\] and \[4, 2\]"),
         ({"second": X[:, :1]}, ValueError, r"must have the same shape.*\[4, 2\] and \[4, 1\]"),
-        ({"first": X[0], "second": X[0]}, ValueError, r"must have shape \[B, d\], got shape \[2\]"),
+        ({"first": X[0], "second": X[0]}, ValueError, r"must have shape \[B, d\] with d >= 1, got shape \[2\]"),
+        ({"first": X[:, :0], "second": X[:, :0]}, ValueError, r"with d >= 1, got shape \[4, 0\]"),
+        ({"second": X.to_sparse()}, TypeError, "must be a dense tensor of floats, got .* layout torch.sparse_coo"),
+        ({"temperature": 1e-300}, ValueError, "temperature must be finite and above 0, got 1e-300"),
         ({"first": X[:1], "second": X[:1]}, ValueError, "has 1 row"),
-        ({"first": X.int()}, TypeError, "must be a tensor of floats, got a tensor of dtype torch.int32"),
-        ({"second": X.numpy()}, TypeError, "must be a tensor of floats, got an array of dtype float32"),
+        ({"first": X.int()}, TypeError, "must be a dense tensor of floats, got a tensor of dtype torch.int32"),
+        ({"second": X.numpy()}, TypeError, "must be a dense tensor of floats, got an array of dtype float32"),
         ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0, got 0.0"),
         ({"temperature": -torch.ones(())}, ValueError, "temperature must be finite and above 0, got -1.0"),
         ({"temperature": math.nan}, ValueError, "temperature must be finite and above 0, got nan"),
@@ -572,3 +577,27 @@ def test_gather_changes_nothing_in_one_process():
     assert torch.equal(
         losses.nt_xent(first, second, temperature=T, gather=True), losses.nt_xent(first, second, temperature=T)
     )
+
+
+def test_a_learned_temperature_is_shown(recwarn):
+    loss = losses.NTXentLoss(temperature=torch.nn.Parameter(torch.tensor(0.5)))
+    assert repr(loss) == "NTXentLoss(temperature=0.5, gather=False)"
+    assert "device='meta'" in repr(loss.to("meta"))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("nt_xent", []),
+        ("debiased", ["class_prior"]),
+        ("hard", ["class_prior", "concentration"]),
+        ("hardness_weighted", ["strength"]),
+    ],
+)
+def test_takes_any_real_number(name, numbers):
+    one, other = torch.randn(2, 6, 3)
+    function = getattr(losses, name)
+    expected = function(one, other, **dict.fromkeys(["temperature", *numbers], 0.25))
+    for kind in (Fraction, np.float32):
+        assert torch.equal(function(one, other, **dict.fromkeys(["temperature", *numbers], kind(0.25))), expected)

@@ -138,7 +138,7 @@ def debiased(
     Source: Chuang et al., "Debiased contrastive learning", NeurIPS 2020, arXiv 2007.00224, the loss
     L_Debiased^{N,M} with M = 1.
     """
-    check_class_prior(class_prior)
+    class_prior = check_class_prior(class_prior)
     rows = anchor_rows(first, second, temperature, masked, negatives, gather)
     return _debiased(rows, rows.log_sum(rows.logits) - rows.log_count(), class_prior)
 
@@ -190,8 +190,8 @@ def hard(
     Source: Robinson et al., "Contrastive learning with hard negative samples", ICLR 2021, arXiv 2010.04592, section 3:
     the objective with the negatives' distribution q_beta, estimated by importance sampling.
     """
-    check_class_prior(class_prior)
-    check_factor("concentration", concentration)
+    class_prior = check_class_prior(class_prior)
+    concentration = check_factor("concentration", concentration)
     rows = anchor_rows(first, second, temperature, masked, negatives, gather)
     log_weights = concentration * rows.logits
     log_mean = rows.log_sum(log_weights + rows.logits) - rows.log_sum(log_weights)
@@ -295,7 +295,7 @@ def hardness_weighted(
     Source: Lan et al., "LLaVE: large language and vision embedding models with hardness-weighted contrastive learning",
     Findings of EMNLP 2025, arXiv 2503.04812, equation 5.
     """
-    check_factor("strength", strength)
+    strength = check_factor("strength", strength)
     rows = anchor_rows(first, second, temperature, masked, negatives, gather)
     log_weights = strength * (rows.logits * rows.temperature).detach()
     return rows.mean_loss(rows.log_sum(rows.logits + log_weights))

@@ -33,7 +33,10 @@ class _PairLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options."""
-        shown = {"temperature": float(self.temperature), **self.options}
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach() if temperature.is_meta else temperature.item()
+        shown = {"temperature": temperature, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bs_lightning._checks import check_number, kind_of
-from bs_lightning._embeddings import unit_rows_with_gradient
+from bs_lightning._embeddings import are_floats, unit_rows_with_gradient
 
 Negatives = Literal["views", "other_side", "second"]
 """Which rows an anchor's negatives are; see :func:`anchor_rows`."""
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # smaller ones are 0 to most devices, and all losses NaN
+_NEGATIVES = get_args(Negatives)  # not within a function: torch before 2.9 does not compile the call
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def anchor_rows(
         ValueError: If a shape or a value is wrong.
     """
     check_negatives(negatives)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     _check_sides(first, second, names)
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     if isinstance(temperature, Tensor):
@@ -168,14 +170,15 @@ def check_negatives(negatives: Any) -> None:
     Raises:
         ValueError: Naming the value and the choices.
     """
-    if negatives not in get_args(Negatives):
-        raise ValueError(f"negatives must be one of {list(get_args(Negatives))}, got {negatives!r}.")
+    if negatives not in _NEGATIVES:
+        raise ValueError(f"negatives must be one of {list(_NEGATIVES)}, got {negatives!r}.")
 
 
-def check_temperature(temperature: Any) -> None:
-    """Reject what is not finite and above 0. A tensor's value is not read on a GPU, which would have to be waited for.
+def check_temperature(temperature: Any) -> float | Tensor:
+    """Return a temperature as a float or a tensor. Reject what is not finite and above 0 in float32.
 
-    Nor is it read on the meta device, nor while ``torch.compile`` traces the loss.
+    A tensor's value is not read on a GPU, which would have to be waited for. Nor is it read on the meta device, nor
+    while ``torch.compile`` traces the loss.
 
     Raises:
         TypeError: If it is neither a number nor a tensor of one float.
@@ -185,47 +188,52 @@ def check_temperature(temperature: Any) -> None:
         value = check_number("temperature", temperature)
     elif temperature.numel() == 1 and temperature.is_floating_point():
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
-            return
+            return temperature
         value = temperature.item()
     else:
         shape, dtype = list(temperature.shape), temperature.dtype
         raise TypeError(f"temperature must be a number or a tensor of one float, got shape {shape} and {dtype}.")
-    if not 0 < value < math.inf:
+    if not _LEAST_TEMPERATURE <= value < math.inf:
         raise ValueError(
             f"temperature must be finite and above 0, got {value}. To learn it, learn its logarithm and give exp()."
         )
+    return temperature if isinstance(temperature, Tensor) else value
 
 
-def check_class_prior(class_prior: Any) -> None:
-    """Reject what is not a number in [0, 1).
+def check_class_prior(class_prior: Any) -> float:
+    """Return a class prior as a float. Reject what is not a number in [0, 1).
 
     Raises:
         TypeError: If it is not a number.
         ValueError: Naming the value.
     """
-    if not 0 <= check_number("class_prior", class_prior) < 1:
+    number = check_number("class_prior", class_prior)
+    if not 0 <= number < 1:
         raise ValueError(
             f"class_prior must be at least 0 and below 1, got {class_prior}. With C classes of equal size give 1 / C."
         )
+    return number
 
 
-def check_factor(name: str, factor: Any) -> None:
-    """Reject what is not a finite number of at least 0.
+def check_factor(name: str, factor: Any) -> float:
+    """Return a factor as a float. Reject what is not a finite number of at least 0.
 
     Raises:
         TypeError: If it is not a number.
         ValueError: Naming the argument and the value.
     """
-    if not 0 <= check_number(name, factor) < math.inf:
+    number = check_number(name, factor)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {factor}. 0 gives all negatives equal weight.")
+    return number
 
 
 def _check_sides(first: Any, second: Any, names: tuple[str, str]) -> None:
     for name, side in zip(names, (first, second), strict=True):
-        if not isinstance(side, Tensor) or not side.is_floating_point():
-            raise TypeError(f"{name} must be a tensor of floats, got {kind_of(side)}.")
-        if side.ndim != 2:
-            raise ValueError(f"{name} must have shape [B, d], got shape {list(side.shape)}.")
+        if not isinstance(side, Tensor) or not are_floats(side):
+            raise TypeError(f"{name} must be a dense tensor of floats, got {kind_of(side)}.")
+        if side.ndim != 2 or side.shape[1] < 1:
+            raise ValueError(f"{name} must have shape [B, d] with d >= 1, got shape {list(side.shape)}.")
     if first.shape != second.shape:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same shape, since row i of both is one instance; "
@@ -235,7 +243,8 @@ def _check_sides(first: Any, second: Any, names: tuple[str, str]) -> None:
 
 def _check_mask(masked: Any, size: int, gather: bool) -> None:
     if not isinstance(masked, Tensor) or masked.dtype != torch.bool:
-        raise TypeError(f"masked must be a bool tensor, got {kind_of(masked)}. Convert it, such as masked.bool().")
+        convert = "Convert it: torch.as_tensor(masked, dtype=torch.bool)."
+        raise TypeError(f"masked must be a bool tensor, got {kind_of(masked)}. {convert}")
     if masked.shape != (size, size):
         whose = "all processes" if gather else "this process; gather=True takes all processes' mask"
         raise ValueError(
