@@ -52,9 +52,9 @@ def test_callback_arguments(kwargs, error, words):
     [
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
-        ({"shuffle": True}, ValueError, "shuffle=True is no argument .* every epoch is a new random permutation"),
-        ({"sampler": []}, ValueError, "sampler=.* the plan chooses the indices"),
-        ({"batch_sampler": []}, ValueError, "batch_sampler=.* the plan chooses the batches"),
+        ({"shuffle": True}, ValueError, "shuffle=True is no argument .* a new random permutation every epoch"),
+        ({"sampler": []}, ValueError, "^sampler=.* the order is chosen already"),
+        ({"batch_sampler": []}, ValueError, "^batch_sampler=.* the batches are chosen already"),
         ({"in_order": False}, ValueError, "in_order=False would train batches in a different order"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from parts import assert_equal, rng_states
 from processes import finish
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, get_worker_info
 
 from bs_lightning import BatchFetcher, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools
 from bs_lightning.loader import check_dataloader_kwargs
@@ -343,6 +343,17 @@ class Stream(IterableDataset):
 def test_refuses_data_without_indices(dataset):
     with pytest.raises(TypeError, match=f"dataset must be a map-style.*got {type(dataset).__name__}"):
         make(dataset=dataset)
+
+
+@pytest.mark.parametrize("length", [39, 100])
+def test_refuses_data_of_another_length_than_the_samplers(length):
+    with pytest.raises(ValueError, match=f"dataset must hold the 40 instances that batch_sampler serves, got {length}"):
+        PoolLoader(torch.arange(length), PoolBatchSampler(40, 4))
+
+
+def test_refuses_another_sampler():
+    with pytest.raises(TypeError, match="batch_sampler must be a PoolBatchSampler, got BatchSampler"):
+        PoolLoader(torch.arange(40), BatchSampler(range(40), 4, drop_last=True))
 
 
 ROOT = Path(__file__).parents[1]

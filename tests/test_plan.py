@@ -343,6 +343,20 @@ def test_the_whole_dataset_refuses(every):
         Planning(Shuffle(BatchLayout(90, 10)), WholeData(5))
 
 
+def test_refuses_what_is_no_planning():
+    with pytest.raises(TypeError, match=r"cut must be Pools\(size\), .*, got 640"):
+        Planning(Shuffle(BatchLayout(90, 10)), 640)
+    with pytest.raises(TypeError, match="plan_pool must be callable"):
+        Planning(None, Pools(40))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint64])
+def test_cuts_take_integers_of_other_kinds(kind):
+    layout = BatchLayout(2000, 10)
+    assert WholeData(kind(100)).next_pool(180, 200, layout) == WholeData(100).next_pool(180, 200, layout)
+    assert Pools(kind(100)).next_pool(180, 200, layout) == Pools(100).next_pool(180, 200, layout)
+
+
 def test_uniform_batches_of_large_data_are_looked_up_together(monkeypatch):
     looked_up, look_up = [], KeyedPermutation.__getitem__
 

@@ -247,6 +247,18 @@ def test_set_epoch_refuses(epoch, error, words):
         PoolBatchSampler(100, 4).set_epoch(epoch)
 
 
+def test_a_sampler_that_was_loaded_has_trained_no_batch():
+    made = PoolBatchSampler(100, 4)
+    batches = iter(made)
+    next(batches)
+    state = made.state_dict()
+    next(batches)
+    assert made.trained_batch() is not None
+    made.load_state_dict(state)
+    assert made.trained_batch() is None
+    assert made.likely_false_negatives() is None
+
+
 def test_the_mask_of_a_hand_written_loop():
     """A pool's pairs reach all its batches and come back from a checkpoint. They do not reach other pools."""
 

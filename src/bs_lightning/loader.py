@@ -4,26 +4,24 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import bs_lightning._fork  # noqa: F401  workers are forked safely
-
-if TYPE_CHECKING:
-    from bs_lightning.sampler import PoolBatchSampler
+from bs_lightning.sampler import PoolBatchSampler
 
 Load = Callable[[Iterable[list[int]]], Iterator[Any]]
 
 # Arguments that choose indices, torch's and our `pool_size`, and what to do instead.
 _OURS = {
     "dataset": "override train_dataset()",
-    "batch_size": "give batch_size by itself",
-    "shuffle": "leave it out: every epoch is a new random permutation",
-    "sampler": "leave it out: the plan chooses the indices",
-    "batch_sampler": "leave it out: the plan chooses the batches",
-    "drop_last": "give drop_last by itself",
+    "batch_size": "leave it out, or give it where the batches are planned",
+    "shuffle": "leave it out: the order is chosen already, in training a new random permutation every epoch",
+    "sampler": "leave it out: the order is chosen already",
+    "batch_sampler": "leave it out: the batches are chosen already",
+    "drop_last": "leave it out, or give it where the batches are planned",
     "pool_size": "give it to BatchSamplerCallback, or to Pools",
 }
 # All other arguments of torch's `DataLoader`, such as `num_workers`.
@@ -138,8 +136,8 @@ class PoolLoader:
 
     Raises:
         ValueError: If ``dataloader_kwargs`` has an argument that chooses indices, ``in_order=False``, or a value that
-            ``DataLoader`` refuses.
-        TypeError: If the dataset is iterable-style.
+            ``DataLoader`` refuses; or if the dataset has a different length than the sampler.
+        TypeError: If the dataset is iterable-style, or ``batch_sampler`` is of a different kind.
 
     Example:
         >>> import torch
@@ -163,9 +161,17 @@ class PoolLoader:
     pin_memory_device: str
     in_order: bool
 
-    def __init__(self, dataset: Dataset[Any], batch_sampler: "PoolBatchSampler", **dataloader_kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], batch_sampler: PoolBatchSampler, **dataloader_kwargs: Any) -> None:
         check_dataloader_kwargs(dataloader_kwargs)
         check_map_style(dataset, "dataset")
+        if not isinstance(batch_sampler, PoolBatchSampler):
+            raise TypeError(f"batch_sampler must be a PoolBatchSampler, got {type(batch_sampler).__name__}.")
+        length, served = len(dataset), batch_sampler.layout.n_instances  # type: ignore[arg-type]
+        if length != served:
+            raise ValueError(
+                f"dataset must hold the {served} instances that batch_sampler serves, got {length}. Give "
+                "PoolBatchSampler(len(dataset), ...)."
+            )
         self.dataset = dataset
         self.batch_sampler = batch_sampler
         self.batch_size = batch_sampler.batch_size

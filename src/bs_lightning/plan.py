@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bs_lightning._checks import check_integer_array
+from bs_lightning._checks import check_instance_callable, check_integer_array
 from bs_lightning._types import Batches, Indices, Order, Pairs
 from bs_lightning.layout import BatchLayout
 from bs_lightning.permutation import KeyedPermutation, permutation
@@ -75,6 +75,7 @@ class Planning:
             pool's end. Say so if training on other pools does not change what ``plan_pool`` returns for a pool.
 
     Raises:
+        TypeError: If ``plan_pool`` is not callable, or ``cut`` is not a :class:`~bs_lightning.pools.Cut`.
         ValueError: If ``cut`` is :class:`WholeData` and ``replacement`` is ``False``, or ``ahead`` is ``True`` and
             ``cut`` is not :class:`Pools`.
 
@@ -94,6 +95,9 @@ class Planning:
     ahead: bool = False
 
     def __post_init__(self) -> None:
+        check_instance_callable("plan_pool", self.plan_pool, "a function of (indices, *, seed, epoch)")
+        if not isinstance(self.cut, Cut):
+            raise TypeError(f"cut must be Pools(size), WholeData(every) or AdaptivePools(...), got {self.cut!r}.")
         if isinstance(self.cut, WholeData) and not self.replacement:
             raise ValueError(
                 f"refresh_every={self.cut.every} needs a composer whose batches may share instances, such as "

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bs_lightning._checks import check_integer_array, check_number, check_positive, kind_of
+from bs_lightning._checks import check_instance_callable, check_integer_array, check_number, check_positive, kind_of
 from bs_lightning._embeddings import TIE, are_floats, first_not_finite, have_sides, read_rows, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
@@ -190,12 +190,13 @@ class MoreSimilar:
     So where the dataset holds a document twice, its two copies are not marked by this rule alone. Give them a group.
 
     Args:
-        embeddings: Floats of shape ``[N, d]``, or ``[N, 2, d]`` for two sides; rows of any length. A
-            :class:`numpy.memmap` is read a few rows at a time.
+        embeddings: Finite floats of shape ``[N, d]``, or ``[N, 2, d]`` for two sides; rows of any length. A
+            :class:`numpy.memmap` is read a few rows at a time. They are not searched for NaN, which marks no pair.
         limit: Says how similar is too similar. ``None`` is :class:`AbovePositive`, which needs two sides.
 
     Raises:
-        ValueError: If ``limit`` needs two sides and there is one.
+        TypeError: If the embeddings are not floats, or ``limit`` is not callable.
+        ValueError: If the embeddings have a different shape, or ``limit`` needs two sides and there is one.
 
     Example:
         >>> import numpy as np
@@ -208,8 +209,13 @@ class MoreSimilar:
     """
 
     def __init__(self, embeddings: Embeddings, limit: Limit | None = None) -> None:
+        if not are_floats(embeddings):
+            raise TypeError(f"embeddings must be a dense tensor or a NumPy array of floats, got {kind_of(embeddings)}.")
+        if not have_sides(embeddings):
+            raise ValueError(f"embeddings must have shape [N, d] or [N, 2, d], got {list(embeddings.shape)}.")
         self.embeddings = embeddings
         self.limit = AbovePositive() if limit is None else limit
+        check_instance_callable("limit", self.limit, "AboveSimilarity(0.9)")
         needs_two_sides = isinstance(self.limit, AbovePositive)
         if needs_two_sides and embeddings.ndim != 3:
             raise ValueError(

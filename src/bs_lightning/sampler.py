@@ -246,6 +246,6 @@ class PoolBatchSampler(BatchSampler):
         if state.mid_epoch:
             state.check_same_batches(self.layout, self.groups_digest)
             state.check_position(state.epoch, state.served)
-        self._loaded = state
+        self._loaded, self._plan = state, None
         self.seed = state.seed
         self.epoch = state.epoch
