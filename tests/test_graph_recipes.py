@@ -293,6 +293,7 @@ def test_local_global_loss_is_that_of_a_literal_sum():
                 negative.append(math.log1p(math.exp(-score)) + score - math.log(2))
     expected = np.mean(negative) - np.mean(positive) + 2 * math.log(2)
     assert float(local_global_loss(nodes, wholes, graph_of)) == pytest.approx(expected)
+    assert float(local_global_loss(nodes[:0], wholes, graph_of[:0])) == 0  # graphs without nodes
 
 
 def test_nodes_of_each_view_are_compared_with_graphs_of_the_other(monkeypatch):
@@ -349,7 +350,7 @@ def test_labels_are_the_graphs_y():
     assert GraphDataModule(graphs, 8).train_labels().tolist() == [0, 1] * 20
     graphs[4].y = 0  # `Data` holds plain numbers, too
     assert GraphDataModule(graphs, 8).train_labels().tolist() == [0, 1] * 20
-    for y in (torch.tensor([0.5]), torch.tensor([1, 0]), 0.5, None):
+    for y in (torch.tensor([0.5]), torch.tensor([1, 0]), 0.5, "one", None):
         graphs[4].y = y
         assert GraphDataModule(graphs, 8).train_labels() is None
 
@@ -393,6 +394,25 @@ def test_bad_graphs_are_refused():
     for make, _ in RECIPES.values():
         with pytest.raises(ValueError, match="3 features for each node, but the model has n_features=2"):
             represent(make(), [Data(x=torch.ones(4, 3))])
+
+
+@pytest.mark.parametrize(("model", "data"), [(GraphCL, GraphDataModule), (MVGRL, GraphCLDataModule)])
+def test_the_data_of_the_other_model_are_refused(model, data):
+    batch = next(iter(data(tiny_graphs(), 8).train_dataloader()))
+    with pytest.raises(TypeError, match="GraphCL needs GraphCLDataModule, and MVGRL needs GraphDataModule"):
+        model(2, width=8).training_step(batch, 0)
+
+
+@pytest.mark.parametrize("augmentations", [lambda graph: graph, ["drop"]])
+def test_augmentations_are_a_list_of_functions(augmentations):
+    with pytest.raises(TypeError, match=r"augmentations must be a list of functions, such as \[drop_nodes\], got"):
+        GraphCLDataModule(tiny_graphs(), 8, augmentations)
+
+
+@pytest.mark.parametrize("teleport", [-0.2, 0, 1.5, math.nan])
+def test_mvgrl_refuses_what_is_no_probability(teleport):
+    with pytest.raises(ValueError, match=rf"teleport must lie in \(0, 1\], got {teleport}"):
+        MVGRL(2, teleport=teleport)
 
 
 @pytest.mark.parametrize("module", ["graph_data", "graph_evaluation", "graphcl", "mvgrl"])

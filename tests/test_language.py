@@ -203,6 +203,11 @@ def tokens(*texts):
     return Tokenize(tokenizer(), 16)(texts)
 
 
+def test_max_length_must_be_at_least_one():
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        Tokenize(tokenizer(), 0)
+
+
 def test_simcse_trains_with_the_dropout_of_a_loaded_model(tmp_path):
     bert(dropout=0.5).save_pretrained(tmp_path)
     model = SimCSE(str(tmp_path))

@@ -213,6 +213,14 @@ def test_both_views_are_of_the_same_images():
     fit(Sees(Encoder(), embedding_width=8), data, max_epochs=1)
 
 
+@pytest.mark.parametrize("augment", [lambda images: images[::2], lambda images: images.repeat(2, 1, 1, 1)])
+def test_augment_must_return_a_view_of_each_image(augment):
+    with pytest.raises(ValueError, match=r"augment must return one view of each of the (\d+) images .* \[\1, 3, "):
+        fit(vision_parts.model("simclr"), vision_parts.data(augment=augment), max_epochs=1)
+    with pytest.raises(TypeError, match="augment must be callable, such as random_view, got None"):
+        vision_parts.data(augment=None)
+
+
 # MoCo v3
 
 
@@ -666,6 +674,11 @@ def test_the_nearest_vote_by_similarity():
             of = labels.to(dtype)
             found = probes.knn_accuracy(gallery, of, 5 * gallery[:1], of[:1], k=k, temperature=temperature)
             assert found == expected
+
+
+def test_images_without_a_label_cannot_vote():
+    with pytest.raises(ValueError, match=r"labels must be at least 0, got -1\. Leave out"):
+        probes.knn_accuracy(torch.eye(3), torch.tensor([0, -1, 1]), torch.eye(3), torch.zeros(3))
 
 
 def test_the_probes_agree_with_the_data():

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bs_lightning import BatchSamplerDataModule
+from bs_lightning._checks import kind_of
 
 try:
     from torch_geometric.data import Batch, Data
@@ -56,7 +57,7 @@ class GraphDataModule(BatchSamplerDataModule):
     def train_labels(self) -> Tensor | None:
         """Return the graphs' ``y``, int64 ``[N]``; ``None`` where it is not one integer for each graph."""
         found = [self.dataset[i].y for i in range(len(self.dataset))]
-        if any(y is None for y in found):
+        if any(y is None or isinstance(y, str) for y in found):
             return None
         labels = [torch.as_tensor(y) for y in found]
         if any(y.is_floating_point() or y.numel() != 1 for y in labels):
@@ -133,11 +134,17 @@ def collate(items: Sequence[Data] | Sequence[tuple[Data, ...]]) -> Batch | tuple
 
 
 def check_features(batch: Batch, n_features: int) -> None:
-    """Reject graphs whose nodes have a different number of features than the model takes.
+    """Reject graphs whose nodes have a different number of features than the model takes, and what is no graph.
 
     Raises:
+        TypeError: If it is not a batch of graphs, as where the DataModule belongs to a different model.
         ValueError: Naming both numbers.
     """
+    if not isinstance(batch, Data):
+        raise TypeError(
+            f"The model takes torch_geometric.data.Batch, got {kind_of(batch)}. GraphCL needs GraphCLDataModule, and "
+            "MVGRL needs GraphDataModule."
+        )
     if batch.x.shape[1] != n_features:
         raise ValueError(
             f"The graphs have {batch.x.shape[1]} features for each node, but the model has n_features={n_features}. "

@@ -178,6 +178,8 @@ class GraphCLDataModule(GraphDataModule):
     ) -> None:
         super().__init__(dataset, batch_size, **kwargs)
         every = (drop_nodes, perturb_edges, mask_attributes, sample_subgraph)
+        if callable(augmentations) or not all(map(callable, augmentations or ())):
+            raise TypeError(f"augmentations must be a list of functions, such as [drop_nodes], got {augmentations!r}.")
         self.augmentations = every if augmentations is None else tuple(augmentations)
         if not self.augmentations:
             raise ValueError("augmentations must name at least one function. Leave it out to use all four.")

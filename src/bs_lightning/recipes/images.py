@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bs_lightning import BatchSamplerDataModule
-from bs_lightning._checks import check_integer
+from bs_lightning._checks import check_instance_callable, check_integer
 from bs_lightning.plugin.loops import next_batch
 from bs_lightning.recipes.augment import random_view
 
@@ -82,6 +82,7 @@ class ImageData(BatchSamplerDataModule):
     ) -> None:
         super().__init__(batch_size, **kwargs)
         self.image_size = check_integer("image_size", image_size, 1)
+        check_instance_callable("augment", augment, "random_view")
         self.augment = augment
         self.train_images = open_images(train)
         self.test_images = None if test is None else open_images(test)
@@ -107,7 +108,13 @@ class ImageData(BatchSamplerDataModule):
         seed = np.random.SeedSequence([self.train_sampler.seed, *place]).generate_state(1)[0]
         with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
             torch.manual_seed(int(seed))
-            return self.augment(batch.repeat(2, 1, 1, 1) / 255).unflatten(0, (2, -1))
+            views = self.augment(batch.repeat(2, 1, 1, 1) / 255)
+        if views.ndim != 4 or len(views) != 2 * len(batch):
+            raise ValueError(
+                f"augment must return one view of each of the {2 * len(batch)} images that it gets, "
+                f"[{2 * len(batch)}, 3, h, w], got shape {list(views.shape)}. Each image comes twice."
+            )
+        return views.unflatten(0, (2, -1))
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return loaders of ``(images, labels)``: the training images, and the test images.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from bs_lightning._checks import check_number
 from bs_lightning.recipes.graph_data import check_features
 
 try:
@@ -52,6 +53,8 @@ class MVGRL(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if not 0 < check_number("teleport", teleport) <= 1:
+            raise ValueError(f"teleport must lie in (0, 1], got {teleport}. The paper's is 0.2.")
         self.n_features = n_features
         self.teleport = teleport
         self.learning_rate = learning_rate
@@ -205,4 +208,6 @@ def local_global_loss(nodes: Tensor, wholes: Tensor, graph_of: Tensor) -> Tensor
     scores = (nodes @ wholes.T).float()
     is_positive = graph_of[:, None] == torch.arange(len(wholes), device=nodes.device)
     # softplus(-s) + s is softplus(s); the constants log 2 of both parts are left out.
-    return F.softplus(scores[~is_positive]).mean() + F.softplus(-scores[is_positive]).mean()
+    # A batch may have no pair of a kind: graphs without nodes, or only one graph. The mean of nothing would be NaN.
+    negative, positive = F.softplus(scores[~is_positive]), F.softplus(-scores[is_positive])
+    return negative.sum() / max(len(negative), 1) + positive.sum() / max(len(positive), 1)

@@ -30,6 +30,9 @@ def knn_accuracy(
     Returns:
         The share of the test instances whose class wins the vote.
 
+    Raises:
+        ValueError: If a label of a voting instance is negative.
+
     Example:
         >>> import torch
         >>> from bs_lightning.recipes.probes import knn_accuracy
@@ -39,6 +42,8 @@ def knn_accuracy(
     Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
     arXiv 1805.01978, section 3.4.
     """
+    if labels.min() < 0:
+        raise ValueError(f"labels must be at least 0, got {int(labels.min())}. Leave out the images without a label.")
     gallery = F.normalize(features.float(), dim=1)
     labels, n_classes = labels.long(), int(labels.max()) + 1
     guesses = []

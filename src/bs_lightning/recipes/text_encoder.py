@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bs_lightning._checks import check_integer
 from bs_lightning.recipes.text_files import require
 
 Pooling = Literal["cls", "mean"]
@@ -44,10 +45,17 @@ class Tokenize:
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
         max_length: Tokens that are kept of each text.
+
+    Raises:
+        TypeError: If ``max_length`` is not an integer.
+        ValueError: If it is below 1.
     """
 
     tokenizer: Any
     max_length: int
+
+    def __post_init__(self) -> None:
+        check_integer("max_length", self.max_length, 1)
 
     def __call__(self, items: Sequence[Any]) -> Any:
         """Return the tokens of texts, or two such batches for pairs.
