@@ -190,7 +190,7 @@ def readings_of(*accuracies):
 @pytest.mark.parametrize(
     ("accuracies", "advice"),
     [
-        ((0.9, 0.8, 0.7, 0.6), "Pools of 320 instances keep in-batch accuracy at 0.700: BatchSamplerCallback(pool_siz"),
+        ((0.9, 0.8, 0.7, 0.6), "Pools of 320 instances keep in-batch accuracy at 0.700: at most BatchSamplerCal"),
         ((0.9, 0.8, 0.75, 0.71), "Pools of 640 instances keep"),
         ((0.9, 0.8, 0.6, 0.75), "Pools of 128 instances keep"),  # accuracy must stay above, not come back
         ((0.9, 0.6, 0.5), "Keep uniform batches: their in-batch accuracy is 0.900, and no larger pools"),

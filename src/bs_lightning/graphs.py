@@ -137,6 +137,9 @@ class NNDescentGraph(SharedGraph):
     work. A matrix product then is as fast in pools as many times larger. In still larger pools, up to four processes
     search a cell of like instances each. Cells overlap, but some neighbours beyond a cell's edge are missed.
 
+    With two sides, pynndescent finds fewer of the nearest where the sides are not aligned, as in models that are not
+    trained yet. :class:`ExactGraph` finds all of them.
+
     Args:
         n_neighbors: Neighbours to keep per instance (the paper's K). A pool of ``P`` instances gives at most ``P - 1``.
 

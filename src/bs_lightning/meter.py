@@ -15,8 +15,9 @@ A row of the table is a pool size, from one batch, which gives uniform batches, 
 - loss: InfoNCE at ``--temperature``, from first to second sides.
 - seconds: to compose an epoch, on this machine, without encoding and compilation.
 
-The last line names the largest pools that keep in-batch accuracy at ``--target-accuracy``. With one side, only hardness
-and seconds are known, as the positives are not.
+The last line names the largest pools that keep in-batch accuracy at ``--target-accuracy``. They may still be too hard:
+accuracy does not tell false negatives from hard ones, and no measurement supports the default, 0.7. With one side, only
+hardness and seconds are known, as the positives are not.
 
 Each row is the mean of up to 40 batches, from random pools as in training. So a row takes the time to compose some
 pools, or one large pool. The table takes two to three times as long as composing all data. Pools of more than 4,096
@@ -36,11 +37,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bs_lightning._checks import check_integer, check_positive, check_seed
+from bs_lightning._checks import check_integer, check_seed
 from bs_lightning._embeddings import as_embeddings, unit_rows
 from bs_lightning._types import Batches, Embeddings, Order
 from bs_lightning.compose import ComposeFunction, Composer, RWRComposer, as_composer, call_composer
 from bs_lightning.losses import info_nce
+from bs_lightning.losses._rows import check_temperature
 from bs_lightning.metrics import in_batch_hardness
 from bs_lightning.metrics._pairs import accuracy_and_negatives_above
 from bs_lightning.permutation import KeyedPermutation, permutation
@@ -119,7 +121,8 @@ def measure(
         True
     """
     embeddings = as_embeddings(embeddings)
-    check_positive("temperature", temperature, "Give the loss's temperature.")
+    batch_size = check_integer("batch_size", batch_size)
+    check_temperature(temperature)
     sizes = _as_pool_sizes(pool_sizes, len(embeddings), batch_size)
     composer = as_composer(RWRComposer() if composer is None else composer)
     composer.check_batch_size(batch_size)
@@ -127,7 +130,7 @@ def measure(
 
 
 def advise(readings: Iterable[Reading], batch_size: int, target_accuracy: float = _TARGET_ACCURACY) -> str:
-    """Name the largest pools whose in-batch accuracy stays at or above a target.
+    """Name the largest pools whose in-batch accuracy stays at or above a target. The best pools may be smaller.
 
     Args:
         readings: What :func:`measure` returned.
@@ -140,7 +143,7 @@ def advise(readings: Iterable[Reading], batch_size: int, target_accuracy: float 
     Example:
         >>> from bs_lightning.meter import Reading, advise
         >>> advise([Reading(50, 0.1, 0.9, 0.01, 0.3, 0.0), Reading(500, 0.2, 0.8, 0.02, 0.7, 0.1)], batch_size=50)
-        'Pools of 500 instances keep in-batch accuracy at 0.800: BatchSamplerCallback(pool_size=500).'
+        'Pools of 500 instances keep in-batch accuracy at 0.800: at most BatchSamplerCallback(pool_size=500).'
     """
     known = sorted((reading.pool_size, reading.accuracy) for reading in readings if reading.accuracy is not None)
     if not known:
@@ -159,7 +162,8 @@ def advise(readings: Iterable[Reading], batch_size: int, target_accuracy: float 
             f"keep it at the target {target_accuracy:g}."
         )
     return (
-        f"Pools of {size} instances keep in-batch accuracy at {accuracy:.3f}: BatchSamplerCallback(pool_size={size})."
+        f"Pools of {size} instances keep in-batch accuracy at {accuracy:.3f}: at most "
+        f"BatchSamplerCallback(pool_size={size})."
     )
 
 
@@ -226,7 +230,7 @@ def _measure_batch(rows: Tensor, temperature: float) -> list[float]:
 
 def _as_pool_sizes(pool_sizes: Sequence[int] | None, n_instances: int, batch_size: int) -> list[int]:
     """Return the pool sizes to measure, as multiples of the batch size."""
-    if not 2 <= check_integer("batch_size", batch_size) <= n_instances:
+    if not 2 <= batch_size <= n_instances:
         raise ValueError(
             f"batch_size must be at least 2 and at most the {n_instances} instances that have embeddings, got "
             f"{batch_size}. Give the batch size that you train with, or embed more instances."
@@ -239,12 +243,13 @@ def _as_pool_sizes(pool_sizes: Sequence[int] | None, n_instances: int, batch_siz
         raise ValueError(
             "pool_sizes must hold at least one number of instances, got none. Leave it out to measure all."
         )
-    for size in pool_sizes:
-        if not batch_size <= check_integer("pool_sizes", size) <= n_instances:
+    sizes = [check_integer("pool_sizes", size) for size in pool_sizes]
+    for size in sizes:
+        if not batch_size <= size <= n_instances:
             raise ValueError(
                 f"pool_sizes must lie between one batch, {batch_size} instances, and all {n_instances}, got {size}."
             )
-    return [size // batch_size * batch_size for size in pool_sizes]
+    return [size // batch_size * batch_size for size in sizes]
 
 
 def _load(path: Path) -> Tensor:
@@ -345,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not 0 <= args.target_accuracy <= 1:
             raise ValueError(f"--target-accuracy must lie in [0, 1], got {args.target_accuracy}.")
-        check_positive("temperature", args.temperature, "Give the loss's temperature.")
+        check_temperature(args.temperature)
         if args.plot is not None:
             _check_plot(args.plot)
         embeddings = _load(args.embeddings)
