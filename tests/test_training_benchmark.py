@@ -134,7 +134,7 @@ def test_plot_of_uniformity(tmp_path):
     for arm in ("uniform", "pool10", "weighted"):
         for seed in range(3):
             row = {"task": "omniglot-pairs", "arm": arm, "seed": seed, **defaults}
-            row["result/map_held_back"] = 0.5 + 0.1 * (arm == "weighted")
+            row["result/r1_held_back"] = 0.5 + 0.1 * (arm == "weighted")
             row["batch/uniformity_mixed"] = -3.0 - 0.5 * (arm == "weighted") + 0.25 * (arm == "pool10")
             csv_files.append(path, row)
     (axes,) = report.plot_uniformity([path]).axes

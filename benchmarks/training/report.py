@@ -21,7 +21,15 @@ UNIFORM = "uniform"  # plots show differences to this arm; tables do by default
 NAMED = {"pool10", "pool20", "all-near", "own-all", "own-auto", "auto", "reference-all", "weighted", "weighted-all"}
 UNIFORM_BATCHES = {UNIFORM, "own-uniform"}  # under the plain loss, and under the model's own mask
 KEPT = {"pool10-kept", "all-near-kept", "own-all-kept"}
-COMPOSED = {"pool10": "o", "pool20": "s", "all-near": "^", "own-all": "D", "auto": "v", "own-auto": "P"}  # by loss
+COMPOSED = {  # drawn against the loss
+    "pool10": "o",
+    "pool20": "s",
+    "all-near": "^",
+    "own-all": "D",
+    "reference-all": "X",
+    "auto": "v",
+    "own-auto": "P",
+}
 MIN_SEEDS = 3  # in plots: the intervals of two seeds are too wide to show
 SECTIONS = {
     "result/": "Results",
@@ -207,7 +215,7 @@ def plot_uniformity(paths: Sequence[Path]) -> "Figure":
     arms = [arm for arm in arms if ARMS[arm].loss != "debiased"]
     figure, panels = figure_of(shown, (3.2 * len(shown) + 0.5, 3.8))
     for axes, (settings, rows) in zip(panels, shown, strict=True):
-        measure = TASKS[settings["task"]].main[-1]
+        measure = TASKS[settings["task"]].main[0]
         points = {UNIFORM: (0.0, 0.0)}
         for arm in arms:
             gain = drawn_difference(rows, arm, f"result/{measure}")
@@ -228,7 +236,7 @@ def plot_uniformity(paths: Sequence[Path]) -> "Figure":
 def plot_loss(paths: Sequence[Path]) -> "Figure":
     """Draw what composed batches gain against the loss of uniform batches at the end of training.
 
-    A point is an arm in a task at its default settings, for the main measure of the task.
+    A point is an arm in a task at its default settings, for the first of the task's main measures.
     """
     shown, _ = drawn(paths)
     figure, (axes,) = figure_of(shown[:1], (7, 4.5))
@@ -253,7 +261,11 @@ def plot_loss(paths: Sequence[Path]) -> "Figure":
         axes.plot([], [], "o", color=f"C{number}", label=settings["task"])
     for arm, marker in COMPOSED.items():
         axes.plot([], [], marker, color="0.3", label=arm)
-    axes.set(xscale="log", xlabel="loss of uniform batches at the end of training", ylabel=f"points above {UNIFORM}")
+    axes.set(
+        xscale="log",
+        xlabel="loss of uniform batches at the end of training",
+        ylabel=f"first measure: points above {UNIFORM}",
+    )
     axes.set_ylim(-3.5, 3.5)  # one arm's interval is far wider
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
@@ -279,7 +291,7 @@ def drawn(paths: Sequence[Path]) -> tuple[list[Study], list[str]]:
 
 def drawn_arms(settings: dict[str, str], rows: list[dict[str, str]]) -> list[str]:
     """Return the arms of a study that have enough seeds to draw."""
-    measure = f"result/{TASKS[settings['task']].main[-1]}"
+    measure = f"result/{TASKS[settings['task']].main[0]}"
     return [arm for arm in ARMS if drawn_difference(rows, arm, measure)]
 
 

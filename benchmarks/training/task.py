@@ -20,7 +20,7 @@ class Task:
 
     name: ClassVar[str]
     defaults: ClassVar[dict[str, Any]]  # at least steps, batch_size, temperature, learning_rate
-    main: ClassVar[tuple[str, str]]  # the two results of `evaluate` that overviews show
+    main: ClassVar[tuple[str, str]]  # the results of `evaluate` that overviews show, the most telling one first
     class_prior: ClassVar[float]  # the debiased losses' probability that a negative is false
 
     # Whether the loss compares one side with the other only. The negatives of two views are on both sides.

@@ -162,6 +162,7 @@ class TextPairs(Text):
     """Supervised: a positive pair is two paraphrases. A negative is false where a sentence is in several pairs."""
 
     name = "text-pairs"
+    main = ("r1", "sts")  # many training pairs are of the sets of `sts`
     has_sides = True
     defaults: ClassVar[dict[str, Any]] = {
         "steps": 1300,
