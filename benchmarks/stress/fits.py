@@ -49,9 +49,13 @@ def draw_settings(rng: random.Random, devices: int) -> Settings:
     if rng.random() < 0.25:
         settings |= {"pool_size": None, "refresh_every": rng.randint(1, n // size + 2), "encode_every": None}
     else:
-        settings["pool_size"] = rng.randint(size, n + size)
+        settings["pool_size"] = rng.choice([rng.randint(size, n + size)] * 3 + ["all", rng.uniform(0.3, 1.0), "auto"])
+        settings["groups"] = rng.random() < 0.25
+    if settings["pool_size"] == "auto":
+        settings["target_loss"] = rng.choice([0.5, 2.0, 5.0])  # uniform, both, and composed batches
     if rng.random() < 0.25:
         settings["mask_nearest"] = rng.randint(1, 5)
+    settings["two_sides"] = not settings["recycle"] and rng.random() < 0.25  # with the model's own rule
     kind = rng.random()
     if kind < 0.2:
         settings["limit_train_batches"] = rng.choice([rng.randint(2, n // size), 0.7])
@@ -60,11 +64,12 @@ def draw_settings(rng: random.Random, devices: int) -> Settings:
     elif kind < 0.5:
         # A resumed run lacks accumulated gradients. So compose without regard to the weights.
         settings |= {"accumulate_grad_batches": rng.randint(2, 4), "composer": "uniform"}
-        settings |= {"pool_size": 2 * size, "refresh_every": None, "mask_nearest": None}
+        settings |= {"pool_size": 2 * size, "target_loss": None, "refresh_every": None}
+        settings |= {"mask_nearest": None, "two_sides": False}
     settings["checkpoint"] = rng.choice(
         [{"every_n_train_steps": rng.randint(1, 7)}] * 3 + [{"every_n_epochs": 1, "save_on_train_epoch_end": True}]
     )
-    if rng.random() < 0.4:
+    if rng.random() < 0.4 and not settings.get("groups"):
         settings |= {
             "validate": True,
             "val_check_interval": rng.choice([1.0, rng.randint(1, trained_batches(settings))]),
