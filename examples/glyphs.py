@@ -48,7 +48,6 @@ BATCH_SIZE = 64
 EPOCHS = 30
 LONGER = 38  # epochs of uniform batches that take as many seconds as EPOCHS of walked ones
 ENCODE_EVERY = 5  # epochs for which embeddings and their graph are kept
-SEEDS = range(5)
 FIGURE = Path("build/glyphs.png")
 BATCHES = Path("build/batches.png")  # the figure's upper part; docs/batches.png is a copy of it
 LETTER = "É"  # whose batches are drawn
@@ -301,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--validation", action="store_true", help="measure on the font on which settings were chosen")
     parser.add_argument("--weighted", action="store_true", help="train with the weighted loss instead of InfoNCE")
+    parser.add_argument("--seeds", type=int, default=5, help="train with this many seeds, 0 and up (%(default)s)")
     args = parser.parse_args()
     font = VALIDATION_FONT if args.validation else TEST_FONT
     loss = partial(weighted, negatives="other_side") if args.weighted else info_nce
@@ -310,10 +310,10 @@ def main() -> None:
     letters = read_letters()
     indices, pictures = held_out(letters, font)
     print(f"Trained on {len(letters.characters):,} letters of DejaVu Sans, to name {len(indices):,} letters of {font}.")
-    print(f"{len(SEEDS)} seeds, {EPOCHS} epochs, batches of {BATCH_SIZE}.", flush=True)
+    print(f"{args.seeds} seeds, {EPOCHS} epochs, batches of {BATCH_SIZE}.", flush=True)
     arms = {"uniform": (False, EPOCHS), f"uniform, {LONGER} epochs": (False, LONGER), "walked": (True, EPOCHS)}
     runs: dict[str, list[list[float]]] = {arm: [] for arm in arms}
-    for seed in SEEDS:
+    for seed in range(args.seeds):
         for arm, (walked, epochs) in arms.items():
             start = time.perf_counter()
             model = train(letters, walked, epochs, seed, loss)
