@@ -321,9 +321,9 @@ class B3Composer(Composer):
 
         size, k = neighbors.shape
         starts = np.arange(0, size * k + 1, k)
-        directed = csr_array((np.ones(size * k, dtype=np.int32), neighbors.ravel(), starts), shape=(size, size))
+        is_edge = neighbors != np.arange(size)[:, None]  # a row's own number means "no edge"
+        directed = csr_array((is_edge.ravel().astype(np.int32), neighbors.ravel(), starts), shape=(size, size))
         mutual = directed.multiply(directed.T).tocsr()
-        mutual.setdiag(0)  # a row's own number means "no edge"
         mutual.eliminate_zeros()
         options = pymetis.Options()
         options.seed = seed % 2**31

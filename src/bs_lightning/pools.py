@@ -190,7 +190,7 @@ class AdaptivePools(Cut):
             if math.isfinite(loss):
                 factor = min(max((self.target_loss / max(loss, 1e-12)) ** 2, 1 / _MOST), _MOST)
                 self.n_batches = min(max(self.n_batches * factor, 1.0), float(stop))
-        self._n_observed = torch.tensor(0)
+        self._n_observed = torch.zeros_like(self._n_observed)  # stays on the device
         size = round(self.n_batches) if self.composes else _UNIFORM_STRETCH
         end = min(start + size, stop)
         if stop - end < size / 2:  # no small pool at the epoch's end: its batches would be easier

@@ -22,9 +22,8 @@ class _PairLoss(nn.Module):
 
     def __init__(self, function: Callable[..., Tensor], temperature: float | Tensor, **options: Any) -> None:
         super().__init__()
-        check_temperature(temperature)
         self.function = function
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
         self.options = options
 
     def forward(self, first: Tensor, second: Tensor, masked: Tensor | None = None) -> Tensor:
