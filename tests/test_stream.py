@@ -266,6 +266,7 @@ def test_instances_of_any_kind_come_back_from_workers():
         (Stream(), {"pool_size": 4}, ValueError, "pool_size must be at least one global batch"),
         (Stream(), {"shuffle": True}, ValueError, "shuffle=True is no argument"),
         (Stream(), {"rank": 1}, ValueError, "rank must lie in"),
+        (Stream(), {"plan_pool": 3}, TypeError, "plan_pool must be callable, such as a function of"),
         (Stream(), {"world_size": 2, "drop_last": False}, ValueError, "drop_last=False serves the last instances"),
         (Sized(5), {}, ValueError, "The stream has 5 instances, fewer than batch_size=8"),
     ],

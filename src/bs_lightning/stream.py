@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from bs_lightning._checks import check_integer, check_seed
+from bs_lightning._checks import check_instance_callable, check_integer, check_seed
 from bs_lightning._stream_reader import Reader
 from bs_lightning._types import Order
 from bs_lightning.layout import BatchLayout
@@ -56,7 +56,8 @@ class StreamLoader:
             ``num_workers`` and the like are for reading. ``collate_fn`` makes a batch in the main process.
 
     Raises:
-        TypeError: If ``stream`` is not an ``IterableDataset``, or a number is not an integer.
+        TypeError: If ``stream`` is not an ``IterableDataset``, ``plan_pool`` is not callable, or a number is not an
+            integer.
         ValueError: If an argument is out of range, or chooses or reorders instances, or ``drop_last=False`` would leave
             a last batch of one instance.
 
@@ -93,6 +94,8 @@ class StreamLoader:
         check_dataloader_kwargs(dataloader_kwargs)
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be a torch.utils.data.IterableDataset, got {type(stream).__name__}.")
+        if plan_pool is not None:
+            check_instance_callable("plan_pool", plan_pool, "a function of (indices, *, seed, epoch)")
         size = check_integer("batch_size", batch_size)
         check_integer("world_size", world_size, 1)
         self.layout = BatchLayout(size * world_size, size, world_size)  # of one global batch: the rest is not known
