@@ -385,6 +385,26 @@ def test_a_checkpoint_without_our_state_warns(tmp_path):
     assert [len(batches) for batches in resumed.epochs.values()] == [10, 12]
 
 
+class SavesAtTrainStart(Callback):
+    """Saves before anything is planned."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_start(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"start={trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("step", [5, 12, 14, 24])
+def test_a_run_without_our_state_saves_where_lightning_goes_on(step, tmp_path):
+    with pytest.warns(UserWarning, match="leaves out the state of BatchSamplerDataModule"):
+        train(Exact(), tmp_path, every_step, data=Forgets)
+    resumed, again = Exact(), Exact()
+    train(resumed, tmp_path, SavesAtTrainStart, ckpt_path=tmp_path / f"step={step}.ckpt")
+    train(again, tmp_path, ckpt_path=tmp_path / f"start={step}.ckpt")
+    assert again.epochs == resumed.epochs
+
+
 class Adds(ValidatedData):
     def state_dict(self):
         return super().state_dict() | {"mine": 1}

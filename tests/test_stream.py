@@ -463,6 +463,14 @@ def test_resumes_where_the_optimizer_asks_for_the_number_of_steps(kind, tmp_path
     whole = train(None, Saves(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
     for name, step in (("step", 5), ("step", 12), ("end", 12), ("step", 17), ("start", 17), ("end", 24)):
         assert train(tmp_path / f"{name}={step}.ckpt", Saves()) == whole[step:], name
+    # A checkpoint that lacks the stream's state is resumed with fresh pools. A save before its first step keeps these.
+    for step in (1, 17):
+        lacking = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        del lacking["StreamData"]
+        torch.save(lacking, tmp_path / "lacking.ckpt")
+        with pytest.warns(UserWarning):
+            resumed = train(tmp_path / "lacking.ckpt", Saves())
+            assert train(tmp_path / f"start={step}.ckpt") == resumed
 
 
 def test_the_position_is_not_lost_where_a_resumed_run_cannot_read(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Batch sampler of a Trainer: it serves the epoch and position at which the Trainer is."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bs_lightning.plan import EpochPlan, Pool
 from bs_lightning.plugin.loader import TrainingData, trains_on
-from bs_lightning.plugin.loops import batch_in_training, epochs_processed, in_epoch, mend_counters, next_batch
+from bs_lightning.plugin.loops import batch_in_training, epochs_processed, in_epoch, mend_counters, next_batch, position
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
 
@@ -77,6 +78,14 @@ class TrainerBatchSampler(PoolBatchSampler):
         )
         self._n_epochs_processed = epochs_processed(trainer)
         return self._plan
+
+    def state(self) -> SamplerState:
+        """Return the position of training: within the epoch, or before the first one, where Lightning will go on."""
+        state, trainer = super().state(), self._data.trainer
+        if trainer is None or self.has_planned:
+            return state
+        epoch, served = position(trainer)
+        return replace(state, epoch=0 if trainer.overfit_batches else epoch, served=min(served, state.stop))
 
     def _trained_batch_number(self) -> int | None:
         """The number in its epoch of the batch being trained."""

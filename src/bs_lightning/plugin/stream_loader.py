@@ -79,10 +79,12 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         raise TypeError("trained_batch() gives dataset indices, which a stream has not. Put a key into each instance.")
 
     def state(self) -> StreamState:
-        """Return the position of training: within the pass, or before the next one."""
+        """Return the position of training: within the pass, or before the first one, where Lightning will go on."""
         trainer, state, run = self._data.trainer, super().state(), self._pass
-        if trainer is None or run is None:
+        if trainer is None:
             return state
+        if run is None or self._is_premature(trainer):
+            return StreamState(state.seed, state.global_batch_size, *position(trainer), None)
         served = self._n_served(run, trainer)
         if served > run.start and epoch_is_trained(trainer):
             return StreamState(state.seed, state.global_batch_size, run.epoch + 1, 0, None)
