@@ -302,6 +302,8 @@ def main() -> None:
     parser.add_argument("--weighted", action="store_true", help="train with the weighted loss instead of InfoNCE")
     parser.add_argument("--seeds", type=int, default=5, help="train with this many seeds, 0 and up (%(default)s)")
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds must be at least 2, as intervals need two differences, got {args.seeds}.")
     font = VALIDATION_FONT if args.validation else TEST_FONT
     loss = partial(weighted, negatives="other_side") if args.weighted else info_nce
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -26,7 +26,7 @@ from datasets import DatasetDict, Features, Image, Sequence, Value
 from hf_parts import POOL, B, N, RecordedSimCSE, Records, bert, bert_trainer, composer, pairs, sentence_trainer
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.losses import MatryoshkaLoss
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from bs_lightning import ExactGraph, PlannedPool, Planning, PoolBatchSampler, PoolLoader, Pools, RWRComposer
 from bs_lightning.adapters.hugging_face import ComposedBatchesTrainer
@@ -200,6 +200,7 @@ def test_resuming_at_an_epochs_end_with_other_data(tmp_path):
     assert [len(batch) for batch in resumed.batches] == [8] * 8
 
 
+@pytest.mark.skipif(not hasattr(TrainingArguments, "dataloader_multiprocessing_context"), reason="needs transformers 5")
 def test_resuming_with_workers_of_a_named_start_method(tmp_path):
     more = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
     whole = hf_parts.bert_trainer(tmp_path, save_strategy="steps", save_steps=3, **more)

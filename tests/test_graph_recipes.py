@@ -396,14 +396,24 @@ def test_bad_graphs_are_refused():
             represent(make(), [Data(x=torch.ones(4, 3))])
 
 
-@pytest.mark.parametrize(("model", "data"), [(GraphCL, GraphDataModule), (MVGRL, GraphCLDataModule)])
-def test_the_data_of_the_other_model_are_refused(model, data):
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (GraphCL, GraphDataModule, "GraphCL takes graphs and their views, got one batch of graphs. Use GraphCLDataM"),
+        (
+            MVGRL,
+            GraphCLDataModule,
+            "got a tuple of 2. GraphCL needs GraphCLDataModule, and MVGRL needs GraphDataModule",
+        ),
+    ],
+)
+def test_the_data_of_the_other_model_are_refused(model, data, words):
     batch = next(iter(data(tiny_graphs(), 8).train_dataloader()))
-    with pytest.raises(TypeError, match="GraphCL needs GraphCLDataModule, and MVGRL needs GraphDataModule"):
+    with pytest.raises(TypeError, match=words):
         model(2, width=8).training_step(batch, 0)
 
 
-@pytest.mark.parametrize("augmentations", [lambda graph: graph, ["drop"]])
+@pytest.mark.parametrize("augmentations", [lambda graph: graph, ["drop"], 3])
 def test_augmentations_are_a_list_of_functions(augmentations):
     with pytest.raises(TypeError, match=r"augmentations must be a list of functions, such as \[drop_nodes\], got"):
         GraphCLDataModule(tiny_graphs(), 8, augmentations)

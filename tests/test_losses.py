@@ -360,6 +360,8 @@ def test_a_module_is_its_function(case):
         )
     assert f"temperature={T}" in repr(loss)
     assert all(f"{name}={value!r}" in repr(loss) for name, value in options.items())
+    of_numpy = {name: np.float64(value) if isinstance(value, float) else value for name, value in options.items()}
+    assert repr(module(temperature=np.float64(T), **of_numpy)) == repr(loss)
 
 
 @every_loss

@@ -468,8 +468,9 @@ def test_resumes_where_the_optimizer_asks_for_the_number_of_steps(kind, tmp_path
         lacking = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         del lacking["StreamData"]
         torch.save(lacking, tmp_path / "lacking.ckpt")
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="not known: the stream starts anew"):
             resumed = train(tmp_path / "lacking.ckpt", Saves())
+        with pytest.warns(UserWarning, match="not known: the stream starts anew"):
             assert train(tmp_path / f"start={step}.ckpt") == resumed
 
 

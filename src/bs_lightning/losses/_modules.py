@@ -118,7 +118,7 @@ class DebiasedLoss(_PairLoss):
         negatives: Negatives = "views",
         gather: bool = False,
     ) -> None:
-        check_class_prior(class_prior)
+        class_prior = check_class_prior(class_prior)
         check_negatives(negatives)
         super().__init__(debiased, temperature, class_prior=class_prior, negatives=negatives, gather=gather)
 
@@ -156,8 +156,8 @@ class HardLoss(_PairLoss):
         negatives: Negatives = "views",
         gather: bool = False,
     ) -> None:
-        check_class_prior(class_prior)
-        check_factor("concentration", concentration)
+        class_prior = check_class_prior(class_prior)
+        concentration = check_factor("concentration", concentration)
         check_negatives(negatives)
         super().__init__(
             hard,
@@ -199,7 +199,7 @@ class WeightedLoss(_PairLoss):
         negatives: Negatives = "views",
         gather: bool = False,
     ) -> None:
-        check_factor("concentration", concentration)
+        concentration = check_factor("concentration", concentration)
         check_negatives(negatives)
         super().__init__(weighted, temperature, concentration=concentration, negatives=negatives, gather=gather)
 
@@ -234,6 +234,6 @@ class HardnessWeightedLoss(_PairLoss):
         negatives: Negatives = "views",
         gather: bool = False,
     ) -> None:
-        check_factor("strength", strength)
+        strength = check_factor("strength", strength)
         check_negatives(negatives)
         super().__init__(hardness_weighted, temperature, strength=strength, negatives=negatives, gather=gather)

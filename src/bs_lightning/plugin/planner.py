@@ -157,6 +157,8 @@ class TrainerPlanner:
     def largest_pool(self, cut: Cut) -> int:
         """Return the most instances that a pool of an epoch may have. Later pools may be larger than the first.
 
+        Of epochs of many pools, the first pools alone are looked at.
+
         Args:
             cut: What is planned together.
         """

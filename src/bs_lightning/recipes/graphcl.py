@@ -84,6 +84,8 @@ class GraphCL(LightningModule):
 
     def training_step(self, views: tuple[Batch, Batch], batch_idx: int) -> dict[str, Any]:
         """Compare each graph with the augmented views; ``recycle=True`` keeps both sides."""
+        if isinstance(views, Data):
+            raise TypeError("GraphCL takes graphs and their views, got one batch of graphs. Use GraphCLDataModule.")
         first, second = (self.embed(view) for view in views)
         loss: Tensor = self.loss(first, second)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=views[0].num_graphs, sync_dist=True)
@@ -127,8 +129,7 @@ class GraphCLLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.2, gather: bool = False) -> None:
         super().__init__()
-        check_temperature(temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
         self.gather = gather
 
     def forward(self, first: Tensor, second: Tensor, masked: Tensor | None = None) -> Tensor:
@@ -177,10 +178,11 @@ class GraphCLDataModule(GraphDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, batch_size, **kwargs)
-        every = (drop_nodes, perturb_edges, mask_attributes, sample_subgraph)
-        if callable(augmentations) or not all(map(callable, augmentations or ())):
+        if augmentations is None:
+            augmentations = (drop_nodes, perturb_edges, mask_attributes, sample_subgraph)
+        if not isinstance(augmentations, (list, tuple)) or not all(map(callable, augmentations)):
             raise TypeError(f"augmentations must be a list of functions, such as [drop_nodes], got {augmentations!r}.")
-        self.augmentations = every if augmentations is None else tuple(augmentations)
+        self.augmentations = tuple(augmentations)
         if not self.augmentations:
             raise ValueError("augmentations must name at least one function. Leave it out to use all four.")
 

@@ -55,7 +55,7 @@ class Tokenize:
     max_length: int
 
     def __post_init__(self) -> None:
-        check_integer("max_length", self.max_length, 1)
+        object.__setattr__(self, "max_length", check_integer("max_length", self.max_length, 1))
 
     def __call__(self, items: Sequence[Any]) -> Any:
         """Return the tokens of texts, or two such batches for pairs.
