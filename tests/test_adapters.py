@@ -244,6 +244,17 @@ def test_a_run_that_skips_no_data_resumes_with_its_workers(tmp_path, step, more)
     assert workers == (24 - step) * [1]
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_that_skips_no_data_begins_its_epoch_anew(tmp_path, step):
+    more = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 5}
+    whole, resumed = (sentence_trainer(tmp_path, **more, ignore_data_skip=True) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    epoch = resumed.batches[:12]
+    assert len({pair for batch in epoch for pair in batch}) == B * len(epoch)
+    assert resumed.state.global_step == whole.state.global_step == 6
+
+
 def test_a_second_training_starts_anew(tmp_path):
     trainer = sentence_trainer(tmp_path, num_train_epochs=1, composer=hf_parts.in_order)
     for _ in range(2):

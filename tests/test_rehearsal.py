@@ -55,11 +55,15 @@ def no_batches(embeddings, batch_size, *, seed, epoch):
     ],
     ids=["signature", "graph", "walk", "batches"],
 )
-@pytest.mark.parametrize("recycle", [False, True])
-def test_what_cannot_work_fails_before_the_warm_up(composer, error, words, recycle):
+@pytest.mark.parametrize(
+    "more",
+    [{"warmup_epochs": 1}, {"warmup_epochs": 1, "recycle": True}, {"pool_size": "auto"}],
+    ids=str,
+)
+def test_what_cannot_work_fails_before_uniform_batches(composer, error, words, more):
     trained = Trained()
     with pytest.raises(error, match=words):
-        fit(Model(), Data(8, 96), walker(composer=composer, warmup_epochs=1, recycle=recycle), trained, max_epochs=3)
+        fit(Model(), Data(8, 96), walker(composer=composer, **more), trained, max_epochs=3)
     assert trained.steps == 0
 
 

@@ -262,13 +262,12 @@ class PositionCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.loader = kwargs["train_dataloader"]
         assert self.loader is not None
-        if state.global_step == 0 or saved["attributes"]["position"] is None:
+        # With `ignore_data_skip` the Trainer counts on a whole epoch, which it begins anew.
+        if state.global_step == 0 or saved["attributes"]["position"] is None or args.ignore_data_skip:
             return
         content = base64.b64decode(saved["attributes"]["position"])
         sampler = self.loader.batch_sampler
         sampler.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-        if args.ignore_data_skip:
-            return
         self._check_skipped(args, state.global_step)
         if 0 < sampler.served < len(sampler):
             # The Trainer loads the rest of the epoch with torch's DataLoader. With workers, that would ask for batches,

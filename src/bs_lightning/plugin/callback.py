@@ -312,7 +312,8 @@ class BatchSamplerCallback(Callback):
                 "BatchSamplerDataModule's, so none would be composed. Override train_dataset() instead."
             )
         self._check_processes(trainer, sampler)
-        self._must_rehearse = not trainer.overfit_batches and not self.should_plan(trainer)
+        composes = self.should_plan(trainer) and (self._adaptive is None or self._adaptive.composes)
+        self._must_rehearse = not trainer.overfit_batches and not composes
         self._must_check_mask = True
         self._warn_if_all_is_warm_up(trainer, pl_module.automatic_optimization)
         self._warn_of_single_batches(trainer, sampler.layout)

@@ -118,7 +118,7 @@ class TrainerPlanner:
         return None if self._labels is None else zlib.crc32(self._labels.numpy().data)
 
     def rehearse(self, cut: Cut, epoch: int) -> None:
-        """Try every step before the first uniform epoch, so that what cannot work fails now and not after it.
+        """Try every step before the first uniform batch, so that what cannot work fails now and not after it.
 
         Embeds two uniform batches, and composes random embeddings: as many as a pool has, or two batches if its size
         follows the loss. A copy of the composer composes them, so that a composer with state keeps its state. A
