@@ -385,6 +385,22 @@ def test_a_checkpoint_without_our_state_warns(tmp_path):
     assert [len(batches) for batches in resumed.epochs.values()] == [10, 12]
 
 
+@pytest.mark.parametrize(
+    ("step", "loader", "flags"), [(12, {"drop_last": True}, {}), (7, {}, {"limit_train_batches": 7})], ids=str
+)
+def test_an_epoch_that_lightning_begins_again_warns(tmp_path, step, loader, flags):
+    train(Exact(), tmp_path, every_step, loader={"drop_last": False}, max_epochs=1)
+    with pytest.warns(UserWarning, match=f"after {step} of 13 batches of epoch 0. As drop_last or limit_train_batches"):
+        train(
+            again := Exact(),
+            tmp_path,
+            ckpt_path=tmp_path / f"step={step}.ckpt",
+            loader={"drop_last": False} | loader,
+            **flags,
+        )
+    assert len(again.epochs[0]) == step
+
+
 class SavesAtTrainStart(Callback):
     """Saves before anything is planned."""
 

@@ -105,12 +105,19 @@ class TrainerBatchSampler(PoolBatchSampler):
                 state.check_same_batches(self.layout, self.groups_digest)
             if start > 0:
                 state.check_position(self.epoch, start)
-            elif state.epoch != self.epoch and state.mid_epoch:
-                rank_zero_warn(
-                    f"The checkpoint was taken after {state.served} of {state.stop} batches of epoch {state.epoch}, as "
-                    f"max_steps or a hook ended the epoch there. Lightning goes on with epoch {self.epoch}: the other "
-                    "batches are not served."
-                )
+            elif state.mid_epoch:
+                if state.epoch == self.epoch:
+                    what = (
+                        "As drop_last or limit_train_batches has changed since, Lightning begins that epoch again: "
+                        "these batches are trained twice."
+                    )
+                else:
+                    what = (
+                        f"There max_steps or a hook ended it. Lightning goes on with epoch {self.epoch}: the other "
+                        "batches are not served."
+                    )
+                taken = f"The checkpoint was taken after {state.served} of {state.stop} batches of epoch {state.epoch}."
+                rank_zero_warn(f"{taken} {what}")
             return state.pool
         if start > 0:
             rank_zero_warn(
