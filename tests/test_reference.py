@@ -2,7 +2,9 @@
 
 import sys
 import threading
+from collections import OrderedDict, UserDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +110,42 @@ def test_a_named_tuple_keeps_its_names(tmp_path):
     assert np.array_equal(rows, np.eye(4))
 
 
+@dataclass(frozen=True)
+class Frozen:
+    row: torch.Tensor
+    name: str
+
+
+@pytest.mark.parametrize(
+    "collect",
+    [
+        lambda row: Frozen(row, "row"),
+        lambda row: UserDict(row=row),
+        lambda row: OrderedDict(row=row),
+        lambda row: defaultdict(list, row=row),
+        lambda row: {"row": row},
+    ],
+)
+def test_moves_what_lightning_moves(tmp_path, collect):
+    seen = []
+
+    def embed(batch):
+        row = batch.row if isinstance(batch, Frozen) else batch["row"]
+        seen.append((type(batch), row.device.type))
+        return torch.randn(len(row), 2)
+
+    def collate(items):
+        batches.append(collect(torch.stack(items)))
+        return batches[-1]
+
+    batches = []
+    settings = {"batch_size": 2, "device": "meta", "progress": False, "collate_fn": collate}
+    encode_dataset(torch.nn.Identity(), torch.eye(4), tmp_path / "r.npy", embed=embed, **settings)
+    assert seen == [(type(collect(torch.ones(1))), "meta")] * 2
+    left = [batch.row if isinstance(batch, Frozen) else batch["row"] for batch in batches]
+    assert {row.device.type for row in left} == {"cpu"}  # the user's own batches stay as they were
+
+
 def test_a_failure_leaves_an_earlier_file_and_nothing_else(tmp_path):
     path = tmp_path / "reference.npy"
     encode_dataset(torch.nn.Identity(), torch.eye(4), path, progress=False)
@@ -178,6 +216,12 @@ def test_refuses(tmp_path, change, error, words):
     given = {"module": torch.nn.Identity(), "dataset": torch.eye(4), "path": tmp_path / "r.npy"} | change
     with pytest.raises(error, match=words):
         encode_dataset(given.pop("module"), given.pop("dataset"), given.pop("path"), **given)
+
+
+def test_refuses_a_folder_before_it_encodes(tmp_path):
+    (tmp_path / "r.npy").mkdir()
+    with pytest.raises(ValueError, match="path must be a file, got the folder"):
+        encode_dataset(torch.nn.Identity(), torch.eye(4), tmp_path / "r.npy", embed=None)
 
 
 # Batches composed from a reference

@@ -1,8 +1,10 @@
 """Reference: embeddings of a whole dataset, in a file."""
 
+import copy
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def encode_dataset(
     """Embed a whole dataset into a file, for ``reference_embeddings()`` of a DataModule.
 
     The module encodes in eval mode and without gradients, and is left as it was. A progress bar says how far it is. The
-    file appears under its name when it is complete.
+    file appears under its name when it is complete. Until then its name ends in ``.unfinished``. A process that is
+    killed leaves that file behind.
 
     Args:
         module: Any model that embeds the dataset, on the device where it is to run.
@@ -55,7 +58,7 @@ def encode_dataset(
 
     Raises:
         TypeError: If the dataset is iterable-style, or ``embed`` does not return floats.
-        ValueError: If ``path`` does not end in ``.npy`` or its folder does not exist, ``batch_size`` is below 1, the
+        ValueError: If ``path`` does not end in ``.npy``, is a folder, or lies in none, ``batch_size`` is below 1, the
             dataset is empty, embeddings differ in shape, or one is not finite. The message then names the dataset
             index.
         OSError: If the file cannot be written, as on a full disk. Nothing of it is left then.
@@ -80,6 +83,8 @@ def encode_dataset(
         raise ValueError("dataset must hold at least one instance, got an empty one.")
     if not path.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}. Create {path.parent} first.")
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}. Name a file in it: {path / 'reference.npy'}.")
     encoder: Callable[..., Any] = embed or (module.embed if has_embed(module) else module)  # type: ignore[assignment]
     if device is None:
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
@@ -118,13 +123,21 @@ def encode_dataset(
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    """Return a batch on a device: tensors, what has a method ``to``, and lists, tuples and dictionaries of these."""
+    """Return a batch on a device: tensors, what has a method ``to``, and collections and dataclasses of these."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
         return batch.to(device)
-    if isinstance(batch, dict):
-        return {name: _moved(value, device) for name, value in batch.items()}
+    moved: Any
+    if isinstance(batch, MutableMapping):
+        moved = copy.copy(batch)
+        moved.update({name: _moved(value, device) for name, value in batch.items()})
+        return moved
+    if is_dataclass(batch):
+        moved = copy.copy(batch)
+        for field in fields(batch):
+            object.__setattr__(moved, field.name, _moved(getattr(batch, field.name), device))  # it may be frozen
+        return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_moved(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
