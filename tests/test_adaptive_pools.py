@@ -4,10 +4,11 @@ import logging
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from parts import Data, Model, fit, walker
+from parts import Data, Model, assert_equal, fit, walker
 
 from bs_lightning import BatchSamplerCallback
 from bs_lightning.layout import BatchLayout
@@ -78,6 +79,36 @@ def test_a_restored_state_goes_on_with_the_mean_and_the_size():
         each.observe(torch.tensor(2.0))
         assert each.loss == 1
         assert each.next_pool(8, 1000, LAYOUT) == (slice(8, 10), 10)
+
+
+def test_a_loss_is_one_number():
+    pools = AdaptivePools(0.1)
+    for loss in (1.0, np.float32(2.0), torch.tensor([3.0])):
+        pools.observe(loss)
+    assert pools.loss == pytest.approx(2.0)
+    with pytest.raises(ValueError, match=r"loss must be one number, got shape \[3\]. Take the mean"):
+        pools.observe(torch.ones(3))
+    with pytest.raises(TypeError, match="loss must be a number, got None"):
+        pools.observe(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"n_batches": -5.0}, ValueError, "n_batches=-5.0, but it must be at least 1"),
+        ({"n_batches": math.nan}, ValueError, "n_batches=nan, but it must be at least 1"),
+        ({"loss": "x"}, TypeError, "must hold Tensor as loss, got 'x'"),
+        ({"n_observed": -1}, ValueError, "n_observed=-1, but it must be at least 0"),
+        (None, ValueError, "lacks 'n_batches'"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change, error, words):
+    pools = AdaptivePools(0.1)
+    pools.observe(1.0)
+    before = pools.state_dict()
+    with pytest.raises(error, match=words):
+        pools.load_state_dict({} if change is None else before | {"n_batches": 9.0} | change)
+    assert_equal(pools.state_dict(), before)
 
 
 def test_the_end_of_an_epoch_makes_no_small_pool():
@@ -233,7 +264,7 @@ def test_needs_a_loss():
         def training_step(self, batch, batch_idx):
             return {"loss_of_mine": super().training_step(batch, batch_idx)}
 
-    with pytest.raises(TypeError, match=r'pool_size="auto" needs training_step to return the loss.*loss_of_mine'):
+    with pytest.raises(TypeError, match=r'pool_size="auto" needs each training_step to return the loss.*loss_of_mine'):
         fit(ByHand(), Data(8, 100), auto())
 
 
@@ -278,7 +309,9 @@ def test_manual_optimization_must_return_the_loss(returns):
             super().training_step(batch, batch_idx)
             return returns
 
-    with pytest.raises(TypeError, match="needs training_step to return the loss, also with manual optimization, got "):
+    with pytest.raises(
+        TypeError, match="needs each training_step to return the loss, also with manual optimization, got "
+    ):
         fit(Manual(), Data(8, 100), auto())
 
 

@@ -314,6 +314,23 @@ def test_items_that_cannot_be_collated_are_said_to_be_those_of_pool_dataset():
     assert "loading a batch of pool_dataset()" in error.value.__notes__[0]
 
 
+@pytest.mark.parametrize("name", ["on_before_batch_transfer", "transfer_batch_to_device"])
+def test_a_transfer_hook_that_takes_training_batches_only_gets_advice(name):
+    def hook(self, batch, *more):
+        assert isinstance(batch, list)
+        return batch
+
+    class Clean(Data):
+        def pool_dataset(self):
+            return Points(self.n).points
+
+    data = type("Hooked", (Clean,), {name: hook})(8)
+    with pytest.raises(AssertionError) as error:
+        fit(Model(), data, walker(embed=lambda module, batch: module.encoder(batch)))
+    assert "moving a batch of pool_dataset()" in error.value.__notes__[0]
+    assert "one clean view of each instance" in error.value.__notes__[0]
+
+
 def test_more_roots_than_instances_before_the_warmup():
     with pytest.raises(ValueError, match="n_roots must be at most the 8 instances of a batch, got 9"):
         fit(Model(), Data(8), walker(composer=RWRComposer(ExactGraph(5), n_roots=9), warmup_epochs=1))

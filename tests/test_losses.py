@@ -365,6 +365,16 @@ def test_a_module_is_its_function(case):
 
 
 @every_loss
+def test_vmap_over_masks(case):
+    function, _, options = CASES[case]
+    first, second = sides()
+    masks = torch.stack([random_mask() for _ in range(3)])
+    losses_of_masks = torch.func.vmap(lambda masked: function(first, second, temperature=T, masked=masked, **options))
+    each = [function(first, second, temperature=T, masked=masked, **options) for masked in masks]
+    assert torch.allclose(losses_of_masks(masks), torch.stack(each))
+
+
+@every_loss
 def test_a_module_hands_on_whether_to_gather(case):
     _, module, options = CASES[case]
     for gather in (False, True):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._checks import check_integer, check_positive
+from bs_lightning._checks import check_integer, check_number, check_positive
+from bs_lightning._saved import damaged, saved_counts, saved_value
 from bs_lightning.layout import BatchLayout
 
 _WINDOW = 20  # from this many batches of a pool on, the latest count most
@@ -167,13 +168,21 @@ class AdaptivePools(Cut):
         """The mean loss of the last pool so far; NaN before the first batch. To read it waits for a GPU."""
         return float(self._loss)
 
-    def observe(self, loss: Tensor) -> None:
+    def observe(self, loss: Tensor | float) -> None:
         """Note the loss of a batch. A loss that is not finite counts for nothing.
 
         Args:
-            loss: A scalar, the mean over all processes. It may be on any device, which is not waited for.
+            loss: A number or a tensor of one number, the mean over all processes. A tensor may be on any device, which
+                is not waited for.
+
+        Raises:
+            TypeError: If it is neither a number nor a tensor.
+            ValueError: If the tensor holds several numbers.
         """
-        loss = loss.detach().float()
+        loss = loss if isinstance(loss, Tensor) else torch.tensor(check_number("loss", loss))
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be one number, got shape {list(loss.shape)}. Take the mean over the batch.")
+        loss = loss.detach().float().reshape(())
         counts = loss.isfinite()
         self._n_observed = self._n_observed.to(loss.device) + counts
         share = 1 / self._n_observed.clamp(1, _WINDOW)
@@ -216,8 +225,14 @@ class AdaptivePools(Cut):
 
         Args:
             state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state lacks a value, or holds one that is out of range.
+            TypeError: If a value has a wrong type.
         """
-        self.n_batches = float(state_dict["n_batches"])
-        self._loss = state_dict["loss"]
-        self._n_observed = torch.tensor(int(state_dict["n_observed"]))
-        self._n_served = int(state_dict["n_served"])
+        n_batches, loss = saved_value(state_dict, "n_batches", float), saved_value(state_dict, "loss", Tensor)
+        if not n_batches >= 1:
+            raise damaged("n_batches", n_batches, "at least 1")
+        counts = saved_counts(state_dict, ("n_observed", "n_served"))
+        self.n_batches, self._loss = n_batches, loss
+        self._n_observed, self._n_served = torch.tensor(counts["n_observed"]), counts["n_served"]

@@ -102,7 +102,7 @@ def anchor_rows(
         differs = ~torch.eye(size, dtype=torch.bool, device=own.device)
         if masked is not None:
             _check_mask(masked, size, gather)
-            differs &= ~masked.to(own.device)
+            differs = differs & ~masked.to(own.device)  # not in place, which `vmap` over masks does not allow
         mine = slice(start, start + own.shape[1])
         positive = (own[0] * own[1]).sum(dim=1)
         if negatives == "views":

@@ -52,9 +52,10 @@ class AutoPools(AdaptivePools):
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor):
+            got = (sorted(outputs) or "nothing") if isinstance(outputs, dict) else type(outputs).__name__
             raise TypeError(
-                'pool_size="auto" needs training_step to return the loss, also with manual optimization, got '
-                f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
+                'pool_size="auto" needs each training_step to return the loss, also with manual optimization, got '
+                f"{got}."
             )
         # Lightning has divided the loss by the number of batches whose gradients it accumulates. The mean is taken at
         # each step, so that the state of one process is the state of all.

@@ -132,8 +132,15 @@ class EncodedEmbeddings(EmbeddingSource):
         transfer = _batch_hook(trainer, "transfer_batch_to_device")
 
         def embed(batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-            batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
-            batch = transfer(batch, module.device, 0)
+            try:
+                batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
+                batch = transfer(batch, module.device, 0)
+            except Exception as error:
+                error.add_note(
+                    "BatchSamplerCallback was moving a batch of pool_dataset(). Your on_before_batch_transfer and "
+                    "transfer_batch_to_device get such batches, too: one clean view of each instance."
+                )
+                raise
             try:
                 with trainer.precision_plugin.forward_context():
                     return self._embed(batch)
