@@ -578,5 +578,5 @@ def test_nndescent_announces_its_compile_once(monkeypatch, caplog):
     NNDescentGraph()(gaussian(50))
     NNDescentGraph()(gaussian(50))
     assert [record.message for record in caplog.records] == [
-        "NNDescentGraph: pynndescent loads its kernels, or compiles them for about a minute."
+        "NNDescentGraph: pynndescent loads its kernels, or compiles them for one to two minutes."
     ]

@@ -64,7 +64,7 @@ def descend(data: NDArray[np.float32], n_neighbors: int, seed: int, n_shares: in
         _start_numba_threads()
         nndescent = _import_nndescent()
         if not _compiled:
-            _log.info("NNDescentGraph: pynndescent loads its kernels, or compiles them for about a minute.")
+            _log.info("NNDescentGraph: pynndescent loads its kernels, or compiles them for one to two minutes.")
         # The caller replaces the -1 that this warning is about.
         warnings.filterwarnings("ignore", message="Failed to correctly find n_neighbors")
         metric: Any = "cosine" if data.ndim == 2 else _two_sides_distance()

@@ -123,7 +123,7 @@ class NNDescentGraph(SharedGraph):
 
     In pools of up to 4,096 instances a matrix product is as fast, and for embeddings on a GPU up to 131,072. There the
     graph equals :class:`ExactGraph`. In larger pools pynndescent finds the neighbours, on the CPU. On the first call on
-    a machine, its kernels are compiled, which takes about a minute. numba keeps them on disk, as it keeps other
+    a machine, its kernels are compiled, which takes one to two minutes. numba keeps them on disk, as it keeps other
     functions of pynndescent. One line in the log says when. :class:`~bs_lightning.BatchSamplerCallback` has them
     compiled in a process of its own while uniform epochs train.
 

@@ -21,7 +21,7 @@ hardness and seconds are known, as the positives are not.
 
 Each row is the mean of up to 40 batches, from random pools as in training. So a row takes the time to compose some
 pools, or one large pool. The table takes two to three times as long as composing all data. Pools of more than 4,096
-instances compile for about a minute first.
+instances compile for one to two minutes first.
 """
 
 import argparse
