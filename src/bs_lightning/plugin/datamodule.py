@@ -1,6 +1,6 @@
 """The DataModule: Lightning's side of the data, which serves the plan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -178,7 +178,7 @@ class BatchSamplerDataModule(LightningDataModule):
         """The dataset to encode: of the same length and order, one clean view. The training data by default."""
         return self.train_dataset() if self._train_dataset is None else self._train_dataset
 
-    def train_labels(self) -> Tensor | Sequence[int] | None:
+    def train_labels(self) -> Tensor | ArrayLike | None:
         """Labels, integers of shape ``[N]``, for the false-negative rate and for composers that ask for them.
 
         By default they are the dataset's ``targets``, or its ``y`` (as in ``torch_geometric``), if that holds an
