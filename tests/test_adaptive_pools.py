@@ -70,7 +70,7 @@ def test_the_loss_is_a_mean_over_the_last_batches():
 
 def test_a_restored_state_goes_on_with_the_mean_and_the_size():
     pools, restored = AdaptivePools(0.1), AdaptivePools(0.1)
-    pools.n_batches = 8.0
+    pools.n_batches = 8
     pools.next_pool(0, 1000, LAYOUT)
     for loss in (1.0, 0.0):
         pools.observe(torch.tensor(loss))
@@ -85,7 +85,7 @@ def test_a_loss_is_one_number():
     pools = AdaptivePools(0.1)
     for loss in (1.0, np.float32(2.0), torch.tensor([3.0])):
         pools.observe(loss)
-    assert pools.loss == pytest.approx(2.0)
+    assert_equal(pools.state_dict()["loss"], torch.tensor(2.0))
     with pytest.raises(ValueError, match=r"loss must be one number, got shape \[3\]. Take the mean"):
         pools.observe(torch.ones(3))
     with pytest.raises(TypeError, match="loss must be a number, got None"):
@@ -95,8 +95,10 @@ def test_a_loss_is_one_number():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"n_batches": -5.0}, ValueError, "n_batches=-5.0, but it must be at least 1"),
-        ({"n_batches": math.nan}, ValueError, "n_batches=nan, but it must be at least 1"),
+        ({"n_batches": -5.0}, ValueError, "n_batches=-5.0, but it must be finite and at least 1"),
+        ({"n_batches": math.nan}, ValueError, "n_batches=nan, but it must be finite and at least 1"),
+        ({"n_batches": math.inf}, ValueError, "n_batches=inf, but it must be finite and at least 1"),
+        ({"loss": torch.ones(3)}, ValueError, "but it must be one number"),
         ({"loss": "x"}, TypeError, "must hold Tensor as loss, got 'x'"),
         ({"n_observed": -1}, ValueError, "n_observed=-1, but it must be at least 0"),
         (None, ValueError, "lacks 'n_batches'"),

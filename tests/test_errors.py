@@ -327,7 +327,7 @@ def test_a_transfer_hook_that_takes_training_batches_only_gets_advice(name):
     data = type("Hooked", (Clean,), {name: hook})(8)
     with pytest.raises(AssertionError) as error:
         fit(Model(), data, walker(embed=lambda module, batch: module.encoder(batch)))
-    assert "moving a batch of pool_dataset()" in error.value.__notes__[0]
+    assert "moving a batch to embed" in error.value.__notes__[0]
     assert "one clean view of each instance" in error.value.__notes__[0]
 
 

@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict, UserDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -123,6 +124,7 @@ class Frozen:
         lambda row: UserDict(row=row),
         lambda row: OrderedDict(row=row),
         lambda row: defaultdict(list, row=row),
+        lambda row: MappingProxyType({"row": row}),
         lambda row: {"row": row},
     ],
 )

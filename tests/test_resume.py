@@ -390,7 +390,7 @@ def test_a_checkpoint_without_our_state_warns(tmp_path):
 )
 def test_an_epoch_that_lightning_begins_again_warns(tmp_path, step, loader, flags):
     train(Exact(), tmp_path, every_step, loader={"drop_last": False}, max_epochs=1)
-    with pytest.warns(UserWarning, match=f"after {step} of 13 batches of epoch 0. As drop_last or limit_train_batches"):
+    with pytest.warns(UserWarning, match=f"after {step} of 13 batches of epoch 0. Epochs have {step} batches now"):
         train(
             again := Exact(),
             tmp_path,
@@ -399,6 +399,22 @@ def test_an_epoch_that_lightning_begins_again_warns(tmp_path, step, loader, flag
             **flags,
         )
     assert len(again.epochs[0]) == step
+
+
+@pytest.mark.parametrize(
+    ("saves", "step", "before", "after"),
+    [
+        (SavesAtBatchStart, 0, {}, {}),
+        (SavesAtBatchStart, 12, {}, {}),
+        (each_epoch, 7, {"overfit_batches": 5, "max_steps": 7}, {"overfit_batches": 5, "max_steps": 14}),
+    ],
+    ids=str,
+)
+def test_an_epoch_that_is_not_begun_again_does_not_warn(tmp_path, saves, step, before, after):
+    train(Exact(), tmp_path, saves, **before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The checkpoint was taken after")
+        train(Exact(), tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", **after)
 
 
 class SavesAtTrainStart(Callback):

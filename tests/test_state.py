@@ -162,7 +162,7 @@ def test_a_checkpoint_that_is_saved_while_a_pool_is_planned_is_resumed(tmp_path)
 def test_going_on_after_max_steps_ended_an_epoch_early_is_warned_of(tmp_path):
     saves = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=10)
     fit(Exact(), Data(8, 103), walker(32), saves, max_epochs=-1, max_steps=5, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="after 5 of 12 batches of epoch 0. There max_steps or a hook ended it"):
+    with pytest.warns(UserWarning, match="after 5 of 12 batches of epoch 0, as max_steps or a hook ended the epoch"):
         epochs = run(tmp_path / "last.ckpt", max_steps=20)
     assert [len(batches) for batches in epochs.values()] == [12]
 

@@ -20,6 +20,7 @@ from parts import (
     pool_order,
     rng_states,
     same_cluster_share,
+    trainer,
     walker,
 )
 from processes import batches_by_step, run, run_all
@@ -472,6 +473,41 @@ def test_resumes_where_the_optimizer_asks_for_the_number_of_steps(kind, tmp_path
             resumed = train(tmp_path / "lacking.ckpt", Saves())
         with pytest.warns(UserWarning, match="not known: the stream starts anew"):
             assert train(tmp_path / f"start={step}.ckpt") == resumed
+
+
+class SavesBefore(Callback):
+    """Saves before a run, or before each epoch, has read anything."""
+
+    def __init__(self, folder, hook):
+        setattr(self, hook, lambda trainer, module: trainer.save_checkpoint(folder / f"{trainer.global_step}.ckpt"))
+
+
+def test_saves_between_two_epochs_where_each_epoch_has_a_new_loader(tmp_path):
+    def train(*callbacks, **more):
+        model = Exact()
+        data = StreamData(8, 96, "SizedStateful", seed=7)
+        fit(model, data, walker(32), *callbacks, max_epochs=3, reload_dataloaders_every_n_epochs=1, **more)
+        return model.epochs
+
+    torch.manual_seed(0)
+    whole = train(SavesBefore(tmp_path, "on_train_epoch_start"))
+    torch.manual_seed(0)
+    assert train(ckpt_path=tmp_path / "12.ckpt") == {epoch: whole[epoch] for epoch in (1, 2)}
+
+
+def test_saves_at_the_start_of_a_second_fit(tmp_path):
+    """The first one was ended by `max_steps` within an epoch. Lightning begins the next one."""
+
+    def data():
+        return StreamData(8, 96, "SizedStateful", seed=7)
+
+    made = trainer(walker(32), SavesBefore(tmp_path, "on_train_start"), max_epochs=-1, max_steps=7)
+    first, model, resumed = Exact(), Exact(), Exact()
+    made.fit(first, datamodule=data())
+    made.fit_loop.epoch_loop.max_steps = 20
+    made.fit(model, datamodule=data())
+    fit(resumed, data(), walker(32), ckpt_path=tmp_path / "7.ckpt", max_epochs=-1, max_steps=20)
+    assert resumed.epochs == model.epochs
 
 
 def test_the_position_is_not_lost_where_a_resumed_run_cannot_read(tmp_path, monkeypatch):

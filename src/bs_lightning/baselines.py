@@ -345,8 +345,8 @@ class ClusterComposer(Composer):
 
     Args:
         cluster_size: Average number of instances in a cluster, about. ``None`` stands for the batch size. Clusters
-            of a quarter of it make batches less hard. Where the two sides lie in different places of the sphere, half
-            of the clusters hold reversed pairs only, so that the average is twice as large.
+            of a quarter of the batch size make batches less hard. Where the two sides lie in different places of the
+            sphere, half of the clusters hold reversed pairs only, so that the average is twice as large.
         packing: The order of the clusters. ``"random"`` draws it. ``"greedy"`` starts at a random cluster and goes to
             the nearest of the clusters that are left, so that neighbouring clusters share a batch.
 

@@ -182,7 +182,7 @@ class AdaptivePools(Cut):
         loss = loss if isinstance(loss, Tensor) else torch.tensor(check_number("loss", loss))
         if loss.numel() != 1:
             raise ValueError(f"loss must be one number, got shape {list(loss.shape)}. Take the mean over the batch.")
-        loss = loss.detach().float().reshape(())
+        loss = loss.detach().float().squeeze()
         counts = loss.isfinite()
         self._n_observed = self._n_observed.to(loss.device) + counts
         share = 1 / self._n_observed.clamp(1, _WINDOW)
@@ -214,7 +214,7 @@ class AdaptivePools(Cut):
             Tensors and plain Python values.
         """
         return {
-            "n_batches": self.n_batches,
+            "n_batches": float(self.n_batches),
             "loss": self._loss.cpu(),
             "n_observed": int(self._n_observed),
             "n_served": self._n_served,
@@ -231,8 +231,10 @@ class AdaptivePools(Cut):
             TypeError: If a value has a wrong type.
         """
         n_batches, loss = saved_value(state_dict, "n_batches", float), saved_value(state_dict, "loss", Tensor)
-        if not n_batches >= 1:
-            raise damaged("n_batches", n_batches, "at least 1")
+        if not 1 <= n_batches < math.inf:
+            raise damaged("n_batches", n_batches, "finite and at least 1")
+        if loss.numel() != 1:
+            raise damaged("loss", loss, "one number")
         counts = saved_counts(state_dict, ("n_observed", "n_served"))
         self.n_batches, self._loss = n_batches, loss
         self._n_observed, self._n_served = torch.tensor(counts["n_observed"]), counts["n_served"]

@@ -3,7 +3,8 @@
 import copy
 import os
 import uuid
-from collections.abc import Callable, MutableMapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,12 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
         return batch.to(device)
-    moved: Any
-    if isinstance(batch, MutableMapping):
-        moved = copy.copy(batch)
-        moved.update({name: _moved(value, device) for name, value in batch.items()})
-        return moved
-    if is_dataclass(batch):
+    if isinstance(batch, Mapping):
+        moved_by_name = {name: _moved(value, device) for name, value in batch.items()}
+        if isinstance(batch, defaultdict):
+            return defaultdict(batch.default_factory, moved_by_name)
+        return type(batch)(moved_by_name)  # type: ignore[call-arg]
+    if is_dataclass(batch) and not isinstance(batch, type):
         moved = copy.copy(batch)
         for field in fields(batch):
             object.__setattr__(moved, field.name, _moved(getattr(batch, field.name), device))  # it may be frozen

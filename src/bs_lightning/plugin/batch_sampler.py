@@ -7,7 +7,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bs_lightning.plan import EpochPlan, Pool
 from bs_lightning.plugin.loader import TrainingData, trains_on
-from bs_lightning.plugin.loops import batch_in_training, epochs_processed, in_epoch, mend_counters, next_batch, position
+from bs_lightning.plugin.loops import (
+    batch_in_training,
+    epochs_processed,
+    first_position,
+    in_epoch,
+    mend_counters,
+    next_batch,
+)
 from bs_lightning.sampler import PoolBatchSampler
 from bs_lightning.state import SamplerState
 
@@ -84,7 +91,7 @@ class TrainerBatchSampler(PoolBatchSampler):
         state, trainer = super().state(), self._data.trainer
         if trainer is None or self.has_planned:
             return state
-        epoch, served = position(trainer)
+        epoch, served = first_position(trainer)
         return replace(state, epoch=0 if trainer.overfit_batches else epoch, served=min(served, state.stop))
 
     def _trained_batch_number(self) -> int | None:
@@ -106,18 +113,7 @@ class TrainerBatchSampler(PoolBatchSampler):
             if start > 0:
                 state.check_position(self.epoch, start)
             elif state.mid_epoch:
-                if state.epoch == self.epoch:
-                    what = (
-                        "As drop_last or limit_train_batches has changed since, Lightning begins that epoch again: "
-                        "these batches are trained twice."
-                    )
-                else:
-                    what = (
-                        f"There max_steps or a hook ended it. Lightning goes on with epoch {self.epoch}: the other "
-                        "batches are not served."
-                    )
-                taken = f"The checkpoint was taken after {state.served} of {state.stop} batches of epoch {state.epoch}."
-                rank_zero_warn(f"{taken} {what}")
+                self._warn_of_gap(state)
             return state.pool
         if start > 0:
             rank_zero_warn(
@@ -126,3 +122,20 @@ class TrainerBatchSampler(PoolBatchSampler):
                 "state_dict() or load_state_dict() without calling super()?)"
             )
         return None
+
+    def _warn_of_gap(self, state: SamplerState) -> None:
+        """Warn if batches are lost or come twice, where an epoch begins though the state was taken within one."""
+        trainer = self._data.trainer
+        assert trainer is not None
+        taken = f"The checkpoint was taken after {state.served} of {state.stop} batches of epoch {state.epoch}"
+        if state.epoch != self.epoch:
+            rank_zero_warn(
+                f"{taken}, as max_steps or a hook ended the epoch there. Lightning goes on with epoch {self.epoch}: "
+                "the other batches are not served."
+            )
+        # A state of fewer batches was taken within the epoch's first step, which is not trained twice.
+        elif state.served >= trainer.num_training_batches and not trainer.overfit_batches:
+            rank_zero_warn(
+                f"{taken}. Epochs have {int(trainer.num_training_batches)} batches now, as drop_last or "
+                "limit_train_batches has changed, so Lightning begins that epoch again: these batches come twice."
+            )

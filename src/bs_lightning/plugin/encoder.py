@@ -137,7 +137,7 @@ class EncodedEmbeddings(EmbeddingSource):
                 batch = transfer(batch, module.device, 0)
             except Exception as error:
                 error.add_note(
-                    "BatchSamplerCallback was moving a batch of pool_dataset(). Your on_before_batch_transfer and "
+                    "BatchSamplerCallback was moving a batch to embed. Your on_before_batch_transfer and "
                     "transfer_batch_to_device get such batches, too: one clean view of each instance."
                 )
                 raise

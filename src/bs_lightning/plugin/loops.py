@@ -57,6 +57,18 @@ def position(trainer: Trainer) -> tuple[int, int]:
     return (progress.ready, 0) if batches.is_last_batch else (progress.processed, batches.current.processed)
 
 
+def first_position(trainer: Trainer) -> tuple[int, int]:
+    """Return the epoch and the number of the batch with which a run begins, before it has served any.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The number of the epoch, and the number of its batches that have been trained.
+    """
+    return position(trainer) if trainer.fit_loop.restarted_mid_epoch else (epochs_processed(trainer), 0)
+
+
 def batches_processed(trainer: Trainer) -> int:
     """Return the number of batches that have been trained, of all epochs.
 

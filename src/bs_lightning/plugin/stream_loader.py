@@ -14,6 +14,7 @@ from bs_lightning.plugin.loops import (
     epoch_is_trained,
     epochs_processed,
     fetch_anew,
+    first_position,
     in_epoch,
     mend_counters,
     position,
@@ -84,7 +85,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         if trainer is None:
             return state
         if run is None or self._is_premature(trainer):
-            return StreamState(state.seed, state.global_batch_size, *position(trainer), None)
+            return StreamState(state.seed, state.global_batch_size, *first_position(trainer), None)
         served = self._n_served(run, trainer)
         if served > run.start and epoch_is_trained(trainer):
             return StreamState(state.seed, state.global_batch_size, run.epoch + 1, 0, None)
