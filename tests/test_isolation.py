@@ -121,6 +121,18 @@ def test_isolated_rng_restores_random_states(error):
     assert everything(nn.Module()) == before
 
 
+def test_random_states_are_restored_without_starting_cuda(monkeypatch):
+    """A run on a CPU must not take memory of a GPU, and forked workers could not use CUDA afterwards."""
+
+    def start():
+        raise AssertionError("CUDA was started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", start)
+    with no_trace(nn.Linear(2, 2)), isolated_rng():
+        pass
+
+
 # Weights
 
 

@@ -23,8 +23,9 @@ def no_trace(module: nn.Module) -> Iterator[None]:
 
     Restores what the code inside and ``eval()`` change of the module: modes; parameters, buffers and all other tensors
     that it holds in attributes, also in lists, tuples and dictionaries; ``requires_grad``; attributes that are set;
-    the states of ``torchmetrics`` metrics; and the random states of Python, NumPy, torch and the current CUDA device.
-    Errors inside change nothing in this. A module whose ``train()`` is overridden gets its mode back by a call of it.
+    the states of ``torchmetrics`` metrics; and the random states of Python, NumPy, torch, the current CUDA device and
+    the device of the first parameter. Errors inside change nothing in this. A module whose ``train()`` is overridden
+    gets its mode back by a call of it.
 
     Needs memory for a second copy of the module's tensors, on their devices, until it exits. No other thread may use
     the module meanwhile.
@@ -47,7 +48,7 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     """
     modes = [(part, part.training) for part in module.modules()]
     restore = _snapshot(module)
-    with isolated_rng():
+    with isolated_rng(next((parameter.device for parameter in module.parameters()), None)):
         try:
             module.eval()
             yield
@@ -249,10 +250,13 @@ def _integers(storage: torch.UntypedStorage) -> Tensor:
 
 
 @contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Restore the random states of Python, NumPy, torch and the current CUDA device on exit, after errors too."""
+def isolated_rng(device: torch.device | None = None) -> Iterator[None]:
+    """Restore the random states of Python, NumPy, torch, the current CUDA device and ``device``, after errors too."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    # Training on a CPU must not start CUDA: that takes memory of a GPU, and forked workers could not use it.
+    devices = {torch.cuda.current_device()} if torch.cuda.is_initialized() else set()
+    if device is not None and device.type == "cuda":
+        devices.add(torch.cuda.current_device() if device.index is None else device.index)
     with torch.random.fork_rng(devices):
         try:
             yield
