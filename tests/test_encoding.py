@@ -1,3 +1,4 @@
+import math
 import re
 import warnings
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from bs_lightning import BatchFetcher, encode
-from bs_lightning._embeddings import as_sides
+from bs_lightning._embeddings import _scales, as_sides
 
 DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -73,6 +74,23 @@ def test_zero_rows_stay_zero_and_are_warned_of():
 def test_a_collapsed_model_is_warned_of():
     with pytest.warns(UserWarning, match="are equal: the model has collapsed"):
         run(data=torch.ones(20, 4) * torch.arange(1, 21)[:, None])
+
+
+def test_zero_rows_do_not_hide_a_collapse():
+    with pytest.warns(UserWarning, match="the model has collapsed"):
+        run(data=torch.cat([torch.zeros(4, 4), torch.ones(16, 4)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaling_is_exact_for_numbers_of_any_size(dtype):
+    """Against `torch.frexp`, which MPS lacks."""
+    info = torch.finfo(dtype)
+    exponents = torch.linspace(math.log2(info.tiny), math.log2(info.max) - 1, 500, dtype=dtype)
+    ends = torch.tensor([info.smallest_normal / 8, info.tiny, info.max, 1.0, 0.5], dtype=dtype)
+    largest = torch.cat([torch.exp2(exponents), ends])[:, None]
+    most = 1022 if dtype == torch.float64 else 126
+    expected = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-most, most))
+    assert torch.equal(_scales(largest), expected)
 
 
 def test_warns_of_nothing_else():

@@ -19,16 +19,16 @@ from bs_lightning import (
     RandomCandidateGraph,
     RWRComposer,
     encode,
-    encoding,
     losses,
     metrics,
 )
 from bs_lightning.bank import EmbeddingBank
 from bs_lightning.isolation import no_trace
+from bs_lightning.plugin import encoder
 from bs_lightning.presets import public_code
 from bs_lightning.recipes.images import ImageData
 from bs_lightning.recipes.simclr import SimCLR
-from bs_lightning.rules import AbovePositive
+from bs_lightning.rules import AbovePositive, MoreSimilar
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -84,7 +84,7 @@ def test_the_loop_never_waits_for_the_gpu():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_callback_never_waits_while_it_encodes(monkeypatch, precision, num_workers):
-    checked = encoding.first_not_finite
+    checked = encoder.checked_unit_rows_
     seen = []
 
     class Watched(Model):
@@ -95,11 +95,11 @@ def test_the_callback_never_waits_while_it_encodes(monkeypatch, precision, num_w
             seen.append(z.dtype)
             return z
 
-    def after_the_loop(embeddings):
+    def after_the_loop(*args):
         torch.cuda.set_sync_debug_mode("default")
-        return checked(embeddings)
+        return checked(*args)
 
-    monkeypatch.setattr(encoding, "first_not_finite", after_the_loop)
+    monkeypatch.setattr(encoder, "checked_unit_rows_", after_the_loop)
     try:
         data = Data(n=128, num_workers=num_workers)
         fit(Watched(), data, walker(64, encode_batch_size=8), precision=precision, **GPU)
@@ -107,6 +107,19 @@ def test_the_callback_never_waits_while_it_encodes(monkeypatch, precision, num_w
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) >= 2 * 16
     assert set(seen) == {torch.float32 if precision == "32-true" else torch.bfloat16}
+
+
+def test_the_bank_and_masks_do_not_wait_for_the_gpu():
+    bank, rows = EmbeddingBank(4096), torch.randn(256, 512, device="cuda")
+    rule, batch = MoreSimilar(torch.randn(64, 2, 16), AbovePositive()), np.arange(64)
+    try:
+        for _ in range(2):  # libraries start in the first round
+            for start in range(0, 4096, 256):
+                bank.write(torch.arange(start, start + 256), rows)
+            rule.in_batch(batch, rows.device)
+            torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_channels_last_is_kept():

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bs_lightning._embeddings import to_device
 from bs_lightning._types import Batches
 from bs_lightning.metrics._negatives import in_batch_false_negative_rate, in_batch_hardness
 from bs_lightning.metrics._pairs import accuracy_and_negatives_above
@@ -21,17 +22,7 @@ def describe(embeddings: Tensor, batches: Batches, labels: Tensor | None = None)
         The hardness; with two sides, the in-batch accuracy and the share of negatives above the positive; with labels,
         the false-negative rate.
     """
-    positions = torch.from_numpy(batches)
-    in_batches = embeddings[positions.to(embeddings.device)]
-    labels = None if labels is None else labels[positions]
-    found = {"hardness": float(in_batch_hardness(in_batches, labels))}
-    if embeddings.ndim == 3:
-        accuracy, above = accuracy_and_negatives_above(in_batches)
-        found["accuracy"] = float(accuracy)
-        found["negatives_above_positive"] = float(above)
-    if labels is not None:
-        found["false_negative_rate"] = float(in_batch_false_negative_rate(labels))
-    return found
+    return _read(_described(embeddings, batches, labels))
 
 
 def describe_composed(embeddings: Tensor, batches: Batches, labels: Tensor | None = None) -> dict[str, float]:
@@ -46,9 +37,27 @@ def describe_composed(embeddings: Tensor, batches: Batches, labels: Tensor | Non
         What :func:`describe` returns, and ``"uniform_hardness"`` and ``"uniform_accuracy"`` of two uniform batches.
     """
     # A pool comes in random order, so its first batches are uniform ones.
-    uniform = describe(embeddings, np.arange(batches.size).reshape(batches.shape)[:2], labels)
+    uniform = _described(embeddings, np.arange(batches.size).reshape(batches.shape)[:2], labels)
     compared = {f"uniform_{name}": uniform[name] for name in ("hardness", "accuracy") if name in uniform}
-    return describe(embeddings, batches, labels) | compared
+    return _read(_described(embeddings, batches, labels) | compared)
+
+
+def _described(embeddings: Tensor, batches: Batches, labels: Tensor | None) -> dict[str, Tensor]:
+    """Return what :func:`describe` returns, as scalars that are not waited for."""
+    positions = torch.from_numpy(batches)
+    in_batches = embeddings[to_device(positions, embeddings.device)]
+    labels = None if labels is None else labels[positions]
+    found = {"hardness": in_batch_hardness(in_batches, labels)}
+    if embeddings.ndim == 3:
+        found["accuracy"], found["negatives_above_positive"] = accuracy_and_negatives_above(in_batches)
+    if labels is not None:
+        found["false_negative_rate"] = to_device(in_batch_false_negative_rate(labels), embeddings.device)
+    return found
+
+
+def _read(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Return scalars of one device as numbers. Waits for a GPU once."""
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
 
 
 class Means:

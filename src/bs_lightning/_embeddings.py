@@ -1,5 +1,6 @@
 """Checks, scaling and similarities of embeddings that several modules share."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,6 +63,14 @@ def have_sides(embeddings: Embeddings) -> bool:
     return (len(shape) == 2 or (len(shape) == 3 and shape[1] == 2)) and shape[-1] >= 1
 
 
+def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """Return a tensor on a device; ``None`` leaves it where it is. A copy to a CUDA device waits for no earlier work.
+
+    To other devices it waits: what is read on a CPU must be there, and on MPS the memory may be freed too early.
+    """
+    return tensor.to(device, non_blocking=device is not None and torch.device(device).type == "cuda")
+
+
 def read_rows(embeddings: Embeddings, indices: Indices) -> Tensor:
     """Return some rows of embeddings that may lie in a file.
 
@@ -73,7 +82,7 @@ def read_rows(embeddings: Embeddings, indices: Indices) -> Tensor:
         A copy, float32 of shape ``[n, d]`` or ``[n, 2, d]``, on the device of the tensor; of an array, on the CPU.
     """
     if isinstance(embeddings, Tensor):
-        return embeddings[torch.from_numpy(indices).to(embeddings.device)].detach().float()
+        return embeddings[to_device(torch.from_numpy(indices), embeddings.device)].detach().float()
     return torch.from_numpy(np.asarray(embeddings[indices], dtype=np.float32))
 
 
@@ -147,9 +156,34 @@ def unit_rows_(rows: Tensor) -> Tensor:
     Returns:
         ``rows``.
     """
-    rows *= _scales(rows)
-    rows /= rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    scale_(rows)
     return rows
+
+
+def scale_(rows: Tensor) -> Tensor:
+    """Scale float32 rows to length 1 in place.
+
+    Returns:
+        A length of each row, ``[..., 1]``: 0 of all-zero rows, not finite of rows that are not, and else above 0.
+    """
+    rows *= _scales(_largest(rows))
+    lengths: Tensor = rows.norm(dim=-1, keepdim=True)
+    rows /= lengths.clamp_min(1e-12)
+    return lengths
+
+
+def finite_unit_rows_(rows: Tensor, indices: Sequence[int] | Indices | Tensor) -> bool:
+    """Scale float32 rows to length 1 in place, and refuse them as :func:`check_finite` does. Waits for a GPU once.
+
+    Returns:
+        Whether a row is all-zero.
+    """
+    if not len(rows):
+        return False
+    shortest, longest = torch.stack(scale_(rows).aminmax()).tolist()
+    if not math.isfinite(longest):
+        check_finite(rows, indices)
+    return bool(shortest == 0)
 
 
 def similar_to_nothing(embeddings: Tensor) -> Tensor:
@@ -208,19 +242,21 @@ def unit_rows_with_gradient(rows: Tensor) -> Tensor:
 
     All-zero rows stay zero. Unlike ``torch.nn.functional.normalize``, it gives them an ordinary gradient, not 1e12.
     """
-    rows = rows * _scales(rows.detach())  # `torch.ldexp` has a wrong gradient
+    largest = _largest(rows.detach())
+    rows = rows * torch.where(largest > 0, _scales(largest), 1)
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(lengths > 0, lengths, 1)
 
 
-def _scales(rows: Tensor) -> Tensor:
+def _scales(largest: Tensor) -> Tensor:
     """Return the power of two, ``[..., 1]``, that scales each row's largest number to between 0.5 and 1.
 
     Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
     """
-    largest = _largest(rows)
-    most = 1022 if rows.dtype == torch.float64 else 126  # 2 to this power, and its inverse, are normal numbers
-    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-most, most))
+    # The bits of a float hold its exponent above the mantissa. MPS lacks `torch.frexp`.
+    integer, n_mantissa, bias = (torch.int64, 52, 1023) if largest.dtype == torch.float64 else (torch.int32, 23, 127)
+    exponents = largest.view(integer) >> n_mantissa
+    return ((2 * bias - 1 - exponents).clamp(1, 2 * bias - 1) << n_mantissa).view(largest.dtype)
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bs_lightning._embeddings import as_sides, check_finite, unit_rows_
+from bs_lightning._embeddings import as_sides, finite_unit_rows_, to_device, unit_rows_
 
 _WRITTEN_TOGETHER = 2**18  # entries, 1 MB: of small batches, the many steps of a write take longer than their data
 
@@ -82,9 +82,9 @@ class EmbeddingBank:
         self._write_waiting()
         if self._rows is None:
             return torch.zeros(len(indices), 2)  # any width does as long as it is not known
-        rows = self._rows[indices.to(self._rows.device)].float()
-        check_finite(rows, indices)
-        return unit_rows_(rows)
+        rows = self._rows[to_device(indices, self._rows.device)].float()
+        finite_unit_rows_(rows, indices)
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return all rows for a checkpoint.
@@ -119,7 +119,7 @@ class EmbeddingBank:
         indices, rows = zip(*self._waiting, strict=True)
         unit = unit_rows_(torch.cat(rows).float()).half()
         self._rows = self._rows.to(unit.device)  # loaded rows may be on a different device
-        places, sizes = torch.cat(indices).to(unit.device), [len(batch) for batch in indices]
+        places, sizes = to_device(torch.cat(indices), unit.device), [len(batch) for batch in indices]
         for batch, of_batch in zip(places.split(sizes), unit.split(sizes), strict=True):
             self._rows[batch] = of_batch
         self._waiting = []

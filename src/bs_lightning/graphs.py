@@ -266,7 +266,7 @@ class ExactGraph(SharedGraph):
         found = torch.empty((len(rows), k), dtype=torch.int32, device=unit.device)
         for start, similarity in similarity_blocks(unit, rows):
             if some_isolated:
-                similarity[:, isolated] = BELOW_ANY_COSINE
+                similarity.masked_fill_(isolated, BELOW_ANY_COSINE)
             similarity.diagonal(start).fill_(-torch.inf)  # no instance is its own neighbour
             first = start - rows.start
             found[first : first + len(similarity)] = _most_similar(similarity, k)
@@ -344,6 +344,7 @@ class RandomCandidateGraph(SharedGraph):
         # The circle repeats its beginning after its end, so that each slice is in one piece.
         circle = unit_rows_(embeddings[order[torch.arange(size + longest, device=device) % size]].float())
         isolated = similar_to_nothing(circle[:size])
+        some_isolated = bool(isolated.any())
         left, right = similarity_factors(circle)
         found = torch.empty((len(own), self.n_neighbors), dtype=torch.int32, device=device)
         similarity = torch.empty((chunk, self.n_candidates), device=device)
@@ -354,7 +355,7 @@ class RandomCandidateGraph(SharedGraph):
                 similarity[:, column : column + stop - start] = band.flatten(0, 1)
                 column += stop - start
             rows = torch.arange(first, min(first + chunk, own.stop), device=device)
-            if isolated.any():
+            if some_isolated:
                 candidates = (rows[:, None] + ahead) % size
                 similarity[: len(rows)].masked_fill_(isolated[candidates], BELOW_ANY_COSINE)
             nearest = ahead[similarity[: len(rows)].topk(self.n_neighbors, dim=1).indices]

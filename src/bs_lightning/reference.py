@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bs_lightning._checks import check_integer
+from bs_lightning._embeddings import to_device
 from bs_lightning.encoding import check_piece, encode, has_embed
 from bs_lightning.isolation import no_trace
 from bs_lightning.loader import BatchFetcher, check_map_style
@@ -126,7 +127,7 @@ def encode_dataset(
 def _moved(batch: Any, device: torch.device) -> Any:
     """Return a batch on a device: tensors, what has a method ``to``, and collections and dataclasses of these."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return to_device(batch, device)
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):

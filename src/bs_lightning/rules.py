@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bs_lightning._checks import check_instance_callable, check_integer_array, check_number, check_positive, kind_of
-from bs_lightning._embeddings import TIE, are_floats, first_not_finite, have_sides, read_rows, unit_rows_
+from bs_lightning._embeddings import TIE, are_floats, first_not_finite, have_sides, read_rows, to_device, unit_rows_
 from bs_lightning._types import Embeddings, Indices, Neighbors
 
 _CHUNK_ENTRIES = 2**24  # numbers that a rule reads at a time
@@ -169,7 +169,7 @@ class SameGroup:
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
         """Mark the pairs of a batch that are of one group, bool ``[B, B]``; see :class:`Rule`."""
-        own = torch.from_numpy(self._sets[batch]).to(device)
+        own = to_device(torch.from_numpy(self._sets[batch]), device)
         return self._meet(own[:, None], own)
 
     def along(self, nodes: Indices, neighbors: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -227,7 +227,7 @@ class MoreSimilar:
 
     def in_batch(self, batch: Indices, device: torch.device | None = None) -> Tensor:
         """Mark the pairs of a batch that are more similar than the limit, bool ``[B, B]``; see :class:`Rule`."""
-        unit = self._unit(batch).to(device or "cpu")
+        unit = to_device(self._unit(batch), device or torch.device("cpu"))
         with torch.autocast(unit.device.type, enabled=False):  # bfloat16 would round most differences away
             limit = self.limit(unit)[:, None] + TIE
             if unit.ndim == 2:
@@ -250,7 +250,7 @@ class MoreSimilar:
             )
             unit = self._unit(read)
             limits = self.limit(unit) + TIE
-            at = torch.from_numpy(positions.reshape(-1, neighbors.shape[1] + 1)).to(unit.device)
+            at = to_device(torch.from_numpy(positions.reshape(-1, neighbors.shape[1] + 1)), unit.device)
             node, near = unit[at[:, :1]], unit[at[:, 1:]]
             if unit.ndim == 2:
                 out = back = (node * near).sum(dim=-1)

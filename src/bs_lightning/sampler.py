@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler
 
 from bs_lightning._checks import check_integer, check_seed
+from bs_lightning._embeddings import to_device
 from bs_lightning._types import Indices
 from bs_lightning.layout import BatchLayout
 from bs_lightning.mask import pair_mask
@@ -184,7 +185,7 @@ class PoolBatchSampler(BatchSampler):
         if number is None or self._plan is None:
             return None
         batch = self._plan.global_batch(number).astype(np.int64)
-        mask = pair_mask(self._plan.pairs(number), batch).to(device)
+        mask = to_device(pair_mask(self._plan.pairs(number), batch), device)
         for rule in self.rules:
             mask |= rule.in_batch(batch, device)
         return mask.fill_diagonal_(False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bs_lightning._checks import check_number, kind_of
-from bs_lightning._embeddings import are_floats, unit_rows_with_gradient
+from bs_lightning._embeddings import are_floats, to_device, unit_rows_with_gradient
 
 Negatives = Literal["views", "other_side", "second"]
 """Which rows an anchor's negatives are; see :func:`anchor_rows`."""
@@ -102,7 +102,7 @@ def anchor_rows(
         differs = ~torch.eye(size, dtype=torch.bool, device=own.device)
         if masked is not None:
             _check_mask(masked, size, gather)
-            differs = differs & ~masked.to(own.device)  # not in place, which `vmap` over masks does not allow
+            differs = differs & ~to_device(masked, own.device)  # not in place, which `vmap` over masks does not allow
         mine = slice(start, start + own.shape[1])
         positive = (own[0] * own[1]).sum(dim=1)
         if negatives == "views":

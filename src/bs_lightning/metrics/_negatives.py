@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bs_lightning._checks import check_tensor
-from bs_lightning._embeddings import unit_rows
+from bs_lightning._embeddings import to_device, unit_rows
 
 BLOCK_ENTRIES = 2**24
 """Numbers that metrics hold at a time: 64 MB of float32."""
@@ -244,7 +244,7 @@ def _hardness_update(
             f"got {list(embeddings.shape)}."
         )
     if labels is not None:
-        labels = _check_labels(labels).to(batches.device)
+        labels = _check_labels(labels)
         if labels.shape != batches.shape[:2]:
             raise ValueError(f"labels must have shape {list(batches.shape[:2])}, got {list(labels.shape)}.")
     n = max(1, BLOCK_ENTRIES // batches.shape[1:].numel())  # the sums need memory several times over
@@ -258,21 +258,25 @@ def _hardness_update(
 def _similarity_and_pairs(batches: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | int]:
     """Return the same for batches ``[n, B, d]`` or ``[n, B, 2, d]``, and labels ``[n, B]``."""
     n_batches, size = batches.shape[:2]
-    # Sums of the unit vectors of each group of equal labels. Without labels each instance is its own group.
-    sums = unit_rows(batches.flatten(0, 1))
-    batch = torch.arange(n_batches, device=sums.device).repeat_interleave(size)
+    unit = unit_rows(batches)
     pairs: Tensor | int = n_batches * size * (size - 1)
-    if labels is not None:
+    # Sums of the unit vectors of each group of equal labels. Without labels each instance is its own group.
+    if labels is None:
+        sums, rest = unit.flatten(0, 1), (unit.sum(dim=1, keepdim=True) - unit).flatten(0, 1)
+    else:
+        # Where the labels are: on a CPU, numbers of groups do not wait for a GPU.
         values, label = labels.flatten().unique(return_inverse=True)
+        batch = torch.arange(n_batches, device=labels.device).repeat_interleave(size)
         keys = batch * len(values) + label  # one number for each batch and label, as rows are slow to sort
         groups, group, counts = keys.unique(return_inverse=True, return_counts=True)
-        sums = sums.new_zeros(len(groups), *sums.shape[1:]).index_add_(0, group, sums)
-        batch = groups // len(values)
-        pairs = pairs - (counts * (counts - 1)).sum()
-    totals = sums.new_zeros(n_batches, *sums.shape[1:]).index_add_(0, batch, sums)
-    # A group's pairs with the rest of its batch. To subtract the pairs within groups from all pairs would lose the
-    # digits of a few true negatives among many false ones.
-    rest = totals[batch] - sums
+        sums = unit.new_zeros(len(groups), *unit.shape[2:])
+        sums.index_add_(0, to_device(group, unit.device), unit.flatten(0, 1))
+        batch = to_device(groups // len(values), unit.device)
+        totals = unit.new_zeros(n_batches, *unit.shape[2:]).index_add_(0, batch, sums)
+        # A group's pairs with the rest of its batch. To subtract the pairs within groups from all pairs would lose the
+        # digits of a few true negatives among many false ones.
+        rest = totals[batch] - sums
+        pairs = pairs - to_device((counts * (counts - 1)).sum(), unit.device)
     if batches.ndim == 4:
         sums, rest = sums[:, 0], rest[:, 1]
     return (sums * rest).sum(), pairs

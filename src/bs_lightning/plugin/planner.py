@@ -279,8 +279,8 @@ class TrainerPlanner:
         self, embeddings: Tensor, indices: Indices, seed: int, epoch: int, neighbors: Neighbors | None = None
     ) -> _Composed:
         """Compose batches in this process alone, with the callback's own composer and rule."""
-        known = bool(embeddings.any())
-        if not known and epoch > 0 and isinstance(self.source, RecycledEmbeddings):
+        known = not isinstance(self.source, RecycledEmbeddings) or bool(embeddings.any())
+        if not known and epoch > 0:
             rank_zero_warn(
                 "BatchSamplerCallback(recycle=True) has no embedding of a pool yet, as after a checkpoint without them "
                 "or in a second fit. Its batches are random until training has computed embeddings."

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from bs_lightning._embeddings import read_rows, similar_to_nothing, unit_rows_
+from bs_lightning._embeddings import read_rows
 from bs_lightning._types import Embeddings, Indices
 from bs_lightning.bank import EmbeddingBank, check_rows
-from bs_lightning.encoding import warn_of_collapse, warn_of_zeros
+from bs_lightning.encoding import checked_unit_rows_, warn_of_collapse
 from bs_lightning.layout import BatchLayout
 from bs_lightning.plugin.datamodule import BatchSamplerDataModule
 from bs_lightning.plugin.processes import PerInstance, check_equal, failing_together, gather_rows, own_share
@@ -247,7 +247,7 @@ class RecycledEmbeddings(BankedEmbeddings):
                 return torch.empty(0)  # a different process composes
             rows = self._bank.read(torch.from_numpy(self._composed_here(indices)))
             embeddings = rows.to(self._trainer.strategy.root_device)  # the zeros of an empty bank are on the CPU
-            warn_of_collapse(embeddings[~similar_to_nothing(embeddings)])  # training has not computed the others yet
+            warn_of_collapse(embeddings)
             return embeddings
 
     def keep(self, outputs: Any) -> None:
@@ -304,8 +304,6 @@ class ReferenceEmbeddings(EmbeddingSource):
         with failing_together(self._trainer):
             if not self._per_rank and not self._trainer.is_global_zero:
                 return torch.empty(0)  # a different process composes
-            rows = unit_rows_(read_rows(self._embeddings, self._composed_here(indices)))
-            embeddings = rows.to(self._trainer.strategy.root_device)
-            warn_of_zeros(embeddings)
-            warn_of_collapse(embeddings)
-            return embeddings
+            own = self._composed_here(indices)
+            rows = read_rows(self._embeddings, own).to(self._trainer.strategy.root_device)
+            return checked_unit_rows_(rows, own)
