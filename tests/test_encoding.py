@@ -1,6 +1,7 @@
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from bs_lightning import BatchFetcher, encode
-from bs_lightning._embeddings import _scales, as_sides
+from bs_lightning._embeddings import _scales, as_sides, to_device
 
 DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -74,6 +75,20 @@ def test_zero_rows_stay_zero_and_are_warned_of():
 def test_a_collapsed_model_is_warned_of():
     with pytest.warns(UserWarning, match="are equal: the model has collapsed"):
         run(data=torch.ones(20, 4) * torch.arange(1, 21)[:, None])
+
+
+def test_a_model_that_gives_zeros_is_warned_of():
+    with pytest.warns(UserWarning, match="All embeddings are zero: the model has collapsed"):
+        run(data=torch.zeros(20, 4))
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), (torch.device("cuda:1"), False), ("mps", True)])
+def test_only_copies_to_cuda_need_not_wait(device, waits):
+    """A copy that is not waited for may be read, or its source be freed, too early elsewhere."""
+    copies = []
+    to_device(SimpleNamespace(to=lambda device, non_blocking: copies.append((device, non_blocking))), device)
+    assert copies == [(device, not waits)]
+    assert to_device(DATA, None) is DATA
 
 
 def test_zero_rows_do_not_hide_a_collapse():

@@ -4,6 +4,7 @@ import copy
 import random
 from collections import deque
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,17 @@ def test_random_states_are_restored_without_starting_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", start)
     with no_trace(nn.Linear(2, 2)), isolated_rng():
         pass
+
+
+def test_random_states_of_the_modules_gpu_are_restored(monkeypatch):
+    class OnSecondGPU(nn.Module):
+        def parameters(self, recurse=True):
+            yield SimpleNamespace(device=torch.device("cuda:1"))
+
+    forked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(set(devices)) or nullcontext())
+    with no_trace(OnSecondGPU()):
+        assert forked == [{1}]
 
 
 # Weights

@@ -365,6 +365,15 @@ def test_a_module_is_its_function(case):
 
 
 @every_loss
+def test_vmap_over_batches(case):
+    function, _, options = CASES[case]
+    firsts, seconds = torch.stack([sides().detach() for _ in range(3)], dim=1)
+    losses_of_batches = torch.func.vmap(lambda first, second: function(first, second, temperature=T, **options))
+    each = [function(first, second, temperature=T, **options) for first, second in zip(firsts, seconds, strict=True)]
+    assert torch.allclose(losses_of_batches(firsts, seconds), torch.stack(each))
+
+
+@every_loss
 def test_vmap_over_masks(case):
     function, _, options = CASES[case]
     first, second = sides()

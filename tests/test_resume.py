@@ -390,7 +390,9 @@ def test_a_checkpoint_without_our_state_warns(tmp_path):
 )
 def test_an_epoch_that_lightning_begins_again_warns(tmp_path, step, loader, flags):
     train(Exact(), tmp_path, every_step, loader={"drop_last": False}, max_epochs=1)
-    with pytest.warns(UserWarning, match=f"after {step} of 13 batches of epoch 0. Epochs have {step} batches now"):
+    with pytest.warns(
+        UserWarning, match=f"after {step} of 13 batches of epoch 0. Epochs have {step} now, as drop_last or limit"
+    ):
         train(
             again := Exact(),
             tmp_path,
@@ -407,8 +409,9 @@ def test_an_epoch_that_lightning_begins_again_warns(tmp_path, step, loader, flag
         (SavesAtBatchStart, 0, {}, {}),
         (SavesAtBatchStart, 12, {}, {}),
         (each_epoch, 7, {"overfit_batches": 5, "max_steps": 7}, {"overfit_batches": 5, "max_steps": 14}),
+        (each_epoch, 8, {"overfit_batches": 5, "max_steps": 8}, {"overfit_batches": 3, "max_steps": 14}),
     ],
-    ids=str,
+    ids=["first step", "first step of an epoch", "overfit", "overfit less"],
 )
 def test_an_epoch_that_is_not_begun_again_does_not_warn(tmp_path, saves, step, before, after):
     train(Exact(), tmp_path, saves, **before)

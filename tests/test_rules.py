@@ -379,6 +379,19 @@ def test_the_callback_refuses(kwargs, error, words):
         BatchSamplerCallback(**kwargs)
 
 
+def test_own_rule_marks_no_all_zero_embeddings():
+    """With a negative margin their similarity, 0, would be above the limit."""
+
+    class Zeros(TwoSides):
+        def embed(self, batch):
+            first, second = super().embed(batch)
+            return first * 0, second * 0
+
+    model = Zeros()
+    fit(model, Data(), walker(own_rule=AbovePositive(margin=-0.1)), max_epochs=1)
+    assert not any(mask.any() for _, mask in model.seen)
+
+
 def test_own_rule_of_recycled_sides():
     """Before the first rows are there, nobody knows how many sides they will have."""
 

@@ -64,9 +64,10 @@ def have_sides(embeddings: Embeddings) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """Return a tensor on a device; ``None`` leaves it where it is. A copy to a CUDA device waits for no earlier work.
+    """Return a tensor on a device; ``None`` leaves it where it is.
 
-    To other devices it waits: what is read on a CPU must be there, and on MPS the memory may be freed too early.
+    A copy to a CUDA device need not wait for earlier work. Copies to other devices wait: what is read on a CPU must be
+    there, and on MPS the memory may be freed too early.
     """
     return tensor.to(device, non_blocking=device is not None and torch.device(device).type == "cuda")
 
@@ -173,7 +174,7 @@ def scale_(rows: Tensor) -> Tensor:
 
 
 def finite_unit_rows_(rows: Tensor, indices: Sequence[int] | Indices | Tensor) -> bool:
-    """Scale float32 rows to length 1 in place, and refuse them as :func:`check_finite` does. Waits for a GPU once.
+    """Scale float32 rows to length 1 in place, and raise as :func:`check_finite` does. Waits for a GPU once.
 
     Returns:
         Whether a row is all-zero.
@@ -253,10 +254,8 @@ def _scales(largest: Tensor) -> Tensor:
 
     Such a scaling is exact, and then the length of a row of very large or small numbers neither overflows nor vanishes.
     """
-    # The bits of a float hold its exponent above the mantissa. MPS lacks `torch.frexp`.
-    integer, n_mantissa, bias = (torch.int64, 52, 1023) if largest.dtype == torch.float64 else (torch.int32, 23, 127)
-    exponents = largest.view(integer) >> n_mantissa
-    return ((2 * bias - 1 - exponents).clamp(1, 2 * bias - 1) << n_mantissa).view(largest.dtype)
+    most = 1022 if largest.dtype == torch.float64 else 126  # 2 to this power, and its inverse, are normal numbers
+    return torch.exp2((-1 - largest.log2().floor()).clamp(-most, most))  # MPS lacks `torch.frexp`
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -107,7 +107,11 @@ def checked_unit_rows_(embeddings: Tensor, indices: Sequence[int] | Indices) -> 
         ``embeddings``.
     """
     if finite_unit_rows_(embeddings, indices):
-        _warn_once("Some embeddings of a pool are all zero: they count as similar to nothing.")
+        _warn_once(
+            "Some embeddings of a pool are all zero: they count as similar to nothing."
+            if embeddings.any()
+            else "All embeddings are zero: the model has collapsed. Batches composed from them are random."
+        )
     warn_of_collapse(embeddings)
     return embeddings
 

@@ -3,7 +3,6 @@
 import copy
 import os
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -131,10 +130,13 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        moved_by_name = {name: _moved(value, device) for name, value in batch.items()}
-        if isinstance(batch, defaultdict):
-            return defaultdict(batch.default_factory, moved_by_name)
-        return type(batch)(moved_by_name)  # type: ignore[call-arg]
+        values = {name: _moved(value, device) for name, value in batch.items()}
+        if not isinstance(batch, dict):
+            return type(batch)(values)  # type: ignore[call-arg]
+        by_name = copy.copy(batch)  # its class may have another constructor
+        for name, value in values.items():
+            by_name[name] = value
+        return by_name
     if is_dataclass(batch) and not isinstance(batch, type):
         moved = copy.copy(batch)
         for field in fields(batch):

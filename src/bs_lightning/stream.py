@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bs_lightning._checks import check_instance_callable, check_integer, check_seed
+from bs_lightning._embeddings import to_device
 from bs_lightning._stream_reader import Reader
 from bs_lightning._types import Order
 from bs_lightning.layout import BatchLayout
@@ -166,7 +167,7 @@ class StreamLoader:
         row = number - pool.start
         if row == len(pool.batches):  # the smaller batch at the end
             return torch.zeros(pool.n_last, pool.n_last, dtype=torch.bool, device=device)
-        return pair_mask(pool.pairs, self.layout.slice(pool.batches[row], self.rank)).to(device)
+        return to_device(pair_mask(pool.pairs, self.layout.slice(pool.batches[row], self.rank)), device)
 
     def state(self) -> StreamState:
         """Return the position within the pass."""

@@ -133,9 +133,9 @@ class TrainerBatchSampler(PoolBatchSampler):
                 f"{taken}, as max_steps or a hook ended the epoch there. Lightning goes on with epoch {self.epoch}: "
                 "the other batches are not served."
             )
-        # A state of fewer batches was taken within the epoch's first step, which is not trained twice.
+        # If fewer were served, none was trained: the state is of the epoch's first step.
         elif state.served >= trainer.num_training_batches and not trainer.overfit_batches:
             rank_zero_warn(
-                f"{taken}. Epochs have {int(trainer.num_training_batches)} batches now, as drop_last or "
+                f"{taken}. Epochs have {int(trainer.num_training_batches)} now, as drop_last or "
                 "limit_train_batches has changed, so Lightning begins that epoch again: these batches come twice."
             )

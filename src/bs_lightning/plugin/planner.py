@@ -334,16 +334,18 @@ class TrainerPlanner:
         """Return the pairs of a pool's graph that the callback's own rules mark."""
         found = [NO_PAIRS]
         if self._mask_nearest is not None:
-            near = mutual_nearest(neighbors, self._mask_nearest)
-            known = ~similar_to_nothing(embeddings).cpu().numpy()  # the neighbours of an all-zero row are random
-            found.append(near[known[near].all(axis=1)])
+            found.append(mutual_nearest(neighbors, self._mask_nearest))
         if own is not None:
             anchors = np.broadcast_to(np.arange(len(neighbors))[:, None], neighbors.shape)
             forward, backward = own(neighbors)
             for first, second, marked in ((anchors, neighbors, forward), (neighbors, anchors, backward)):
                 marked = marked & (first != second)
                 found.append(np.stack([first[marked], second[marked]], axis=1))
-        return np.unique(np.concatenate(found), axis=0)
+        pairs = np.unique(np.concatenate(found), axis=0)
+        if len(pairs):
+            known = ~similar_to_nothing(embeddings).cpu().numpy()  # the neighbours of an all-zero row are random
+            pairs = pairs[known[pairs].all(axis=1)]
+        return pairs
 
 
 def _once_per_graph(rule: Rule) -> _MarkEdges:
