@@ -129,14 +129,13 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return to_device(batch, device)
     if hasattr(batch, "to"):
         return batch.to(device)
+    if isinstance(batch, dict):
+        copied = copy.copy(batch)  # a subclass may have another constructor
+        for name, value in batch.items():
+            copied[name] = _moved(value, device)
+        return copied
     if isinstance(batch, Mapping):
-        values = {name: _moved(value, device) for name, value in batch.items()}
-        if not isinstance(batch, dict):
-            return type(batch)(values)  # type: ignore[call-arg]
-        by_name = copy.copy(batch)  # its class may have another constructor
-        for name, value in values.items():
-            by_name[name] = value
-        return by_name
+        return type(batch)({name: _moved(value, device) for name, value in batch.items()})  # type: ignore[call-arg]
     if is_dataclass(batch) and not isinstance(batch, type):
         moved = copy.copy(batch)
         for field in fields(batch):
