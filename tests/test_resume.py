@@ -420,6 +420,26 @@ def test_an_epoch_that_is_not_begun_again_does_not_warn(tmp_path, saves, step, b
         train(Exact(), tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", **after)
 
 
+@pytest.mark.parametrize("kind", [None, "SizedStateful", "Stateful"])
+def test_a_resumed_run_whose_epochs_have_new_loaders_leaves_its_checkpoint(tmp_path, kind):
+    class SavesAtEpochStart(Callback):
+        def on_train_epoch_start(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"start={trainer.global_step}.ckpt")
+
+    source = {"data": StreamData, "loader": {"kind": kind}} if kind else {}
+    more = {"reload_dataloaders_every_n_epochs": 1} | source
+    whole, resumed, again = Exact(), Exact(), Exact()
+    train(whole, tmp_path, every_step, **more)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The checkpoint was taken after")
+        train(resumed, tmp_path, lambda _: SavesAtEpochStart(), ckpt_path=tmp_path / "step=5.ckpt", **more)
+        train(again, tmp_path, ckpt_path=tmp_path / "start=24.ckpt", **more)
+    state = torch.load(tmp_path / "start=24.ckpt", weights_only=True)["StreamData" if kind else "ValidatedData"]
+    assert (state["epoch"], state["served"], state["seed"]) == (2, 0, 11)
+    assert resumed.batches == whole.batches[5:]
+    assert again.batches == whole.batches[24:]
+
+
 class SavesAtTrainStart(Callback):
     """Saves before anything is planned."""
 

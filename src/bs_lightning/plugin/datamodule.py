@@ -137,6 +137,7 @@ class BatchSamplerDataModule(LightningDataModule):
         self.dataloader_kwargs = dataloader_kwargs
         self._train_dataset: Dataset[Any] | None = None
         self._checkpoint: tuple[Any, dict[str, Any]] | None = None
+        self._sampler_of_last_fit: TrainerBatchSampler | TrainerStreamLoader | None = None
         self._planner: BatchPlanner | None = None
         self._mask_was_read = False
 
@@ -337,6 +338,11 @@ class BatchSamplerDataModule(LightningDataModule):
             "rank": ranks["rank"] if ranks else 0,
             "world_size": ranks["num_replicas"] if ranks else 1,
         }
+        before = self.train_sampler
+        if before is not None and before is not self._sampler_of_last_fit and before.has_planned:
+            # Each epoch has a new loader. The position in the checkpoint that the fit was resumed from has been left.
+            self._checkpoint = None
+            settings["seed"] = before.seed
         if self.streams:
             self._check_stream()
             # One dictionary, as LightningCLI would offer all arguments of a stream's loader for a DataModule otherwise.
@@ -373,6 +379,7 @@ class BatchSamplerDataModule(LightningDataModule):
         """Go on with the pool that was being served. Call it where you override it."""
         if holds_state(state_dict) and self.trainer is self._trainer:  # a guest evaluates only
             self._checkpoint = (None if self.trainer is None else self.trainer.ckpt_path, state_dict)
+            self._sampler_of_last_fit = self.train_sampler
 
     # Asked by the callback
 
