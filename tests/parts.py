@@ -123,6 +123,13 @@ class SavesAtBatchStart(Callback):
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
 
 
+class SavesBefore(Callback):
+    """Saves a checkpoint in a hook that comes before a run, or an epoch, has trained anything."""
+
+    def __init__(self, folder: Path, hook: str) -> None:
+        setattr(self, hook, lambda trainer, _: trainer.save_checkpoint(folder / f"start={trainer.global_step}.ckpt"))
+
+
 def walker(pool_size: int = 32, **kwargs: Any) -> BatchSamplerCallback:
     """Return a callback that does not wait for pynndescent to compile."""
     chosen: dict[str, Any] = {"composer": RWRComposer(ExactGraph(n_neighbors=5)), "warmup_epochs": 0} | kwargs

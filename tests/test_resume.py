@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
-from parts import Data, Exact, SavesAtBatchStart, fit, walker
+from parts import Data, Exact, SavesAtBatchStart, SavesBefore, fit, walker
 from processes import batches_by_step, run, run_all
 from stream_parts import StreamData
 from torch.utils.data import DataLoader
@@ -48,6 +48,14 @@ def after_validation(folder):
 
 def each_epoch(folder):
     return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+
+
+def at_train_start(folder):
+    return SavesBefore(folder, "on_train_start")
+
+
+def at_epoch_start(folder):
+    return SavesBefore(folder, "on_train_epoch_start")
 
 
 def train(model, folder, saves=None, ckpt_path=None, loader=None, data=ValidatedData, seed=11, **kwargs):
@@ -422,17 +430,13 @@ def test_an_epoch_that_is_not_begun_again_does_not_warn(tmp_path, saves, step, b
 
 @pytest.mark.parametrize("kind", [None, "SizedStateful", "Stateful"])
 def test_a_resumed_run_whose_epochs_have_new_loaders_leaves_its_checkpoint(tmp_path, kind):
-    class SavesAtEpochStart(Callback):
-        def on_train_epoch_start(self, trainer, *_):
-            trainer.save_checkpoint(tmp_path / f"start={trainer.global_step}.ckpt")
-
     source = {"data": StreamData, "loader": {"kind": kind}} if kind else {}
     more = {"reload_dataloaders_every_n_epochs": 1} | source
     whole, resumed, again = Exact(), Exact(), Exact()
     train(whole, tmp_path, every_step, **more)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The checkpoint was taken after")
-        train(resumed, tmp_path, lambda _: SavesAtEpochStart(), ckpt_path=tmp_path / "step=5.ckpt", **more)
+        train(resumed, tmp_path, at_epoch_start, ckpt_path=tmp_path / "step=5.ckpt", **more)
         train(again, tmp_path, ckpt_path=tmp_path / "start=24.ckpt", **more)
     state = torch.load(tmp_path / "start=24.ckpt", weights_only=True)["StreamData" if kind else "ValidatedData"]
     assert (state["epoch"], state["served"], state["seed"]) == (2, 0, 11)
@@ -440,22 +444,12 @@ def test_a_resumed_run_whose_epochs_have_new_loaders_leaves_its_checkpoint(tmp_p
     assert again.batches == whole.batches[24:]
 
 
-class SavesAtTrainStart(Callback):
-    """Saves before anything is planned."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_start(self, trainer, *_):
-        trainer.save_checkpoint(self.folder / f"start={trainer.global_step}.ckpt")
-
-
 @pytest.mark.parametrize("step", [5, 12, 14, 24])
 def test_a_run_without_our_state_saves_where_lightning_goes_on(step, tmp_path):
     with pytest.warns(UserWarning, match="leaves out the state of BatchSamplerDataModule"):
         train(Exact(), tmp_path, every_step, data=Forgets)
     resumed, again = Exact(), Exact()
-    train(resumed, tmp_path, SavesAtTrainStart, ckpt_path=tmp_path / f"step={step}.ckpt")
+    train(resumed, tmp_path, at_train_start, ckpt_path=tmp_path / f"step={step}.ckpt")
     train(again, tmp_path, ckpt_path=tmp_path / f"start={step}.ckpt")
     assert again.epochs == resumed.epochs
 

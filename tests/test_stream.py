@@ -15,6 +15,7 @@ from parts import (
     Model,
     Points,
     SavesAtBatchStart,
+    SavesBefore,
     assert_equal,
     fit,
     pool_order,
@@ -475,13 +476,6 @@ def test_resumes_where_the_optimizer_asks_for_the_number_of_steps(kind, tmp_path
             assert train(tmp_path / f"start={step}.ckpt") == resumed
 
 
-class SavesBefore(Callback):
-    """Saves before a run, or before each epoch, has read anything."""
-
-    def __init__(self, folder, hook):
-        setattr(self, hook, lambda trainer, module: trainer.save_checkpoint(folder / f"{trainer.global_step}.ckpt"))
-
-
 def test_saves_between_two_epochs_where_each_epoch_has_a_new_loader(tmp_path):
     def train(*callbacks, **more):
         model = Exact()
@@ -492,7 +486,7 @@ def test_saves_between_two_epochs_where_each_epoch_has_a_new_loader(tmp_path):
     torch.manual_seed(0)
     whole = train(SavesBefore(tmp_path, "on_train_epoch_start"))
     torch.manual_seed(0)
-    assert train(ckpt_path=tmp_path / "12.ckpt") == {epoch: whole[epoch] for epoch in (1, 2)}
+    assert train(ckpt_path=tmp_path / "start=12.ckpt") == {epoch: whole[epoch] for epoch in (1, 2)}
 
 
 def test_saves_at_the_start_of_a_second_fit(tmp_path):
@@ -506,7 +500,7 @@ def test_saves_at_the_start_of_a_second_fit(tmp_path):
     made.fit(first, datamodule=data())
     made.fit_loop.epoch_loop.max_steps = 20
     made.fit(model, datamodule=data())
-    fit(resumed, data(), walker(32), ckpt_path=tmp_path / "7.ckpt", max_epochs=-1, max_steps=20)
+    fit(resumed, data(), walker(32), ckpt_path=tmp_path / "start=7.ckpt", max_epochs=-1, max_steps=20)
     assert resumed.epochs == model.epochs
 
 

@@ -58,13 +58,13 @@ def position(trainer: Trainer) -> tuple[int, int]:
 
 
 def first_position(trainer: Trainer) -> tuple[int, int]:
-    """Return the epoch and the number of the batch with which a run begins, before it has served any.
+    """Return the epoch and the batch with which a run begins, before it has served any.
 
     Args:
         trainer: The Trainer.
 
     Returns:
-        The number of the epoch, and the number of its batches that have been trained.
+        The number of the epoch, and the number of its first batch that is still to be trained.
     """
     return position(trainer) if trainer.fit_loop.restarted_mid_epoch else (epochs_processed(trainer), 0)
 
