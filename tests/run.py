@@ -65,6 +65,11 @@ class Writes(Callback):
         }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
 
+    def on_exception(self, trainer, module, exception):
+        # Not read from the error output: Lightning may kill rank 0 before Python writes there, once rank 1 has ended.
+        words = f"{type(exception).__name__}: {exception}"
+        (self.folder / f"rank{trainer.global_rank}.error").write_text(words)
+
 
 def as_lists(value):
     if isinstance(value, dict):
