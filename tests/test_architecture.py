@@ -5,6 +5,7 @@ import importlib
 import logging
 import math
 import pkgutil
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -70,11 +71,17 @@ def test_imports_have_no_circle():
         return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
 
     modules = {name(path): {m for m in imported(path) if m.startswith("bs_")} for path in SOURCE.rglob("*.py")}
+    modules["bs_lightning"].remove("bs_lightning")  # its own submodules
     outside = ("adapters", "plugin", "recipes")
     order = TopologicalSorter(modules).static_order()
     core = [name for name in order if not any(folder in name for folder in outside)]
     for module in set(core) - {"bs_lightning", "bs_lightning.presets"}:
         assert not [name for name in modules[module] if "plugin" in name], module
+
+
+def test_one_import_makes_the_documented_modules_reachable():
+    code = "import bs_lightning as bl; bl.baselines, bl.losses, bl.metrics, bl.presets, bl.rules, bl.schedules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_public_name_hides_a_module():

@@ -2,6 +2,13 @@
 
 import logging
 
+# `import bs_lightning` alone makes these modules reachable, as `bs_lightning.losses` for example.
+from bs_lightning import baselines as baselines
+from bs_lightning import losses as losses
+from bs_lightning import metrics as metrics
+from bs_lightning import presets as presets
+from bs_lightning import rules as rules
+from bs_lightning import schedules as schedules
 from bs_lightning.compose import Composer, RWRComposer
 from bs_lightning.encoding import encode
 from bs_lightning.graphs import ExactGraph, NNDescentGraph, RandomCandidateGraph

@@ -16,13 +16,13 @@ Load = Callable[[Iterable[list[int]]], Iterator[Any]]
 
 # Arguments that choose indices, torch's and our `pool_size`, and what to do instead.
 _OURS = {
-    "dataset": "override train_dataset()",
-    "batch_size": "leave it out, or give it where the batches are planned",
-    "shuffle": "leave it out: the order is chosen already, in training a new random permutation every epoch",
-    "sampler": "leave it out: the order is chosen already",
-    "batch_sampler": "leave it out: the batches are chosen already",
-    "drop_last": "leave it out, or give it where the batches are planned",
-    "pool_size": "give it to BatchSamplerCallback, or to Pools",
+    "dataset": "Override train_dataset()",
+    "batch_size": "Leave it out, or give it where the batches are planned",
+    "shuffle": "Leave it out: the order is chosen already, in training a new random permutation every epoch",
+    "sampler": "Leave it out: the order is chosen already",
+    "batch_sampler": "Leave it out: the batches are chosen already",
+    "drop_last": "Leave it out, or give it where the batches are planned",
+    "pool_size": "Give it to BatchSamplerCallback, or to Pools",
 }
 # All other arguments of torch's `DataLoader`, such as `num_workers`.
 SETTINGS = [name for name in inspect.signature(DataLoader).parameters if name not in _OURS]
@@ -272,7 +272,7 @@ def check_dataloader_kwargs(kwargs: dict[str, Any]) -> None:
     """
     for name, value in kwargs.items():
         if name in _OURS and value is not None:  # LightningCLI gives the default of each
-            raise ValueError(f"{name}={value!r} is no argument for the data loader here: {_OURS[name]}.")
+            raise ValueError(f"{name}={value!r} is no argument for the data loader here. {_OURS[name]}.")
         if name not in SETTINGS and name not in _OURS:
             raise TypeError(f"torch's DataLoader has no argument {name}={value!r}.")
     if kwargs.get("in_order") is False:
