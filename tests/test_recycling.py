@@ -233,6 +233,12 @@ def test_a_skipped_step_is_not_recycled():
     assert len(model.batches) == 24
 
 
+def test_manual_optimization_needs_no_loss():
+    model = Manual("embeddings")
+    fit(model, Data(8, 96), walker(48, recycle=True), max_epochs=3)
+    assert same_cluster_share(model.epochs[2]) > 0.15
+
+
 def test_a_dataset_of_another_length_begins_anew(tmp_path):
     saves = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
     fit(Returns(), Data(8, 100), walker(recycle=True), saves, enable_checkpointing=True)
@@ -264,6 +270,17 @@ class OnlyLoss(Returns):
         return super().training_step(batch, batch_idx)["loss"]
 
 
+class Manual(Returns):
+    def __init__(self, *names):
+        super().__init__()
+        self.automatic_optimization = False
+        self.names = names
+
+    def training_step(self, batch, batch_idx):
+        step = super().training_step(batch, batch_idx)
+        return {name: step[name] for name in self.names} or None
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
@@ -273,6 +290,7 @@ class OnlyLoss(Returns):
             TypeError,
             r"recycle=True needs training_step to return .*'embeddings'.*or a pair of them.*got \['loss'\]",
         ),
+        (Manual, TypeError, "recycle=True needs .* got nothing. With manual optimization it may leave out the loss."),
     ],
 )
 def test_refuses_other_outputs(make, error, words):

@@ -251,15 +251,15 @@ class RecycledEmbeddings(BankedEmbeddings):
             return embeddings
 
     def keep(self, outputs: Any) -> None:
-        if not outputs:
+        trainer = self._trainer
+        if not outputs and trainer.lightning_module.automatic_optimization:
             return  # `training_step` skipped the batch
         if not isinstance(outputs, dict) or "embeddings" not in outputs:
+            got = (sorted(outputs) or "nothing") if isinstance(outputs, dict) else type(outputs).__name__
             raise TypeError(
                 "recycle=True needs training_step to return {'loss': ..., 'embeddings': tensor of shape [b, d], or "
-                "a pair of them}, got "
-                f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
+                f"a pair of them}}, got {got}. With manual optimization it may leave out the loss."
             )
-        trainer = self._trainer
         batch = trainer.datamodule.trained_batch()
         layout = trainer.datamodule.train_sampler.layout
         embeddings = check_rows(outputs["embeddings"], layout.slice(batch, trainer.global_rank))
