@@ -400,6 +400,19 @@ def test_looking_into_the_loader_around_an_epoch_disturbs_nothing(hook, data):
     assert set(sizes) == {96}
 
 
+@pytest.mark.parametrize("data", [Data, StreamData])
+def test_a_loader_made_after_a_fit_serves_another_order_each_epoch(data):
+    """A probe may be trained on it, by a Trainer of its own or by a loop."""
+    fitted = data(seed=1)
+    fit(Model(), fitted, walker())
+    probe = Model()
+    trainer(max_epochs=3).fit(probe, fitted.train_dataloader())
+    fresh = Model()
+    trainer(max_epochs=3).fit(fresh, data(seed=1).train_dataloader())
+    assert probe.epochs == fresh.epochs
+    assert probe.epochs[0] != probe.epochs[1] != probe.epochs[2]
+
+
 class Evaluates(Callback):
     """Calls a method of a second Trainer, on the same DataModule, at the end of the second epoch."""
 

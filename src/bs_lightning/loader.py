@@ -120,9 +120,9 @@ class PoolLoader:
     A plain ``DataLoader`` with workers asks its batch sampler for batches ahead of training. The more workers there
     are, the older are the weights with which a pool is planned. This loader loads pool by pool with one set of workers,
     and prefetches within a pool only, unless ``Planning(ahead=True)`` says that this changes nothing. Iterate it like a
-    ``DataLoader``, and read the same attributes. ``batch_size`` and ``drop_last`` are the batch sampler's. It is not a
-    subclass of ``DataLoader``: Lightning makes such loaders again, with a sampler of its own, and the plan would be
-    lost.
+    ``DataLoader``, and read the same attributes; call :meth:`set_epoch` before each iteration. ``batch_size`` and
+    ``drop_last`` are the batch sampler's. It is not a subclass of ``DataLoader``: Lightning makes such loaders again,
+    with a sampler of its own, and the plan would be lost.
 
     Workers live for one iteration, or until :meth:`close` with ``persistent_workers=True``. Nothing is drawn from the
     global random state. The workers' seeds come from the sampler's seed, or from ``generator``, one draw each time that

@@ -40,11 +40,11 @@ class TrainerBatchSampler(PoolBatchSampler):
         """Note that training has begun. Lightning calls this before each epoch.
 
         Args:
-            epoch: The epoch to serve, where there is no Trainer. A Trainer knows more of its position.
+            epoch: The epoch to serve, unless the DataModule's Trainer has this sampler. It knows more of its position.
         """
         self._has_begun = True
         trainer = self._data.trainer
-        if trainer is None:
+        if trainer is None or self._data.train_sampler is not self:
             super().set_epoch(epoch)
         elif trains_on(self._data, self) and self._trained_batch_number() is None:
             mend_counters(trainer)
@@ -100,7 +100,7 @@ class TrainerBatchSampler(PoolBatchSampler):
 
     def _uniform_plan(self) -> EpochPlan:
         """A throwaway uniform plan for anyone who iterates the loader outside the training loop."""
-        return EpochPlan(self.layout, seed=self.seed, epoch=0, groups=self.groups)
+        return EpochPlan(self.layout, seed=self.seed, epoch=self.epoch, groups=self.groups)
 
     def _current_pool(self, start: int, state: SamplerState | None) -> Pool | None:
         """The pool that was being served when this epoch was last left, by this process or an earlier one."""

@@ -54,10 +54,10 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         """Note that an epoch begins. Lightning calls this before each epoch, but after it has fetched a batch ahead.
 
         Args:
-            epoch: The epoch to serve, where there is no Trainer. A Trainer knows more of its position.
+            epoch: The epoch to serve, unless the DataModule's Trainer has this loader. It knows more of its position.
         """
         trainer = self._data.trainer
-        if trainer is None:
+        if trainer is None or self._data.train_sampler is not self:
             super().set_epoch(epoch)
         elif trains_on(self._data, self) and self._trained_batch_number() is None:
             if self._is_premature(trainer):
@@ -108,7 +108,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         stop = None if self._n_instances is None else len(self)
         size = self._data.instances_per_pool(self.layout) or self.pool_size
         if not trains_on(self._data, self):
-            return Pass(0, 0, stop, size, together=False)
+            return Pass(self.epoch, 0, stop, size, together=False)
         state = self._data.restored_stream_state()
         epoch, start = epochs_processed(trainer), 0
         if restarting(trainer):
