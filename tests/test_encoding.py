@@ -182,6 +182,25 @@ def test_refuses_what_is_no_embedding(embed, error, words):
         run(embed)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda batch: batch, "embed was given a tensor of shape [2, 4]."),
+        (lambda batch: [batch, "text", batch], "embed was given a list of a tensor of shape [2, 4] and a str."),
+        (lambda batch: {"x": batch}, "embed was given a dict."),
+    ],
+)
+def test_a_wrong_embedding_is_told_with_the_batch(change, words):
+    """One that takes `batch[0]` of a tensor has lost all instances but one."""
+
+    def load(batches):
+        return (change(torch.eye(4)[batch]) for batch in batches)
+
+    with pytest.raises(ValueError, match="Pool or flatten first") as caught:
+        encode([0, 1], load, lambda batch: torch.ones(4), batch_size=2)
+    assert caught.value.__notes__ == [words]
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_two_sides_of_different_precision_keep_the_higher_one(swap):
     low, high = torch.randn(3, 4).bfloat16(), torch.randn(3, 4)

@@ -157,6 +157,16 @@ def test_data_before_training_starts(data, error, words):
     assert not model.epochs
 
 
+class ForgetsSuper(BatchSamplerCallback):
+    def __init__(self):
+        self.pool_size = 32
+
+
+def test_a_callback_whose_own_init_is_incomplete():
+    with pytest.raises(TypeError, match=r"^ForgetsSuper.__init__ must call super\(\).__init__\(\)\.$"):
+        fit(Model(), Data(8, 96), ForgetsSuper())
+
+
 class OtherData(LightningDataModule):
     def train_dataloader(self):
         return torch.utils.data.DataLoader(Points(), batch_size=8)

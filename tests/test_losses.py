@@ -268,6 +268,12 @@ def test_a_row_that_is_not_finite_shows_even_where_it_is_masked(case, side, valu
         assert not function(*both, temperature=T, masked=mask, **options).isfinite()
 
 
+def test_a_module_refuses_a_temperature_that_it_would_not_compute_again():
+    log_scale = torch.zeros((), requires_grad=True)
+    with pytest.raises(ValueError, match=r"Give an nn.Parameter, or call info_nce\(.*\) in each step"):
+        losses.InfoNCELoss(temperature=(-log_scale).exp())
+
+
 def test_a_modules_temperature_is_a_parameter():
     loss = losses.InfoNCELoss(temperature=nn.Parameter(torch.tensor([0.5])))
     assert [name for name, _ in loss.named_parameters()] == ["temperature"]

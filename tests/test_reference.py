@@ -220,6 +220,11 @@ def test_refuses(tmp_path, change, error, words):
         encode_dataset(given.pop("module"), given.pop("dataset"), given.pop("path"), **given)
 
 
+def test_swapped_arguments_are_named(tmp_path):
+    with pytest.raises(TypeError, match=r"got Linear\. That is a model: are the arguments swapped\?"):
+        encode_dataset(torch.eye(4), torch.nn.Linear(4, 2), tmp_path / "r.npy")
+
+
 def test_refuses_a_folder_before_it_encodes(tmp_path):
     (tmp_path / "r.npy").mkdir()
     with pytest.raises(ValueError, match="path must be a file, got the folder"):

@@ -89,8 +89,13 @@ def embed_in_batches(
     chunks = [rows[start : start + batch_size] for start in starts]
     embeddings: Tensor | None = None
     for start, chunk, batch in zip(starts, chunks, load(chunks), strict=True):
-        piece = as_sides(embed(batch), "embed must return")
-        check_piece(piece, len(chunk), piece.shape[1:] if embeddings is None else embeddings.shape[1:])
+        embedded = embed(batch)
+        try:
+            piece = as_sides(embedded, "embed must return")
+            check_piece(piece, len(chunk), piece.shape[1:] if embeddings is None else embeddings.shape[1:])
+        except (TypeError, ValueError) as error:
+            error.add_note(f"embed was given {_shown(batch)}.")
+            raise
         if embeddings is None:
             embeddings = torch.empty((len(rows), *piece.shape[1:]), dtype=torch.float32, device=piece.device)
         embeddings[start : start + len(chunk)] = piece
@@ -131,6 +136,14 @@ def warn_of_collapse(unit: Tensor) -> None:
 @cache  # Python forgets which warnings it has shown wherever somebody uses `warnings.catch_warnings`
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
+
+
+def _shown(batch: Any) -> str:
+    """Return what a batch is, for an error: its type, and the shapes of its tensors."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {list(batch.shape)}"
+    kind = f"a {type(batch).__name__}"
+    return f"{kind} of {' and '.join(map(_shown, batch[:2]))}" if isinstance(batch, (list, tuple)) and batch else kind
 
 
 def check_piece(piece: Tensor, n_rows: int, shape: torch.Size) -> None:

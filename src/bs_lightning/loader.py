@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import bs_lightning._fork  # noqa: F401  workers are forked safely
@@ -302,6 +303,8 @@ def check_map_style(dataset: object, name: str) -> None:
             advice = "Give the loader's dataset."
         elif dataset is None:
             advice = "Is a return statement missing?"
+        elif isinstance(dataset, nn.Module):
+            advice = "That is a model: are the arguments swapped?"
         else:
             advice = "Batches are chosen by index, which data that can only be iterated do not have."
         raise TypeError(

@@ -24,6 +24,11 @@ class _PairLoss(nn.Module):
         super().__init__()
         self.function = function
         self.temperature = check_temperature(temperature)
+        if isinstance(temperature, Tensor) and temperature.grad_fn is not None:
+            raise ValueError(
+                "temperature was computed from another tensor, and this module would never compute it again. Give an "
+                f"nn.Parameter, or call {function.__name__}(..., temperature=...) in each step."
+            )
         self.options = options
 
     def forward(self, first: Tensor, second: Tensor, masked: Tensor | None = None) -> Tensor:

@@ -135,6 +135,8 @@ class BatchSamplerCallback(Callback):
     arXiv 2306.03355; pools are this library's.
     """
 
+    _planner_of_fit: TrainerPlanner | None = None
+
     def __init__(
         self,
         pool_size: int | float | Literal["all", "auto"] | None = None,
@@ -167,7 +169,6 @@ class BatchSamplerCallback(Callback):
         self.encode_batch_size = encode_batch_size
         self._check_arguments()
         self._adaptive: AutoPools | None = None
-        self._planner_of_fit: TrainerPlanner | None = None
         self._epoch_start = 0.0
         self._must_rehearse = self._must_describe = self._must_check_mask = False
 
@@ -276,6 +277,8 @@ class BatchSamplerCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if not hasattr(self, "_adaptive"):
+            raise TypeError(f"{type(self).__name__}.__init__ must call super().__init__().")
         check_trainer(trainer)
         data = trainer.datamodule
         if not isinstance(data, BatchSamplerDataModule):
