@@ -25,7 +25,7 @@ from parts import (
     walker,
 )
 from processes import batches_by_step, run, run_all
-from stream_parts import Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
+from stream_parts import STREAMS, Shuffled, Sized, SizedStateful, Stateful, Stream, StreamData
 from torch.utils.data import IterableDataset
 
 from bs_lightning import BatchFetcher, BatchSamplerCallback, PlannedPool, RWRComposer, StreamLoader, encode
@@ -873,3 +873,20 @@ def test_two_processes_refuse(how, words, tmp_path):
 def test_no_length_is_promised_by_a_stream_without_one(recwarn):
     fit(Model(), StreamData(8, 96, "Stream"), overfit_batches=20, max_epochs=1)
     assert not [warning for warning in recwarn if "promised" in str(warning.message)]
+
+
+class Undivided(Stream):
+    """Each worker reads all."""
+
+    def __iter__(self):
+        return iter([self.item(number) for number in range(len(self.order))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "warns"), [(Undivided, 2, True), (Undivided, 1, False), (Stream, 2, False)]
+)
+def test_a_warning_says_that_workers_read_the_same_instances(kind, workers, warns, monkeypatch, recwarn):
+    monkeypatch.setitem(STREAMS, "Stream", kind)
+    fit(Model(), StreamData(8, 96, num_workers=workers), walker(48, warmup_epochs=0), max_epochs=2)
+    said = [each for each in recwarn if "Does each worker read a part of its own" in str(each.message)]
+    assert len(said) == warns

@@ -90,6 +90,7 @@ class TrainerPlanner:
         self.layout: BatchLayout
         self._batch_size: int
         self._labels: Tensor | None = None
+        self._must_look_for_copies = False
         # Lightning could take the means, but a call for each pool and value takes longer than the values themselves.
         self._described = Means()
 
@@ -105,6 +106,7 @@ class TrainerPlanner:
         self._composer.check_batch_size(self._batch_size)
         self.source.attach(data, layout)
         self._rules = data.false_negative_rules
+        self._must_look_for_copies = data.streams and data.dataloader_kwargs.get("num_workers", 0) > 1
         if self.trainer.reload_dataloaders_every_n_epochs:  # the data may be different
             self.graph.forget()
         labels = data.train_labels()
@@ -285,6 +287,9 @@ class TrainerPlanner:
                 "BatchSamplerCallback(recycle=True) has no embedding of a pool yet, as after a checkpoint without them "
                 "or in a second fit. Its batches are random until training has computed embeddings."
             )
+        if self._must_look_for_copies:
+            self._must_look_for_copies = False
+            _warn_of_copies(embeddings)
         own_rule = self._own_rule if known else None  # a bank without rows does not know how many sides
         return self._compose(
             embeddings, indices, seed, epoch, composer=self._composer, own_rule=own_rule, neighbors=neighbors
@@ -359,6 +364,20 @@ def _once_per_graph(rule: Rule) -> _MarkEdges:
         return last[1]
 
     return mark
+
+
+def _warn_of_copies(unit: Tensor) -> None:
+    """Warn if many instances of a stream's pool have equal embeddings. Composing puts copies into one batch.
+
+    Args:
+        unit: float32 ``[P, d]`` or ``[P, 2, d]``, rows of length 1.
+    """
+    n_distinct = len(torch.unique(unit.flatten(1).mul(1e4).round(), dim=0))  # the last digits may differ
+    if n_distinct < 0.75 * len(unit):
+        rank_zero_warn(
+            f"A pool of {len(unit)} instances of the stream holds {n_distinct} different embeddings. Does each worker "
+            "read a part of its own, by torch.utils.data.get_worker_info()?"
+        )
 
 
 def _as_labels(labels: Any) -> Tensor:
