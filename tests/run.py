@@ -213,6 +213,19 @@ class Run(Model):
         self.kill.arrive("validation", self.global_rank)
 
 
+class NoEvalMode(Run):
+    """Fails on rank 1 before the ranks exchange buffers, to embed."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("statistics", torch.zeros(1))
+
+    def train(self, mode=True):
+        if not mode and self.global_rank == 1:
+            raise ValueError("no eval mode on rank 1")
+        return super().train(mode)
+
+
 def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=False, recycle=False, refresh_every=None,
          encode_every=None, composer="walk", kill_at=None, slow_rank=None, fail=None, loader=None, save_every=None,
          drop_last=True, sharded=False, mask_nearest=None, differs=None, checkpoint=None, kill=None, validate=False,
@@ -247,7 +260,7 @@ def main(folder, batch_size=4, n=203, pool_size=40, warmup_epochs=0, per_rank=Fa
         callbacks.append(ModelCheckpoint(folder, save_last=True, **checkpoint))
     if sharded:
         trainer["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    model = Run(folder, slow_rank, kill_at, sharded, fail)
+    model = (NoEvalMode if fail == "eval mode" else Run)(folder, slow_rank, kill_at, sharded, fail)
     model.masks = [] if mask_nearest or groups else None
     model.two_sides = two_sides
     model.walk = walk

@@ -256,6 +256,7 @@ def test_kept_embeddings_killed_and_resumed(kind, tmp_path):
     ("fail", "how"),
     [
         ("encode", {}),
+        ("eval mode", {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in itertools.product(("encode", "graph"), ({"sharded": True}, {"per_rank": True}))
@@ -267,7 +268,12 @@ def test_kept_embeddings_killed_and_resumed(kind, tmp_path):
 )
 def test_all_ranks_stop_where_one_fails(fail, how, tmp_path):
     stderr = run(tmp_path, fail=fail, fails=True, **how)
-    why = {"encode": "no embedding on rank 1", "graph": "no graph", "kept graph": "The graph must return a row"}[fail]
+    why = {
+        "encode": "no embedding on rank 1",
+        "eval mode": "no eval mode on rank 1",
+        "graph": "no graph",
+        "kept graph": "The graph must return a row",
+    }[fail]
     assert why in stderr
     if how != {"sharded": True}:
         rank = 0 if fail == "kept graph" or (fail == "graph" and not how) else 1

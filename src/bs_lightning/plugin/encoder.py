@@ -1,6 +1,7 @@
 """Encoder: a pool's embeddings by the module of a Trainer, with its current weights."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
@@ -126,8 +127,6 @@ class EncodedEmbeddings(EmbeddingSource):
     def _encode(self, indices: Indices) -> Tensor:
         trainer = self._trainer
         module, data = trainer.lightning_module, trainer.datamodule
-        ahead, self._ahead = self._ahead, None
-        loading = ahead[1] if ahead and np.array_equal(ahead[0], indices) else self._loading(indices)
         before_transfer = _batch_hook(trainer, "on_before_batch_transfer")
         transfer = _batch_hook(trainer, "transfer_batch_to_device")
 
@@ -148,7 +147,12 @@ class EncodedEmbeddings(EmbeddingSource):
                 error.add_note(advice(batch, data, module, self._is_own_function))
                 raise
 
-        with no_trace(module), progress(trainer, "Encoding", -(-len(indices) // self._size)) as advance:
+        with ExitStack() as stack:
+            with failing_together(trainer):  # otherwise the others would wait below, in the broadcast
+                ahead, self._ahead = self._ahead, None
+                loading = ahead[1] if ahead and np.array_equal(ahead[0], indices) else self._loading(indices)
+                stack.enter_context(no_trace(module))
+                advance = stack.enter_context(progress(trainer, "Encoding", -(-len(indices) // self._size)))
             # A model may log in `forward`, but Lightning allows no logging here. `no_trace` removes both overrides.
             module.__dict__["log"] = module.__dict__["log_dict"] = _ignore
             if trainer.world_size > 1:
