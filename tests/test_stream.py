@@ -890,3 +890,48 @@ def test_a_warning_says_that_workers_read_the_same_instances(kind, workers, warn
     fit(Model(), StreamData(8, 96, num_workers=workers), walker(48, warmup_epochs=0), max_epochs=2)
     said = [each for each in recwarn if "Does each worker read a part of its own" in str(each.message)]
     assert len(said) == warns
+
+
+def stateful_in_mid_pool():
+    loader = StreamLoader(Stateful(64), 4, pool_size=16)
+    batches = iter(loader)
+    for _ in range(6):
+        next(batches)
+    return loader.state_dict(), [batch[0].tolist() for batch in batches]
+
+
+def test_refuses_to_resume_a_stream_that_ends_within_the_pool():
+    state, _ = stateful_in_mid_pool()
+    resumed = StreamLoader(Stateful(26), 4, pool_size=16)
+    resumed.load_state_dict(state)
+    words = r"not that of the checkpoint: of its pool, the processes read \[16\] instances then, and \[10\] now"
+    with pytest.raises(ValueError, match=words):
+        next(iter(resumed))
+
+
+def test_a_pool_that_cannot_be_read_after_a_resume_is_saved_again():
+    state, rest = stateful_in_mid_pool()
+    cannot = StreamLoader(Stateful(64), 4, pool_size=16)
+    cannot.load_state_dict(state)
+    cannot.stream.points = None
+    with pytest.raises(TypeError):
+        next(iter(cannot))
+    resumed = StreamLoader(Stateful(64), 4, pool_size=16)
+    resumed.load_state_dict(cannot.state_dict())
+    assert served(resumed) == rest
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batches": np.full((4, 4), 3)}, "each position of the pool once"),
+        ({"readings": [[1]]}, "two counts and a state for each process"),
+        ({"readings": [["a", "b", None]]}, "two counts and a state for each process"),
+    ],
+)
+def test_refuses_a_damaged_pool(change, words):
+    state, _ = stateful_in_mid_pool()
+    if "batches" in change:
+        change = {"batches": torch.from_numpy(change["batches"])}
+    with pytest.raises(ValueError, match=words):
+        StreamLoader(Stateful(64), 4, pool_size=16).load_state_dict(state | {"pool": state["pool"] | change})

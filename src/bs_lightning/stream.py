@@ -175,7 +175,7 @@ class StreamLoader:
             return self._loaded
         run = self._pass if self._pass is not None and self._pass.epoch == self.epoch else None
         served = 0 if run is None else run.served
-        pool = None if run is None or not served else run.pool_of(served) or run.pool_of(served - 1)
+        pool = None if run is None or not served else run.pool_of(served) or run.pool_of(served - 1) or run.restored
         return StreamState(self.seed, self.layout.global_batch_size, self.epoch, served, pool)
 
     def state_dict(self) -> dict[str, Any]:
@@ -315,6 +315,12 @@ class StreamLoader:
                         stacklevel=2,
                     )
             else:
+                was, now = [each.taken for each in restored.readings], [each.taken for each in readings]
+                if was != now:
+                    raise ValueError(
+                        f"The stream is not that of the checkpoint: of its pool, the processes read {was} instances "
+                        f"then, and {now} now. Resume with the same stream, or from a checkpoint between two epochs."
+                    )
                 n_batches, n_last = len(restored.batches), restored.n_last
             if not n_batches and not n_last:
                 return

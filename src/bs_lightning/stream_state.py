@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bs_lightning._saved import damaged, saved_counts, saved_table, saved_value
@@ -33,7 +34,7 @@ class StreamPool(NamedTuple):
     start: int
     """The number of the pool's first batch in the pass."""
     batches: Indices
-    """int64 ``[n, global_batch_size]``."""
+    """Positions in the pool, each once, int64 ``[n, global_batch_size]``."""
     pairs: Pairs
     """Likely false negatives, the anchor first, int64 ``[m, 2]``."""
     n_last: int
@@ -145,11 +146,17 @@ def _pool_to_dict(pool: StreamPool) -> dict[str, Any]:
 
 
 def _pool_from_dict(state: Mapping[str, Any]) -> StreamPool:
+    batches, readings = saved_table(state, "batches"), saved_value(state, "readings", list, where="pool.")
+    if not np.array_equal(np.sort(batches, axis=None), np.arange(batches.size)):
+        raise damaged("pool.batches", batches, "each position of the pool once")
+    for each in readings:
+        if type(each) is not list or len(each) != 3 or any(type(n) is not int or n < 0 for n in each[:2]):
+            raise damaged("pool.readings", readings, "two counts and a state for each process")
     return StreamPool(
         saved_value(state, "epoch", int, where="pool."),
         saved_value(state, "start", int, where="pool."),
-        saved_table(state, "batches"),
+        batches,
         saved_table(state, "pairs"),
         saved_value(state, "n_last", int, where="pool."),
-        tuple(StreamReading(*each) for each in saved_value(state, "readings", list, where="pool.")),
+        tuple(StreamReading(*each) for each in readings),
     )

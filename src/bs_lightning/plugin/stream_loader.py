@@ -1,5 +1,6 @@
 """Stream loader of a Trainer: serves a stream at the epoch and position at which the Trainer is."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,18 +82,18 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
 
     def state(self) -> StreamState:
         """Return the position of training: within the pass, or before the first one, where Lightning will go on."""
-        trainer, state, run = self._data.trainer, super().state(), self._pass
+        trainer, run = self._data.trainer, self._pass
         if trainer is None:
-            return state
+            return super().state()
+        at = partial(StreamState, self.seed, self.layout.global_batch_size)
         if run is None or self._is_premature(trainer):
-            return StreamState(state.seed, state.global_batch_size, *first_position(trainer), None)
+            return at(*first_position(trainer), None)
         served = self._n_served(run, trainer)
         if served > run.start and epoch_is_trained(trainer):
-            return StreamState(state.seed, state.global_batch_size, run.epoch + 1, 0, None)
-        pool = run.pool_of(served) or run.pool_of(served - 1)
-        if pool is None and run.restored is not None and run.restored.epoch == run.epoch:
-            pool = run.restored  # reading it has failed
-        return StreamState(state.seed, state.global_batch_size, run.epoch, 0 if pool is None else served, pool)
+            return at(run.epoch + 1, 0, None)
+        # Reading the restored pool may have failed.
+        pool = run.pool_of(served) or run.pool_of(served - 1) or run.restored
+        return at(run.epoch, 0 if pool is None else served, pool)
 
     def _n_served(self, run: Pass, trainer: Trainer) -> int:
         """The number of the pass's batches that have been trained. Lightning may have fetched one more."""
