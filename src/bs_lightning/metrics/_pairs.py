@@ -1,6 +1,5 @@
 """Positives against negatives, in batches whose instances have two sides: does the positive win?"""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -208,15 +207,20 @@ class _Counts(NamedTuple):
 
 def _count(embeddings: Tensor | NDArray[Any]) -> _Counts:
     """Compare the positives of all batches with the negatives."""
-    batches = _unit_batches(embeddings)
+    batches = _two_sided(embeddings)
     n_batches, size = batches.shape[:2]
-    won, above = (batches.new_zeros((), dtype=torch.int64) for _ in range(2))
-    for similarity, positive in _similarities(batches):
+    won, above, not_finite = (batches.new_zeros((), dtype=torch.int64) for _ in range(3))
+    # A few batches at a time: scaled copies of all would take their memory several times over.
+    for part in batches.split(max(1, BLOCK_ENTRIES // (size * max(size, batches.shape[2:].numel())))):
+        unit = unit_rows(part)
+        with torch.autocast(unit.device.type, enabled=False):  # a product would round to three digits, and make ties
+            similarity = unit[:, :, 0] @ unit[:, :, 1].mT
+        positive = similarity.diagonal(dim1=1, dim2=2).unsqueeze(2)
         # The positive itself is the only entry that is not clearly below the positive.
         won += ((similarity >= positive - TIE).sum(dim=2) == 1).sum()
         above += (similarity > positive + TIE).sum()
-    # Comparisons with NaN are false, and would hide an embedding that is not finite.
-    not_finite = (~batches.isfinite().all()).long()
+        # Comparisons with NaN are false, and would hide an embedding that is not finite.
+        not_finite |= (~unit.isfinite().all()).long()
     return _Counts(won, n_batches * size, above, n_batches * size * (size - 1), not_finite)
 
 
@@ -225,8 +229,8 @@ def _share(part: Tensor, whole: Tensor | int, not_finite: Tensor) -> Tensor:
     return torch.where(not_finite == 0, part / whole, torch.nan).float()
 
 
-def _unit_batches(embeddings: Tensor | NDArray[Any]) -> Tensor:
-    """Return batches of two sides as float32 ``[n, B, 2, d]`` with rows of length 1."""
+def _two_sided(embeddings: Tensor | NDArray[Any]) -> Tensor:
+    """Return batches of two sides as a tensor ``[n, B, 2, d]``."""
     batches = check_tensor("embeddings", embeddings)
     if batches.ndim == 3:
         batches = batches.unsqueeze(0)
@@ -235,13 +239,4 @@ def _unit_batches(embeddings: Tensor | NDArray[Any]) -> Tensor:
             "embeddings must have two sides: shape [B, 2, d] or [n, B, 2, d] with B >= 2 and d >= 1, got "
             f"{list(embeddings.shape)}. Join the sides: torch.stack([queries, documents], dim=-2)."
         )
-    return unit_rows(batches)
-
-
-def _similarities(batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the similarities ``[m, B, B]`` of anchors and second sides, and the positives' ``[m, B, 1]``."""
-    # Under autocast a product would round to three digits, and make ties.
-    with torch.autocast(batches.device.type, enabled=False):
-        for part in batches.split(max(1, BLOCK_ENTRIES // batches.shape[1] ** 2)):
-            similarity = part[:, :, 0] @ part[:, :, 1].mT
-            yield similarity, similarity.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    return batches
