@@ -101,6 +101,16 @@ def test_a_list_of_a_metric_is_as_long_as_before():
     assert len(module.seen.value) == 1
 
 
+def test_parameters_keep_their_order():
+    module = nn.Linear(2, 2)
+    with no_trace(module):
+        weight = module.weight
+        del module.weight
+        module.weight = weight
+        assert list(module.state_dict()) == ["bias", "weight"]
+    assert list(module.state_dict()) == ["weight", "bias"]
+
+
 def test_buffers_filled_within_are_empty_again():
     module = nn.Module()
     module.register_buffer("mask", None)

@@ -275,10 +275,14 @@ def test_layout_takes_numpys_small_integers():
 @pytest.mark.parametrize(
     ("pairs", "error", "words"),
     [
-        ([0, 1], ValueError, r"must return pairs of shape \[m, 2\] with positions in \[0, 30\), got \[0, 1\]"),
-        ([[0, 1, 2]], ValueError, r"must return pairs of shape \[m, 2\] .*, got \[\[0, 1, 2\]\]"),
-        ([[0, 30]], ValueError, r"positions in \[0, 30\), got \[\[0, 30\]\]"),
-        ([[-1, 0]], ValueError, r"positions in \[0, 30\), got \[\[-1, 0\]\]"),
+        (
+            [0, 1],
+            ValueError,
+            r"must return pairs of shape \[m, 2\] with positions in \[0, 30\), got shape \[2\] with 0 to 1",
+        ),
+        ([[0, 1, 2]], ValueError, r"must return pairs of shape \[m, 2\] .*, got shape \[1, 3\]"),
+        ([[0, 30]], ValueError, r"positions in \[0, 30\), got shape \[1, 2\] with 0 to 30"),
+        ([[-1, 0]], ValueError, r"positions in \[0, 30\), got shape \[1, 2\] with -1 to 0"),
         ([[0.0, 1.0]], TypeError, "pairs must hold integers, got dtype float64"),
         ([[True, False]], TypeError, "pairs must hold integers, got dtype bool"),
         ([[0, 1], [2]], TypeError, "pairs must be an array of integers, or be convertible to one: .*inhomogeneous"),

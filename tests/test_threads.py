@@ -62,6 +62,16 @@ def test_isolated_threads_restores_what_changed(error):
     assert state() == before
 
 
+def test_starting_numbas_threads_leaves_its_setting(monkeypatch):
+    monkeypatch.setattr(numba.config, "THREADING_LAYER", "default")
+    monkeypatch.setattr(_nndescent, "numba_threading_layer", lambda: None)
+    within = []
+    monkeypatch.setattr(numba, "get_num_threads", lambda: within.append(numba.config.THREADING_LAYER))
+    _nndescent._start_numba_threads()
+    assert within == ["forksafe"]
+    assert numba.config.THREADING_LAYER == "default"
+
+
 def test_isolated_threads_sets_nothing_that_did_not_change(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
     monkeypatch.setattr(numba, "set_num_threads", pytest.fail)

@@ -293,9 +293,12 @@ def _start_numba_threads() -> None:
     if numba_threading_layer() is not None:
         return
     config: Any = numba.config
-    if config.THREADING_LAYER == "default":
-        config.THREADING_LAYER = "forksafe"
-    numba.get_num_threads()  # starts them
+    chosen = config.THREADING_LAYER
+    config.THREADING_LAYER = "forksafe" if chosen == "default" else chosen
+    try:
+        numba.get_num_threads()  # starts them
+    finally:
+        config.THREADING_LAYER = chosen
     if _runs_gnu_openmp():
         warnings.warn(
             "numba starts GNU OpenMP, as NUMBA_THREADING_LAYER or numba.config.THREADING_LAYER says. Processes that "

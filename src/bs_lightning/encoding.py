@@ -84,21 +84,22 @@ def embed_in_batches(
     if array.ndim != 1 or not len(array):
         raise ValueError(f"indices must have shape [P] with P >= 1, got shape {list(array.shape)}.")
     batch_size = check_integer("batch_size", batch_size, 1)
-    rows: list[int] = array.tolist()
-    starts = range(0, len(rows), batch_size)
-    chunks = [rows[start : start + batch_size] for start in starts]
+    starts = range(0, len(array), batch_size)
+    # One batch at a time: lists of Python integers are ten times as large as arrays.
+    chunks = (array[start : start + batch_size].tolist() for start in starts)
     embeddings: Tensor | None = None
-    for start, chunk, batch in zip(starts, chunks, load(chunks), strict=True):
+    for start, batch in zip(starts, load(chunks), strict=True):
+        n_rows = min(batch_size, len(array) - start)
         embedded = embed(batch)
         try:
             piece = as_sides(embedded, "embed must return")
-            check_piece(piece, len(chunk), piece.shape[1:] if embeddings is None else embeddings.shape[1:])
+            check_piece(piece, n_rows, piece.shape[1:] if embeddings is None else embeddings.shape[1:])
         except (TypeError, ValueError) as error:
             error.add_note(f"embed was given {_shown(batch)}.")
             raise
         if embeddings is None:
-            embeddings = torch.empty((len(rows), *piece.shape[1:]), dtype=torch.float32, device=piece.device)
-        embeddings[start : start + len(chunk)] = piece
+            embeddings = torch.empty((len(array), *piece.shape[1:]), dtype=torch.float32, device=piece.device)
+        embeddings[start : start + n_rows] = piece
         if advance is not None:
             advance()
     assert embeddings is not None

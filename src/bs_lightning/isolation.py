@@ -24,7 +24,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     Restores what the code inside and ``eval()`` change of the module: modes; parameters, buffers and all other tensors
     that it holds in attributes, also in lists, tuples and dictionaries; ``requires_grad``; attributes that are set;
     the states of ``torchmetrics`` metrics; and the random states of Python, NumPy, torch, the current CUDA device and
-    the device of the first parameter. Errors inside change nothing in this. A module whose ``train()`` is overridden
+    the device of the first parameter. A list, dictionary or set that is changed in place stays changed, but for the
+    tensors in it. Errors inside change nothing in this. A module whose ``train()`` is overridden
     gets its mode back by a call of it.
 
     Needs memory for a second copy of the module's tensors, on their devices, until it exits. No other thread may use
@@ -174,6 +175,11 @@ def _names(part: nn.Module) -> Callable[[], None]:
                 # FSDP swaps a parameter for its sharded or gathered form, and keeps account of it.
                 if is_traceable_wrapper_subclass(current) == is_traceable_wrapper_subclass(value):
                     setattr(part, name, value)
+        registries: list[dict[str, Any]] = [part._parameters, part._buffers, part._modules]
+        for registry, before in zip(registries, registered, strict=True):
+            if list(registry) != list(before) and registry.keys() == before.keys():
+                for name in before:  # in the order of before: it is the order of `parameters()`
+                    registry[name] = registry.pop(name)
         for values, earlier in lists:
             values[:] = earlier
 

@@ -57,7 +57,7 @@ class BatchFetcher:
         self._loader = DataLoader(dataset, batch_sampler=self._batches, **dataloader_kwargs)
 
     def __call__(self, batches: Iterable[list[int]]) -> Iterator[Any]:
-        """Load batches. Each call ends the previous call's iterator.
+        """Load batches. Use up an iterator, or drop it, before the next call: all take from the same workers.
 
         Args:
             batches: Dataset indices of each batch.

@@ -378,7 +378,8 @@ def _check_pairs(pairs: ArrayLike, pool_size: int) -> Pairs:
     array = check_integer_array("pairs", pairs)
     if array.ndim != 2 or array.shape[1] != 2 or (array.size and (array.min() < 0 or array.max() >= pool_size)):
         raise ValueError(
-            f"plan_pool must return pairs of shape [m, 2] with positions in [0, {pool_size}), got {array.tolist()}."
+            f"plan_pool must return pairs of shape [m, 2] with positions in [0, {pool_size}), got shape "
+            f"{list(array.shape)}{f' with {array.min()} to {array.max()}' if array.size else ''}."
         )
     return array.astype(np.int64, copy=False)
 

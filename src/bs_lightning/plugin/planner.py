@@ -270,7 +270,7 @@ class TrainerPlanner:
         trainer = self.trainer
         with shared_cores(self.graph.n_cores), failing_together(trainer):
             share = own_share(trainer, indices)
-            composed = self._plan_share(embeddings, share, seed + trainer.global_rank, epoch)
+            composed = self._plan_share(embeddings, share, (seed + trainer.global_rank) % 2**32, epoch)
         pools = gather(trainer, composed.pool)
         starts = range(0, len(indices), len(share))
         batches = np.concatenate([pool.batches + start for pool, start in zip(pools, starts, strict=True)], axis=1)
