@@ -25,8 +25,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     that it holds in attributes, also in lists, tuples and dictionaries; ``requires_grad``; attributes that are set;
     the states of ``torchmetrics`` metrics; and the random states of Python, NumPy, torch, the current CUDA device and
     the device of the first parameter. A list, dictionary or set that is changed in place stays changed, but for the
-    tensors in it. Errors inside change nothing in this. A module whose ``train()`` is overridden
-    gets its mode back by a call of it.
+    tensors in it. Errors inside change nothing in this. A module whose ``train()`` is overridden gets its mode
+    back by a call of it.
 
     Needs memory for a second copy of the module's tensors, on their devices, until it exits. No other thread may use
     the module meanwhile.
