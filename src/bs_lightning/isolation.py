@@ -138,9 +138,14 @@ def _held(module: nn.Module) -> tuple[list[nn.Module], list[tuple[str, Tensor]]]
     return parts, tensors
 
 
+def _registries(part: nn.Module) -> list[dict[str, Any]]:
+    """Return where a module keeps its parameters, buffers and submodules, by name."""
+    return [part._parameters, part._buffers, part._modules]
+
+
 def _registered(part: nn.Module) -> list[dict[str, Any]]:
-    """Return a module's parameters, buffers and submodules, by name."""
-    return [dict(registry.items()) for registry in (part._parameters, part._buffers, part._modules)]
+    """Return a module's parameters, buffers and submodules, by name, as they are now."""
+    return [dict(registry.items()) for registry in _registries(part)]
 
 
 def _has_bytes(tensor: Tensor) -> bool:
@@ -175,8 +180,7 @@ def _names(part: nn.Module) -> Callable[[], None]:
                 # FSDP swaps a parameter for its sharded or gathered form, and keeps account of it.
                 if is_traceable_wrapper_subclass(current) == is_traceable_wrapper_subclass(value):
                     setattr(part, name, value)
-        registries: list[dict[str, Any]] = [part._parameters, part._buffers, part._modules]
-        for registry, before in zip(registries, registered, strict=True):
+        for registry, before in zip(_registries(part), registered, strict=True):
             if list(registry) != list(before) and registry.keys() == before.keys():
                 for name in before:  # in the order of before: it is the order of `parameters()`
                     registry[name] = registry.pop(name)

@@ -175,7 +175,7 @@ class StreamLoader:
             return self._loaded
         run = self._pass if self._pass is not None and self._pass.epoch == self.epoch else None
         served = 0 if run is None else run.served
-        pool = None if run is None or not served else run.pool_of(served) or run.pool_of(served - 1) or run.restored
+        pool = None if run is None or not served else run.pool_to_save(served)
         return StreamState(self.seed, self.layout.global_batch_size, self.epoch, served, pool)
 
     def state_dict(self) -> dict[str, Any]:
@@ -472,6 +472,17 @@ class Pass:
             The pool or ``None``.
         """
         return next((pool for pool in self.pools if pool.holds(number)), None)
+
+    def pool_to_save(self, served: int) -> StreamPool | None:
+        """Return the pool of the next batch, or else of the last one, or else the one that could not be read again.
+
+        Args:
+            served: Number of the pass's batches that were served.
+
+        Returns:
+            The pool or ``None``.
+        """
+        return self.pool_of(served) or self.pool_of(served - 1) or self.restored
 
 
 class Buffer(Dataset[Any]):

@@ -91,8 +91,7 @@ class TrainerStreamLoader(LightningLoader, StreamLoader):
         served = self._n_served(run, trainer)
         if served > run.start and epoch_is_trained(trainer):
             return at(run.epoch + 1, 0, None)
-        # Reading the restored pool may have failed.
-        pool = run.pool_of(served) or run.pool_of(served - 1) or run.restored
+        pool = run.pool_to_save(served)
         return at(run.epoch, 0 if pool is None else served, pool)
 
     def _n_served(self, run: Pass, trainer: Trainer) -> int:
